@@ -1,0 +1,177 @@
+"""The mesh, the one table from logical axes to mesh axes, and parameters declared by specification.
+
+A model declares each parameter once, as a `ParamSpec` (shape, logical axes, initialiser). Initial values, shardings and
+abstract restore targets all derive from it. Every array axis has a logical name; `RULES` says which mesh axis splits it.
+`jit` with these shardings takes the place of `pmap`: one program for 1 CPU, 8 GPUs or many hosts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),  # sequences
+    "length": None,  # positions of a row
+    "layers": None,  # scanned over, so every device needs each in turn
+    "embed": "fsdp",  # model width of a weight
+    "residual": None,  # model width of an activation: its batch axis already uses fsdp
+    "vocab": "tensor",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices split each axis. `data=-1` takes all devices that the other axes leave."""
+
+    data: int = -1  # replicas of the parameters, each with its part of the batch
+    fsdp: int = 1  # splits both the batch and the parameters
+    tensor: int = 1  # splits heads, MLP and vocabulary
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh `(data, fsdp, tensor)` over all devices.
+
+    Raises:
+        ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    if config.fsdp < 1 or config.tensor < 1 or config.data == 0 or config.data < -1:
+        raise ValueError(f"mesh {config}: axes must be >= 1 (data may be -1: all that is left)")
+    rest = config.fsdp * config.tensor
+    data = len(devices) // rest if config.data == -1 else config.data
+    if data * rest != len(devices):
+        raise ValueError(
+            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not fit {len(devices)} device(s): "
+            f"choose axes whose product is {len(devices)} (data=-1 takes what is left)"
+        )
+    # Auto axes: jax >= 0.9 would make them Explicit, under which an embedding gather already fails.
+    return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One parameter: its shape, the logical name of each axis (None: never split), and its initialiser."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: Callable[[jax.Array, tuple[int, ...], Any], jax.Array]  # (key, shape, dtype) -> array
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} has {len(self.shape)} axes but {len(self.axes)} names: {self.axes}")
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Initialiser: 0."""
+    del key
+    return jnp.zeros(shape, dtype)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Initialiser: 1."""
+    del key
+    return jnp.ones(shape, dtype)
+
+
+def normal(std: float) -> Callable[[jax.Array, tuple[int, ...], Any], jax.Array]:
+    """Initialiser: normal with mean 0 and the given standard deviation."""
+    return lambda key, shape, dtype: std * jax.random.normal(key, shape, dtype)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def path_name(path: tuple) -> str:
+    """`layers/attention/query` for a `jax.tree_util` key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def init_params(specs: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
+    """Initial values of a tree of specs. Each leaf's key is named by its path, so adding a leaf changes no other."""
+
+    def init(path, spec):
+        return spec.init(jax.random.fold_in(key, zlib.crc32(path_name(path).encode())), spec.shape, dtype)
+
+    return jax.tree_util.tree_map_with_path(init, specs, is_leaf=_is_spec)
+
+
+def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The mesh axes that split an array with these logical axes."""
+    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+
+
+def shardings(specs: Any, mesh: Mesh) -> Any:
+    """`NamedSharding` of each spec.
+
+    Raises:
+        ValueError: an axis is not divisible by the mesh axes that split it (naming the leaf, the axis and the sizes).
+    """
+
+    def one(path, spec):
+        for size, axis in zip(spec.shape, spec.axes, strict=True):
+            names = () if axis is None else RULES[axis]
+            names = (names,) if isinstance(names, str) else names or ()
+            ways = math.prod(mesh.shape[name] for name in names)
+            if size % ways:
+                raise ValueError(
+                    f"parameter {path_name(path)}: axis '{axis}' of size {size} cannot be split {ways} ways over mesh "
+                    f"{names}; choose a mesh that divides it"
+                )
+        return NamedSharding(mesh, partition_spec(spec.axes))
+
+    return jax.tree_util.tree_map_with_path(one, specs, is_leaf=_is_spec)
+
+
+def abstract(specs: Any, mesh: Mesh, dtype: Any = jnp.float32) -> Any:
+    """Shapes, types and shardings without values: what a checkpoint is restored into, what a program is compiled for."""
+    leaves = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), leaves, shardings(specs, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over `data` and `fsdp`."""
+    return NamedSharding(mesh, partition_spec(("batch",)))
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Put every array of a batch on the mesh, its leading axis split over `data` and `fsdp`.
+
+    Raises:
+        ValueError: the leading axis is not divisible by data x fsdp.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if leaf.shape[0] % ways:
+            raise ValueError(
+                f"batch field {path_name(path)} has {leaf.shape[0]} rows, not divisible by data x fsdp = {ways}: "
+                "choose a batch size that is a multiple of it"
+            )
+    return jax.device_put(batch, batch_sharding(mesh))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation to the table's sharding inside a mesh; outside one, do nothing.
+
+    Without this on the residual stream the partitioner chooses a plan with several times the memory and traffic.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))

@@ -1,0 +1,155 @@
+"""Every batch and state type, and the specification of a sampling distribution.
+
+Axis letters, the same in annotations, einsums and docs:
+
+====  ===========================  ====  ========================
+B     sequences                    V     vocabulary
+N     responses compared           L     layers
+P     prompt width                 D     model width
+R     response width               F     MLP width
+T     row width (prompt+response)  H     query heads
+S     cache width                  K     key/value heads
+                                   E     head width
+====  ===========================  ====  ========================
+
+Rows are contiguous and right-padded: a prompt, at once its response, then padding. Batches store lengths;
+`core/masking.py` turns lengths into masks. No mask is ever inferred from a token id, so pad may equal EOS.
+Log-probs, values, rewards and losses are float32, tokens and lengths int32. Everything per token that RL touches is
+`[B, R]`, indexed by response position. Fields are plain `jax.Array` with a shape comment, because a field whose shape
+is checked at construction breaks `vmap` and `scan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from flax import struct
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSpec:
+    """The distribution a response is drawn from, read by the sampler and by the scorer alike.
+
+    The *policy* is softmax(constrained logits / temperature): the constraints (`min_tokens`, `forbidden`) are known from
+    positions alone and are part of it, so they enter every log-prob. `top_k`, `top_p` and `min_p` are *filters*: they
+    change what is drawn but not the policy's log-prob (`Rollout.logprobs` against `Rollout.sampled_logprobs`).
+    Order: constraints, temperature, top-k, top-p, min-p, as in transformers' warpers.
+    """
+
+    temperature: float  # > 0; no default, so that no log-prob is ever computed without stating it
+    max_tokens: int  # R, EOS included
+    stop: tuple[int, ...]  # ids that end a response; the id itself belongs to the response
+    min_tokens: int = 0  # a stop id is impossible before this many tokens were written
+    forbidden: tuple[int, ...] = ()  # ids that are never written (pad, BOS)
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+    min_p: float = 0.0
+    greedy: bool = False  # the most probable token instead of a draw
+    pad: int = 0  # written after the end; only a filler
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be > 0; for the most probable token set greedy=True")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1]; 1 keeps every token")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p} must be in [0, 1]; 0 keeps every token")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be >= 0; 0 keeps every token")
+        if not 0 <= self.min_tokens <= self.max_tokens or self.max_tokens < 1:
+            raise ValueError(
+                f"min_tokens={self.min_tokens}, max_tokens={self.max_tokens}: need 0 <= min_tokens <= max_tokens, 1 <= max_tokens"
+            )
+
+    @property
+    def filtered(self) -> bool:
+        """Whether the distribution drawn from differs from the policy's."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.greedy
+
+
+class Term(NamedTuple):
+    """One term of a loss, or one metric: a sum and the count it is to be divided by.
+
+    `count` depends on the batch only, never on parameters. The train step adds both over all microbatches and devices
+    and minimises the sum over terms of coefficient * sum / count, so that any split of a batch gives the same gradient.
+    """
+
+    sum: jax.Array  # [] float32
+    count: jax.Array  # [] float32
+    coefficient: float | jax.Array = 1.0
+
+
+@struct.dataclass
+class Prompts:
+    tokens: jax.Array  # [B, P] int32
+    length: jax.Array  # [B] int32
+    uid: jax.Array  # [B] int32, names the prompt's random stream
+    row: jax.Array  # [B] int32, index of the source row (reference answer, consent)
+
+
+@struct.dataclass
+class Rollout:
+    """What the sampler wrote, and what it knew when it wrote it."""
+
+    tokens: jax.Array  # [B, T] int32
+    prompt_len: jax.Array  # [B] int32
+    response_len: jax.Array  # [B] int32, EOS included
+    finished: jax.Array  # [B] bool, a stop id was written
+    group: jax.Array  # [B] int32, equal for samples of one prompt
+    sample: jax.Array  # [B] int32, 0 .. n-1
+    version: jax.Array  # [B] int32, policy step that sampled
+    logprobs: jax.Array  # [B, R] of the policy: full softmax at the sampling temperature
+    sampled_logprobs: jax.Array  # [B, R] of the distribution really drawn from
+    kept: jax.Array | None = None  # [B, R, *] int32, ids of the kept set, for exact replay
+    written: jax.Array | None = None  # [B, R] bool, False where the policy did not write the token
+
+
+@struct.dataclass
+class Experience:
+    """A rollout with everything an algorithm may need to learn from it."""
+
+    rollout: Rollout
+    logprobs: jax.Array  # [B, R] of the learner before the update
+    ref_logprobs: jax.Array  # [B, R]
+    values: jax.Array | None  # [B, R], values[:, t] is the value before response token t
+    bootstrap: jax.Array  # [B], value after the last token of a cut response, else 0
+    score: jax.Array  # [B]
+    weight: jax.Array  # [B], 0 excludes the row
+
+
+@struct.dataclass
+class Preferences:
+    """Sets of N responses that a person compared; N = 2 is the usual pair."""
+
+    tokens: jax.Array  # [B, N, T] int32
+    prompt_len: jax.Array  # [B, N] int32
+    response_len: jax.Array  # [B, N] int32
+    label: jax.Array  # [B] float32, probability that response 0 is preferred: 1, soft, or 0.5
+    tie: jax.Array  # [B] bool
+    weight: jax.Array  # [B] float32
+    margin: jax.Array  # [B] float32
+
+
+@struct.dataclass
+class Outputs:
+    """What the model said about a batch; None unless asked for."""
+
+    logprobs: jax.Array | None = None  # [B, R]
+    entropy: jax.Array | None = None  # [B, R]
+    values: jax.Array | None = None  # [B, R]
+    scores: jax.Array | None = None  # [B]
+    ref_kl: jax.Array | None = None  # [B, R]
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a training step changes. Frozen models are a separate argument of the step."""
+
+    step: jax.Array  # [] int32
+    params: Any
+    opt_state: Any
+    algorithm: Any  # what an algorithm keeps between batches (adaptive KL coefficient, ...); () for most
+    key: jax.Array  # [] typed PRNG key; randomness of step n is fold_in(key, n)
+    ema: Any = None

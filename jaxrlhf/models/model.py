@@ -1,0 +1,37 @@
+"""The few functions through which sampling and training see a model, whoever wrote it.
+
+`models/transformer.py` builds one from a `TransformerConfig`; `models/flax_adapter.py` builds one from any `flax.linen` or
+`flax.nnx` module. Nothing else in the library knows which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder-only language model as pure functions. Compared by identity, so it may be a static argument of `jit`."""
+
+    vocab_size: int
+    width: int  # D of the hidden states
+    max_length: int  # longest row that the model can read
+    init: Callable[[jax.Array], Any]
+    """(key) -> params, float32."""
+    hidden: Callable[..., jax.Array]
+    """(params, tokens [B,T], segments [B,T] | None = None) -> [B,T,D] float32, after the last norm.
+    Causal. `segments` (1, 2, ...; 0 is padding) keeps packed texts from seeing each other and restarts positions.
+    Right-padding needs no mask: a real token never looks forward."""
+    logits: Callable[[Any, jax.Array], jax.Array]
+    """(params, hidden [..., D]) -> [..., V] float32."""
+    decode_params: Callable[[Any], Any]
+    """(params) -> what `prefill` and `decode` read; made once per rollout (architecture decision 4)."""
+    prefill: Callable[[Any, jax.Array, jax.Array, int, int], tuple[jax.Array, Any]]
+    """(decode_params, tokens [B,P], length [B], samples n, width R) -> (hidden [B,D] of each prompt's last token, cache).
+    The cache serves B * n rows (row i continues prompt i // n) of at most R response tokens."""
+    decode: Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+    """(decode_params, cache, token [B*n], step []) -> (hidden [B*n,D], cache): read response token number `step`."""
