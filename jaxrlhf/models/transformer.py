@@ -1,0 +1,339 @@
+"""A decoder-only transformer as pure functions over a pytree of parameters.
+
+`param_specs` declares every parameter on one line. Training and scoring scan the stacked `[L, ...]` layers with
+rematerialisation; prefill and decode unroll them over one cache a layer. Only the operands of weight products have the
+type `config.dtype`; the residual stream, norms, attention, softmax and all sums are float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrlhf.core import sharding
+from jaxrlhf.core.sharding import ParamSpec
+from jaxrlhf.models.attention import MASKED, attention
+from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.models.model import Model
+
+Params = Any
+Cache = Any
+
+
+def param_specs(config: TransformerConfig) -> Params:
+    """Shape, logical axes and initialiser of every parameter."""
+    c, layers = config, config.layers
+    heads, kv_heads = c.heads * c.head_width, c.kv_heads * c.head_width
+
+    def into(out: int, axis: str) -> ParamSpec:  # out of the residual stream
+        return ParamSpec((layers, c.width, out), ("layers", "embed", axis), sharding.normal(c.width**-0.5))
+
+    def back(inner: int, axis: str) -> ParamSpec:  # 2L branches add up, each scaled so that their sum keeps its size
+        std = (inner * 2 * layers) ** -0.5
+        return ParamSpec((layers, inner, c.width), ("layers", axis, "embed"), sharding.normal(std))
+
+    specs = {
+        "embed": ParamSpec((c.vocab_size, c.width), ("vocab", "embed"), sharding.normal(0.02)),
+        "layers": {
+            "attention_norm": _norm_specs(c, (layers,), ("layers",)),
+            "query": into(heads, "heads"),
+            "key": into(kv_heads, "kv_heads"),
+            "value": into(kv_heads, "kv_heads"),
+            "output": back(heads, "heads"),
+            "mlp_norm": _norm_specs(c, (layers,), ("layers",)),
+            "up": into(c.mlp_width, "mlp"),
+            "down": back(c.mlp_width, "mlp"),
+        },
+        "norm": _norm_specs(c, (), ()),
+    }
+    if c.mlp == "swiglu":
+        specs["layers"]["gate"] = into(c.mlp_width, "mlp")
+    if c.positions == "learned":
+        specs["positions"] = ParamSpec((c.max_length, c.width), (None, "embed"), sharding.normal(0.02))
+    if not c.tied_head:
+        specs["head"] = ParamSpec((c.width, c.vocab_size), ("embed", "vocab"), sharding.normal(0.02))
+    return specs
+
+
+def _norm_specs(config: TransformerConfig, lead: tuple[int, ...], axes: tuple[str, ...]) -> dict[str, ParamSpec]:
+    specs = {"scale": ParamSpec((*lead, config.width), (*axes, None), sharding.ones)}
+    if config.norm == "layer":
+        specs["bias"] = ParamSpec((*lead, config.width), (*axes, None), sharding.zeros)
+    return specs
+
+
+@functools.cache
+def build(config: TransformerConfig) -> Model:
+    """The model's functions. Equal configs give the same object, so that jitted functions are compiled once."""
+    return Model(
+        vocab_size=config.vocab_size,
+        width=config.width,
+        max_length=config.max_length,
+        init=lambda key: sharding.init_params(param_specs(config), key),
+        hidden=functools.partial(hidden, config),
+        logits=functools.partial(logits, config),
+        decode_params=functools.partial(decode_params, config),
+        prefill=functools.partial(prefill, config),
+        decode=functools.partial(decode, config),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ whole rows
+
+
+def hidden(
+    config: TransformerConfig,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    segments: Int[Array, "b t"] | None = None,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "b t {config.width}"]:
+    """Hidden states after the last norm. With `dropout_key`, dropout on the residual branches.
+
+    Raises:
+        ValueError: the rows are longer than `config.max_length`.
+    """
+    _check_length(config, tokens.shape[1])
+    position = segment_positions(segments) if segments is not None else jnp.arange(tokens.shape[1])[None]
+    rotation = _rotation(config, position)
+
+    def layer(x, xs):
+        weights, key = xs
+        return _layer(config, weights, x, rotation, segments, key)[0], None
+
+    if config.remat:
+        # prevent_cse guards a recomputation that XLA could merge with the forward pass; inside a scan it cannot.
+        layer = jax.checkpoint(layer, prevent_cse=not config.scan)
+    keys = None if dropout_key is None or not config.dropout else jax.random.split(dropout_key, config.layers)
+    x = _embed(config, params, tokens, position)
+    if config.scan:
+        x, _ = jax.lax.scan(layer, x, (params["layers"], keys))
+    else:
+        for i in range(config.layers):
+            x, _ = layer(x, (_at(params["layers"], i), None if keys is None else keys[i]))
+    return _norm(config, params["norm"], x)
+
+
+def logits(config: TransformerConfig, params: Params, hidden: Float[Array, "*s d"]) -> Float[Array, "*s v"]:
+    """Unnormalised log-probabilities of the next token, from the head or, where there is none, the embedding table."""
+    head = params["head"] if "head" in params else params["embed"].T
+    return _product(config, hidden, head)
+
+
+def segment_positions(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Place of each token within its own packed text."""
+    index = jnp.arange(segments.shape[1])
+    start = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return (index - jax.lax.cummax(jnp.where(start, index, 0), axis=1)).astype(segments.dtype)
+
+
+def _check_length(config: TransformerConfig, length: int) -> None:
+    if length > config.max_length:
+        raise ValueError(
+            f"rows of {length} tokens exceed max_length={config.max_length}: shorten them or build a model with a longer one"
+        )
+
+
+def _at(layers: Params, i: int) -> Params:
+    """Layer i of a stack, or of the tuple that `decode_params` made of it."""
+    return layers[i] if isinstance(layers, tuple) else jax.tree.map(lambda w: w[i], layers)
+
+
+def _embed(config, params, tokens, position):
+    # Ids at padded places may be anything. Clipped, because the default fills with NaN, which 0 * NaN would spread.
+    x = params["embed"].at[tokens].get(mode="clip")
+    if config.positions == "learned":
+        x = x + params["positions"].at[position].get(mode="clip")
+    return _constrain(x)
+
+
+def _constrain(x: jax.Array) -> jax.Array:
+    return sharding.constrain(x, "batch", "length", "residual")
+
+
+def _layer(config, weights, x, rotation, segments, key):
+    """One layer; also its keys and values [B,T,K,E]."""
+    b, t, _ = x.shape
+    query, k, v = _heads(config, weights, _norm(config, weights["attention_norm"], x), rotation)
+    mixed = attention(query, k, v, segments).reshape(b, t, -1)
+    keys = (None, None) if key is None else jax.random.split(key)
+    x = x + _dropout(config, keys[0], _product(config, mixed, weights["output"]))
+    x = x + _dropout(config, keys[1], _mlp(config, weights, _norm(config, weights["mlp_norm"], x)))
+    return _constrain(x), (k, v)
+
+
+def _heads(config, weights, x, rotation):
+    """Query [..., H, E], key and value [..., K, E] of normalised states [..., D]."""
+    query, key, value = (
+        _product(config, x, weights[name]).reshape(*x.shape[:-1], -1, config.head_width) for name in ("query", "key", "value")
+    )
+    return _rotate(query, rotation), _rotate(key, rotation), value
+
+
+def _mlp(config, weights, x):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202) or GELU in its tanh form, as in GPT-2."""
+    up = _product(config, x, weights["up"])
+    if config.mlp == "swiglu":
+        inner = jax.nn.silu(_product(config, x, weights["gate"])) * up
+    else:
+        inner = jax.nn.gelu(up, approximate=True)
+    return _product(config, inner, weights["down"])
+
+
+def _norm(config, weights, x):
+    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467 equation 4) or LayerNorm (Ba et al. 2016, arXiv 1607.06450)."""
+    if config.norm == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon) * weights["scale"]
+    return x + weights["bias"] if config.norm == "layer" else x
+
+
+def _rotation(config, position):
+    """cos and sin [..., 1, E/2] of rotary positions; None with learned ones. Source: Su et al. 2021, arXiv 2104.09864."""
+    if config.positions == "learned":
+        return None
+    half = config.head_width // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = position[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _rotate(x, rotation):
+    """Turn the pairs (x_i, x_{i+E/2}), which is the order of Llama's published weights."""
+    if rotation is None:
+        return x
+    cos, sin = rotation
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def _dropout(config, key, x):
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - config.dropout, x.shape)
+    return jnp.where(keep, x / (1 - config.dropout), 0)
+
+
+# ------------------------------------------------------------------------------------------------ weight products
+
+
+def _product(config: TransformerConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., in] @ weight [in, out] -> float32 [..., out] with operands of the type `config.dtype`."""
+    # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
+    rows = x.reshape(-1, x.shape[-1])
+    return _matmul(jnp.dtype(config.dtype), rows, weight).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(dtype, x, weight):
+    return jnp.matmul(x.astype(dtype), weight.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def _matmul_forward(dtype, x, weight):
+    return _matmul(dtype, x, weight), (x.astype(dtype), weight.astype(dtype))
+
+
+def _matmul_backward(dtype, residual, g):
+    # The rule that autodiff derives would multiply a float32 gradient with narrow operands, in float32.
+    x, weight = residual
+    g = g.astype(dtype)
+    dx = jnp.matmul(g, weight.T, preferred_element_type=jnp.float32)
+    return dx, jnp.matmul(x.T, g, preferred_element_type=jnp.float32)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def decode_params(config: TransformerConfig, params: Params) -> Params:
+    """Weights as `prefill`, `decode` and `logits` read them while sampling: products' operands in `config.dtype`.
+
+    On a CPU the stack of layers becomes a tuple, because indexing a stacked array there copies it at every step.
+    The embedding table stays float32 for look-ups; a tied head becomes a separate narrow copy of it.
+    """
+    dtype = jnp.dtype(config.dtype)
+    layers = {name: w if isinstance(w, dict) else w.astype(dtype) for name, w in params["layers"].items()}
+    if jax.default_backend() == "cpu":
+        layers = tuple(_at(layers, i) for i in range(config.layers))
+    head = params["embed"].T if config.tied_head else params["head"]
+    return params | {"layers": layers, "head": head.astype(dtype)}
+
+
+def prefill(
+    config: TransformerConfig, params: Params, tokens: Int[Array, "p w"], length: Int[Array, " p"], n: int, width: int
+) -> tuple[Float[Array, "p {config.width}"], Cache]:
+    """Hidden state of each prompt's last token, and the cache for n responses of at most `width` tokens to each.
+
+    The cache holds, for each layer, keys and values of the prompts `[prompts, K, P, E]` once for their n samples, and
+    those of the responses `[prompts * n, K, R, E]`, written at one common place by each decode step.
+
+    Raises:
+        ValueError: prompt and response together are longer than `config.max_length`.
+    """
+    prompts, prompt_width = tokens.shape
+    _check_length(config, prompt_width + width)
+    position = jnp.arange(prompt_width)[None]
+    rotation = _rotation(config, position)
+    x = _embed(config, params, tokens, position)
+    cached = []
+    for i in range(config.layers):
+        x, (k, v) = _layer(config, _at(params["layers"], i), x, rotation, None, None)
+        cached.append((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+    last = jnp.take_along_axis(x, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
+    empty = tuple(jnp.zeros((prompts * n, config.kv_heads, width, config.head_width)) for _ in range(config.layers))
+    cache = {
+        "length": length,
+        "prompt": tuple(cached),
+        "response": tuple((e, e) for e in empty),
+    }
+    return _norm(config, params["norm"], last), cache
+
+
+def decode(
+    config: TransformerConfig, params: Params, cache: Cache, token: Int[Array, " b"], step: Int[Array, ""] | int
+) -> tuple[Float[Array, "b {config.width}"], Cache]:
+    """Read response token number `step` (0, 1, ...) of every row; its hidden state and the grown cache."""
+    n = token.shape[0] // cache["length"].shape[0]
+    position = jnp.repeat(cache["length"], n) + step
+    rotation = _rotation(config, position)
+    x = params["embed"].at[token].get(mode="clip")
+    if config.positions == "learned":
+        x = x + params["positions"].at[position].get(mode="clip")
+    x = sharding.constrain(x, "batch", "residual")
+    grown = []
+    for i in range(config.layers):
+        weights = _at(params["layers"], i)
+        query, k, v = _heads(config, weights, _norm(config, weights["attention_norm"], x), rotation)
+        response = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, new[:, :, None], step, axis=2)
+            for old, new in zip(cache["response"][i], (k, v), strict=True)
+        )
+        mixed = _decode_attention(query, cache["prompt"][i], response, cache["length"], step)
+        x = x + _product(config, mixed, weights["output"])
+        x = x + _mlp(config, weights, _norm(config, weights["mlp_norm"], x))
+        x = sharding.constrain(x, "batch", "residual")
+        grown.append(response)
+    return _norm(config, params["norm"], x), cache | {"response": tuple(grown)}
+
+
+def _decode_attention(query, prompt, response, length, step):
+    """Attention [B, H*E] of one query a row over its prompt's keys and its own response's, with one softmax over both."""
+    b, h, e = query.shape
+    prompts, k, p, _ = prompt[0].shape
+    n, group, r = b // prompts, h // k, response[0].shape[2]
+    query = query.reshape(prompts, n, k, group, e) / math.sqrt(e)
+    at_prompt = jnp.einsum("pnkge,pkse->pnkgs", query, prompt[0])
+    at_response = jnp.einsum("pnkge,pnkse->pnkgs", query, response[0].reshape(prompts, n, k, r, e))
+    at_prompt = jnp.where((jnp.arange(p) < length[:, None])[:, None, None, None], at_prompt, MASKED)
+    at_response = jnp.where(jnp.arange(r) <= step, at_response, MASKED)
+    weights = jax.nn.softmax(jnp.concatenate([at_prompt, at_response], axis=-1), axis=-1)
+    mixed = jnp.einsum("pnkgs,pkse->pnkge", weights[..., :p], prompt[1])
+    mixed += jnp.einsum("pnkgs,pnkse->pnkge", weights[..., p:], response[1].reshape(prompts, n, k, r, e))
+    return mixed.reshape(b, h * e)
