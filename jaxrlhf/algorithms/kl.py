@@ -1,0 +1,54 @@
+"""Estimates of KL(policy || reference) from the policy's own samples, and the controller of its coefficient."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxrlhf.core import masking
+
+Estimator = Literal["k1", "k2", "k3"]
+
+
+def estimate(
+    logprobs: Float[Array, "b r"], ref_logprobs: Float[Array, "b r"], mask: Bool[Array, "b r"], estimator: Estimator
+) -> Float[Array, "b r"]:
+    """KL in nats at each response token, 0 where masked. With d = log policy - log reference of the token drawn:
+
+    k1 = d is unbiased with high variance and may be negative; k2 = d^2 / 2 is biased, never negative, and its gradient is
+    the KL's; k3 = exp(-d) - 1 + d is unbiased, never negative. As a loss only k2 has the right gradient in expectation:
+    k1's is zero and k3's is that of KL(reference || policy).
+    Source: J. Schulman, "Approximating KL divergence" (2020); limits of k3 as in verl `kl_penalty_forward`.
+    """
+    difference = masking.masked(logprobs - ref_logprobs, mask)
+    match estimator:
+        case "k1":
+            return difference
+        case "k2":
+            return 0.5 * jnp.square(difference)
+        case "k3":
+            # exp overflows float32 beyond 88, and one such token would outweigh a whole batch.
+            difference = jnp.clip(difference, -20.0, 20.0)
+            return jnp.clip(jnp.expm1(-difference) + difference, 0.0, 10.0)
+
+
+def sequence_kl(
+    logprobs: Float[Array, "b r"], ref_logprobs: Float[Array, "b r"], mask: Bool[Array, "b r"]
+) -> Float[Array, " b"]:
+    """k1 summed over each response, in nats: what is reported, and what the controller steers."""
+    return estimate(logprobs, ref_logprobs, mask, "k1").sum(axis=1)
+
+
+def adapt(
+    coefficient: Float[Array, ""], kl: Float[Array, ""], sequences: Float[Array, ""], target: float, horizon: float
+) -> Float[Array, ""]:
+    """The next KL coefficient: larger where the batch's mean KL per sequence (`kl`, nats) lies above `target`.
+
+    coefficient * (1 + clip(kl / target - 1, -0.2, 0.2) * sequences / horizon)
+    Source: Ziegler et al. 2019, section 2.2; openai/lm-human-preferences `AdaptiveKLController`.
+    """
+    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+    return jax.lax.stop_gradient(coefficient * (1.0 + error * sequences / horizon))

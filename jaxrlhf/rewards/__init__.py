@@ -1,0 +1,1 @@
+"""What a response is worth: by a learned model, or by a rule."""
