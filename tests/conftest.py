@@ -40,7 +40,7 @@ else:
     def typechecked(function):
         """beartype for every function but the `__init__` of a dataclass.
 
-        A pytree of shapes, shardings or tracers is built by the same `__init__` as one of arrays, so its fields cannot be checked.
+        A pytree of shapes or shardings is built by the same `__init__` as one of arrays, so its fields cannot be checked.
         """
         return function if function.__name__ == "__init__" else beartype.beartype(function)
 
