@@ -1,0 +1,1 @@
+"""Text in, batches out: data sets, tokenizer, sources and pipelines."""

@@ -1,0 +1,413 @@
+"""From texts to batches. Every batch is a pure function of the step number: a resumed run reads what the unbroken one would.
+
+Arrays are NumPy; a data set is a `grain.MapDataset`, of which `dataset[step]` is the batch of that step. The order of rows is a
+fresh stateless permutation each epoch. The rows of a batch never depend on what was read before.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxrlhf.core.types import Preferences, Prompts
+from jaxrlhf.data.human_sentiment import DOMAINS, Rating
+from jaxrlhf.data.tokenizer import BOS, EOS, PAD, Tokenizer
+
+Arrays = dict[str, np.ndarray]
+
+_PLAIN = str.maketrans({"‘": "'", "’": "'", "`": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "..."})
+
+
+def clean(text: str) -> str:
+    """Lower case, straight quotes and dashes, single spaces: the form of every text that a default run reads."""
+    return " ".join(text.translate(_PLAIN).lower().split())
+
+
+def pad_rows(rows: Sequence[Sequence[int]], width: int, pad: int = PAD) -> tuple[Int[np.ndarray, "n w"], Int[np.ndarray, " n"]]:
+    """Rows of ids right-padded to `width`, and their lengths.
+
+    Raises:
+        ValueError: a row is longer than `width`.
+    """
+    length = np.fromiter(map(len, rows), np.int32, len(rows))
+    if len(rows) and length.max() > width:
+        raise ValueError(
+            f"row {length.argmax()} has {length.max()} tokens, more than the width {width}: cut it or choose a larger width"
+        )
+    tokens = np.full((len(rows), width), pad, np.int32)
+    tokens[np.arange(width) < length[:, None]] = np.fromiter(itertools.chain.from_iterable(rows), np.int32, length.sum())
+    return tokens, length
+
+
+def pack(
+    rows: Sequence[Sequence[int]], width: int, bos: int = BOS, eos: int = EOS, pad: int = PAD
+) -> tuple[Int[np.ndarray, "n w"], Int[np.ndarray, "n w"]]:
+    """The stream bos + text + eos of all texts, cut every `width` tokens: (tokens, segments). Only the last row has padding.
+
+    `segments` counts the texts of a row from 1 (a text that began in the row before counts too); 0 is padding.
+    """
+    length = np.fromiter(map(len, rows), np.int64, len(rows)) + 2
+    ends = np.cumsum(length)
+    total = int(length.sum())
+    height = -(-total // width)
+    begins = np.zeros(height * width, np.int64)
+    begins[ends - length] = 1
+    is_text = np.arange(height * width) < total
+    is_text[ends - length] = is_text[ends - 1] = False
+    stream = np.full(height * width, pad, np.int32)
+    stream[ends - length], stream[ends - 1] = bos, eos
+    stream[is_text] = np.fromiter(itertools.chain.from_iterable(rows), np.int32, total - 2 * len(rows))
+    number = np.cumsum(begins).reshape(height, width)
+    segments = (number - number[:, :1] + 1).astype(np.int32)
+    segments.reshape(-1)[total:] = 0
+    return stream.reshape(height, width), segments
+
+
+def continuation_rows(
+    rows: Sequence[Sequence[int]], width: int = 36, shortest: int = 8, longest: int = 33, context: int = 4
+) -> Arrays:
+    """Fine-tuning rows bos + text + eos, one text each, of texts of `shortest` to `longest` tokens; the others are left out.
+
+    Returns tokens [N, width], prompt_len [N] (bos and `context` tokens), response_len [N] (the rest and EOS), row [N]
+    (index into `rows`).
+
+    Raises:
+        ValueError: `width` has no room for the longest text, or no text is left.
+    """
+    if longest + 2 > width or not 0 < context < shortest:
+        raise ValueError(
+            f"width={width}, shortest={shortest}, longest={longest}, context={context}: "
+            "need longest + 2 <= width and 0 < context < shortest"
+        )
+    kept = np.array([i for i, row in enumerate(rows) if shortest <= len(row) <= longest], np.int32)
+    if not len(kept):
+        raise ValueError(f"none of {len(rows)} texts has {shortest} to {longest} tokens: change shortest or longest")
+    tokens, length = pad_rows([[BOS, *rows[i], EOS] for i in kept], width)
+    prompt_len = np.full_like(length, 1 + context)
+    return {"tokens": tokens, "prompt_len": prompt_len, "response_len": length - prompt_len, "row": kept}
+
+
+def reply_rows(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], prompt_width: int = 16, response_width: int = 32
+) -> Arrays:
+    """Fine-tuning rows bos + turn + eos + reply + eos of (turn, reply) ids that fit; the others are left out.
+
+    Returns tokens [N, prompt_width + response_width], prompt_len [N] (bos, turn, eos), response_len [N], row [N].
+
+    Raises:
+        ValueError: no pair fits.
+    """
+    kept = [i for i, (turn, reply) in enumerate(pairs) if len(turn) + 2 <= prompt_width and len(reply) + 1 <= response_width]
+    if not kept:
+        raise ValueError(f"none of {len(pairs)} pairs fits into {prompt_width} + {response_width} tokens: widen them")
+    tokens, length = pad_rows([[BOS, *pairs[i][0], EOS, *pairs[i][1], EOS] for i in kept], prompt_width + response_width)
+    prompt_len = np.fromiter((len(pairs[i][0]) + 2 for i in kept), np.int32, len(kept))
+    return {"tokens": tokens, "prompt_len": prompt_len, "response_len": length - prompt_len, "row": np.array(kept, np.int32)}
+
+
+def evaluation_rows(rows: Sequence[Sequence[int]], tokenizer: Tokenizer, width: int = 64) -> Arrays:
+    """Held-out rows bos + text + eos, cut to `width`: tokens [N, width], length [N], characters [N] of the kept tokens.
+
+    Bits per character are the total negative log-likelihood of tokens 1 .. length-1, over log 2 and the total characters.
+    """
+    full = [[BOS, *row, EOS][:width] for row in rows]
+    tokens, length = pad_rows(full, width)
+    characters = np.fromiter((len(tokenizer.decode(row)) for row in full), np.int32, len(full))
+    return {"tokens": tokens, "length": length, "characters": characters}
+
+
+def cut_prompts(
+    rows: Sequence[Sequence[int]], tokenizer: Tokenizer, seed: int, shortest: int = 2, longest: int = 7, width: int = 8
+) -> Prompts:
+    """Prompts: bos and the first words of each text. The cut falls before a word, after `shortest` to `longest` tokens.
+
+    Where several cuts are possible `seed` chooses; a text without any is left out. `row` and `uid` are its index in `rows`.
+
+    Raises:
+        ValueError: `width` has no room for the longest prompt, or no text can be cut.
+    """
+    if longest + 1 > width or not 1 <= shortest <= longest:
+        raise ValueError(f"width={width}, shortest={shortest}, longest={longest}: need 1 <= shortest <= longest < width")
+    uniform = np.random.default_rng(seed).random(len(rows))
+    prompts, kept = [], []
+    for i, row in enumerate(rows):
+        cuts = [k for k in range(shortest, min(longest, len(row) - 1) + 1) if tokenizer.starts_word[row[k]]]
+        if cuts:
+            prompts.append([BOS, *row[: cuts[int(uniform[i] * len(cuts))]]])
+            kept.append(i)
+    if not kept:
+        raise ValueError(f"none of {len(rows)} texts can be cut after {shortest} to {longest} tokens: give longer texts")
+    tokens, length = pad_rows(prompts, width)
+    row = np.array(kept, np.int32)
+    return Prompts(tokens=tokens, length=length, uid=row, row=row)
+
+
+def turn_prompts(turns: Sequence[Sequence[int]], width: int = 16) -> Prompts:
+    """Chat prompts bos + turn + eos of the turns that fit into `width`; the others are left out."""
+    kept = [i for i, turn in enumerate(turns) if len(turn) + 2 <= width]
+    if not kept:
+        raise ValueError(f"none of {len(turns)} turns fits into {width} tokens: widen it")
+    tokens, length = pad_rows([[BOS, *turns[i], EOS] for i in kept], width)
+    row = np.array(kept, np.int32)
+    return Prompts(tokens=tokens, length=length, uid=row, row=row)
+
+
+def take_prompts(prompts: Prompts, index: slice | np.ndarray) -> Prompts:
+    """Some of the prompts."""
+    return Prompts(prompts.tokens[index], prompts.length[index], prompts.uid[index], prompts.row[index])
+
+
+# --- order ----------------------------------------------------------------------------------------------------------
+
+
+def order(rows: int, seed: int) -> Any:
+    """An endless `grain.MapDataset` of row numbers: every epoch another permutation of `range(rows)`.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    import grain
+
+    if rows < 1:
+        raise ValueError("the data set is empty: there is nothing to draw batches from")
+    return grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
+
+
+def _span(rows: Any, start: int, stop: int) -> Int[np.ndarray, " n"]:
+    return np.fromiter((rows[i] for i in range(start, stop)), np.int64, stop - start)
+
+
+def by_step(batch: Callable[[int], Any], steps: int | None = None) -> Any:
+    """A `grain.MapDataset` with `batch(step)` at every step; endless, or repeating after `steps`."""
+    import grain
+
+    return grain.MapDataset.range(np.iinfo(np.int32).max if steps is None else steps).map(lambda step: batch(int(step)))
+
+
+def _height(arrays: Mapping[str, np.ndarray]) -> int:
+    heights = {name: len(array) for name, array in arrays.items()}
+    if len(set(heights.values())) != 1:
+        raise ValueError(f"the arrays of a data set must have equally many rows, not {heights}")
+    return next(iter(heights.values()))
+
+
+def batches(arrays: Mapping[str, np.ndarray], batch_size: int, seed: int) -> Any:
+    """Endless batches of the rows of `arrays`: `dataset[step]` is {name: [batch_size, ...]}.
+
+    Raises:
+        ValueError: no rows, unequally many rows, or batch_size < 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    rows = order(_height(arrays), seed)
+
+    def batch(step: int) -> Arrays:
+        taken = _span(rows, step * batch_size, (step + 1) * batch_size)
+        return {name: array[taken] for name, array in arrays.items()}
+
+    return by_step(batch)
+
+
+def prompt_batches(prompts: Prompts, batch_size: int, seed: int) -> Any:
+    """Endless batches of prompts. `uid` is the place in the stream, so that no two prompts of a batch share a random stream."""
+    rows = order(len(prompts.row), seed)
+
+    def batch(step: int) -> Prompts:
+        taken = take_prompts(prompts, _span(rows, step * batch_size, (step + 1) * batch_size))
+        return taken.replace(uid=(step * batch_size + np.arange(batch_size)).astype(np.int32))
+
+    return by_step(batch)
+
+
+def _read_before(step: int, batch_size: int, steps: int, share: tuple[float, float]) -> int:
+    """Rows of the second source in steps 0 .. step-1, when its share of a batch rises linearly from share[0] to share[1]."""
+    slope = (share[1] - share[0]) / max(steps - 1, 1)
+    return int(np.floor(batch_size * (share[0] * step + slope * step * (step - 1) / 2) + 1e-9))
+
+
+def mixed_rows_read(batch_size: int, steps: int, share: tuple[float, float]) -> tuple[int, int]:
+    """Rows that `mixed` reads of each source in `steps` steps: no more of a large source need be encoded."""
+    second = _read_before(steps, batch_size, steps, share)
+    return batch_size * steps - second, second
+
+
+def mixed(
+    first: Mapping[str, np.ndarray],
+    second: Mapping[str, np.ndarray],
+    batch_size: int,
+    seed: int,
+    steps: int,
+    share: tuple[float, float] = (0.35, 0.95),
+) -> Any:
+    """Batches of two sources; the share of the second rises linearly from share[0] at step 0 to share[1] at the last step.
+
+    Each source is read in its own stateless order without leaving a row out. Rows of the second source come last in a batch.
+
+    Raises:
+        ValueError: a share outside [0, 1], other names in the two sources, or no rows.
+    """
+    if not (0 <= share[0] <= 1 and 0 <= share[1] <= 1):
+        raise ValueError(f"share={share} must be two numbers in [0, 1]")
+    if set(first) != set(second):
+        raise ValueError(f"the two sources must have the same arrays, not {sorted(first)} and {sorted(second)}")
+    orders = order(_height(first), seed), order(_height(second), seed + 1)
+
+    def batch(step: int) -> Arrays:
+        low, high = (_read_before(s, batch_size, steps, share) for s in (step, step + 1))
+        of_second = _span(orders[1], low, high)
+        of_first = _span(orders[0], batch_size * step - low, batch_size * (step + 1) - high)
+        return {name: np.concatenate([first[name][of_first], second[name][of_second]]) for name in first}
+
+    return by_step(batch, steps)
+
+
+# --- comparisons ----------------------------------------------------------------------------------------------------
+
+
+def rated_rows(ratings: Sequence[Rating], tokenizer: Tokenizer, width: int = 64) -> Arrays:
+    """Rated texts as rows bos + clean text + eos, cut to `width` (a cut row has no EOS).
+
+    Returns tokens [N, width], length [N], rating [N] (mean over the people), domain [N] (index into `DOMAINS`).
+    """
+    encoded = tokenizer.encode_batch([clean(rating.text) for rating in ratings])
+    tokens, length = pad_rows([[BOS, *row, EOS][:width] for row in encoded], width)
+    return {
+        "tokens": tokens,
+        "length": length,
+        "rating": np.array([rating.mean for rating in ratings], np.float32),
+        "domain": np.array([DOMAINS.index(rating.domain) for rating in ratings], np.int32),
+    }
+
+
+def choose_widths(length: Int[np.ndarray, " n"], buckets: int, count: int = 4, multiple: int = 8) -> tuple[int, ...]:
+    """At most `count` row widths, multiples of `multiple`, that pad `buckets` equal quantiles of the lengths least.
+
+    Each width is a program to compile (seconds), each padded token is computed for nothing.
+    """
+    longest = np.sort(length)[np.minimum(np.arange(1, buckets + 1) * len(length) // buckets, len(length)) - 1]
+    needed = -(-longest // multiple) * multiple
+    choices = sorted(set(needed.tolist()))
+    best = min(
+        (subset for subset in itertools.combinations(choices, min(count, len(choices))) if subset[-1] == choices[-1]),
+        key=lambda subset: np.asarray(subset)[np.searchsorted(subset, needed)].sum(),
+    )
+    return tuple(best)
+
+
+def _width(length: Int[np.ndarray, "*n"], widths: Sequence[int]) -> int:
+    """The smallest of the widths that holds the longest row."""
+    longest = int(length.max())
+    fitting = [width for width in widths if width >= longest]
+    if not fitting:
+        raise ValueError(f"a row has {longest} tokens, more than the largest width {max(widths)}: add a width")
+    return min(fitting)
+
+
+def _resize(tokens: Int[np.ndarray, "n t"], width: int) -> Int[np.ndarray, "n {width}"]:
+    """Rows cut or padded to `width`; only padding is cut."""
+    return np.pad(tokens[:, :width], ((0, 0), (0, max(0, width - tokens.shape[1]))), constant_values=PAD)
+
+
+def rated_sets(rows: Arrays, size: int, seed: int, widths: Sequence[int], window: int = 12, sets: int = 1) -> Any:
+    """Endless batches for the reward model: `sets` sets of `size` texts of all domains, each set compared within itself.
+
+    Rows are sorted by length within `window` batches and a batch is as wide as the smallest of `widths` that holds it;
+    the batches of a window come in an order drawn by (seed, window). `dataset[step]` is what `reward.from_ratings` takes:
+    {tokens [sets, size, T], length, rating, domain [sets, size]}.
+
+    Raises:
+        ValueError: fewer rows than one batch, or a row longer than the largest width.
+    """
+    height, total = _height(rows), size * sets
+    if height < total:
+        raise ValueError(f"{height} rated texts are fewer than one batch of {total}: take smaller sets")
+    if rows["length"].max() > max(widths):
+        raise ValueError(f"a text has {rows['length'].max()} tokens, more than the largest width {max(widths)}: add a width")
+    stream = order(height, seed)
+
+    def batch(step: int) -> Arrays:
+        number, place = divmod(step, window)
+        taken = _span(stream, number * window * total, (number + 1) * window * total)
+        taken = taken[np.argsort(rows["length"][taken], kind="stable")].reshape(window, total)
+        taken = taken[np.random.default_rng([seed, number]).permutation(window)[place]]
+        taken = np.random.default_rng([seed, step, 1]).permutation(taken)  # else one set would get the shorter texts
+        parts = {name: array[taken] for name, array in rows.items()}
+        parts["tokens"] = _resize(parts["tokens"], _width(parts["length"], widths))
+        return {name: array.reshape(sets, size, *array.shape[1:]) for name, array in parts.items()}
+
+    return by_step(batch)
+
+
+def real_share(dataset: Any, steps: int) -> float:
+    """Share of the tokens of the first `steps` batches of `rated_sets` that are not padding."""
+    seen = [dataset[step] for step in range(steps)]
+    return sum(int(batch["length"].sum()) for batch in seen) / sum(batch["tokens"].size for batch in seen)
+
+
+def compared_sets(
+    rows: Arrays,
+    pairs: Preferences,
+    size: tuple[int, int],
+    seed: int,
+    widths: Sequence[int],
+    min_gap: float = 0.5,
+    window: int = 12,
+) -> Any:
+    """Endless batches that mix rated texts with chosen pairs: one set of size[0] texts and size[1] pairs, compared in itself.
+
+    Pairs have the weights of their labels (a tie counts half each way); all the pairs of rated texts together weigh as much
+    as all the chosen pairs. `dataset[step]` has the fields of `reward.Batch` but `margin`: tokens [1, N, T], prompt_len,
+    response_len [1, N], preferred [1, N, N], with N = size[0] + 2 * size[1].
+
+    Raises:
+        ValueError: as `rated_sets`, or there are no pairs.
+    """
+    if pairs.tokens.shape[1] != 2:
+        raise ValueError(f"sets of {pairs.tokens.shape[1]} responses: only pairs can be mixed with rated texts")
+    rated = rated_sets(rows, size[0], seed, widths, window)
+    stream = order(len(pairs.label), seed + 1)
+
+    def batch(step: int) -> Arrays:
+        texts = rated[step]
+        taken = _span(stream, step * size[1], (step + 1) * size[1])
+        two = {name: np.asarray(getattr(pairs, name))[taken] for name in ("tokens", "prompt_len", "response_len")}
+        prompt_len = np.concatenate([np.zeros(size[0], np.int32), two["prompt_len"].reshape(-1)])
+        response_len = np.concatenate([texts["length"][0], two["response_len"].reshape(-1)])
+        width = _width(prompt_len + response_len, widths)
+        tokens = np.concatenate([_resize(texts["tokens"][0], width), _resize(two["tokens"].reshape(2 * size[1], -1), width)])
+        label = np.where(np.asarray(pairs.tie)[taken], 0.5, np.asarray(pairs.label)[taken])
+        weight = np.asarray(pairs.weight)[taken]
+        preferred = _balance(
+            _rated_pairs(texts["rating"][0], texts["domain"][0], min_gap), weight * label, weight * (1 - label)
+        )
+        return {
+            "tokens": tokens[None],
+            "prompt_len": prompt_len[None],
+            "response_len": response_len[None],
+            "preferred": preferred[None],
+        }
+
+    return by_step(batch)
+
+
+def _rated_pairs(rating: Float[np.ndarray, " n"], domain: Int[np.ndarray, " n"], min_gap: float) -> Float[np.ndarray, "n n"]:
+    """As `algorithms/reward.py` `rated_pairs`, which this folder may not import."""
+    gap = rating[:, None] - rating
+    return ((gap >= min_gap - 1e-5) & (gap > 0) & (domain[:, None] == domain)).astype(np.float32)
+
+
+def _balance(
+    rated: Float[np.ndarray, "n n"], forward: Float[np.ndarray, " k"], backward: Float[np.ndarray, " k"]
+) -> Float[np.ndarray, "m m"]:
+    """One matrix of weights of N texts and K pairs, the texts' pairs scaled to the total weight of the chosen ones."""
+    texts, pairs = len(rated), len(forward)
+    preferred = np.zeros((texts + 2 * pairs,) * 2, np.float32)
+    total = float(forward.sum() + backward.sum())
+    preferred[:texts, :texts] = rated * (total / max(float(rated.sum()), 1.0))
+    first = texts + 2 * np.arange(pairs)
+    preferred[first, first + 1], preferred[first + 1, first] = forward, backward
+    return preferred

@@ -1,0 +1,287 @@
+"""Where rows come from: JSON lines, TFDS folders, lists in memory. A source has `len()` and `[i]`: all that grain asks for.
+
+Reading is strict. A malformed file is refused before its first row is used, with `file:line: field: problem`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import gzip
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """The fields of a row. Further fields are kept as they are, unless their name looks like a misspelling of one of these."""
+
+    required: Mapping[str, type]
+    optional: Mapping[str, type] = dataclasses.field(default_factory=dict)
+    filled: frozenset[str] = frozenset()  # text fields that may not be empty or white space only
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else NAMES.get(type(value), type(value).__name__)
+
+
+def _matches(value: Any, kind: type) -> bool:
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind  # exact, since True is an int
+
+
+def _text_problem(text: str) -> str | None:
+    """Why `text` could not be written and read back unchanged, if so."""
+    if "\0" in text:
+        return f"NUL character at position {text.index(chr(0))}: remove it"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"lone surrogate \\u{ord(text[error.start]):04x} at position {error.start}: this is half a character, replace it"
+    return None
+
+
+def _hidden_problem(value: Any) -> str | None:
+    """The first such problem anywhere inside a value."""
+    if isinstance(value, str):
+        return _text_problem(value)
+    parts = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else ()
+    return next((problem for problem in map(_hidden_problem, parts) if problem), None)
+
+
+def row_problem(row: Mapping[str, Any], schema: Schema) -> tuple[str, str] | None:
+    """(field, what is wrong with it) of the first fault of a row, or None."""
+    fields = {**schema.required, **schema.optional}
+    for name in row:
+        near = difflib.get_close_matches(name, [field for field in fields if field not in row], n=1, cutoff=0.8)
+        if name not in fields and near:
+            return name, f"unknown field; did you mean '{near[0]}'?"
+    for name, kind in fields.items():
+        if name not in row:
+            if name in schema.required:
+                return name, f"missing field; the row has {', '.join(row) or 'none'}"
+            continue
+        if not _matches(row[name], kind):
+            return name, f"must be {NAMES[kind]}, not {_kind(row[name])}"
+        if name in schema.filled and not row[name].strip():
+            return name, "is empty"
+    for name, value in row.items():
+        if problem := _text_problem(name) or _hidden_problem(value):
+            return name, problem
+    return None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _FieldError(
+            next(name for i, name in enumerate(names) if name in names[:i]), "the field stands twice in one object"
+        )
+    return row
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"number {text} is too large for a float64")
+    return value
+
+
+def _constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON; write null or leave the field out")
+
+
+class _FieldError(ValueError):
+    """A fault of one field."""
+
+
+def parse_line(line: bytes, schema: Schema, place: str, max_bytes: int) -> dict[str, Any]:
+    """One line of a JSON-lines file as a checked row.
+
+    Raises:
+        ValueError: `place: field: problem`, or `place: problem` where no field is to blame.
+    """
+    if len(line) > max_bytes:
+        raise ValueError(f"{place}: the line is longer than {max_bytes:,} bytes; split the row or raise max_bytes")
+    if line.startswith(b"\xef\xbb\xbf"):
+        raise ValueError(f"{place}: byte-order mark at the start; save the file as UTF-8 without one")
+    if not line.strip():
+        raise ValueError(f"{place}: blank line; remove it")
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from None
+    try:
+        row = json.loads(text, object_pairs_hook=_unique, parse_float=_number, parse_constant=_constant)
+    except _FieldError as error:
+        raise ValueError(f"{place}: {error.args[0]}: {error.args[1]}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON: {error.msg} at column {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError(f"{place}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: must be an object {{...}}, not {_kind(row)}")
+    if problem := row_problem(row, schema):
+        raise ValueError(f"{place}: {problem[0]}: {problem[1]}")
+    return row
+
+
+def _lines(path: Path, max_bytes: int) -> Iterator[tuple[int, int, bytes]]:
+    """(line number from 1, byte offset, line without its newline); a line is cut soon after `max_bytes`, never read whole."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give a .jsonl or .jsonl.gz file")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            number, offset = 0, 0
+            while line := file.readline(max_bytes + 2):
+                number += 1
+                yield number, offset, line.removesuffix(b"\n")
+                offset += len(line)
+                while not line.endswith(b"\n") and (line := file.readline(1 << 20)):  # the rest of a cut line
+                    offset += len(line)
+    except (gzip.BadGzipFile, EOFError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise PermissionError(f"{path}: not readable by this user") from None
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+
+
+def read_jsonl(
+    path: Path | str, schema: Schema, max_bytes: int = 10_000_000, rejects: Path | str | None = None
+) -> list[dict[str, Any]]:
+    """All rows of a `.jsonl` or `.jsonl.gz` file. Nothing is returned unless every line is good.
+
+    With `rejects`, bad lines are left out and written there instead, one JSON object `{line, problem}` each.
+
+    Raises:
+        ValueError: `file:line: field: problem` of the first bad line, or the file is empty.
+        FileNotFoundError, PermissionError: naming the file.
+    """
+    path, rows, bad = Path(path), [], []
+    for number, _, line in _lines(path, max_bytes):
+        try:
+            rows.append(parse_line(line, schema, f"{path}:{number}", max_bytes))
+        except ValueError as error:
+            if rejects is None:
+                raise
+            bad.append({"line": number, "problem": str(error)})
+    if rejects is not None:
+        Path(rejects).write_text("".join(json.dumps(entry) + "\n" for entry in bad), encoding="utf-8")
+    if not rows:
+        raise ValueError(
+            f"{path}: no rows" + (f"; all {len(bad)} lines are bad, see {rejects}" if bad else "; the file is empty")
+        )
+    return rows
+
+
+def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines, whole or not at all (to a second name, then renamed)."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    part.replace(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlSource:
+    """Random access into a JSON-lines file that need not fit in memory: `open_jsonl` makes it."""
+
+    path: Path
+    schema: Schema
+    offsets: np.ndarray  # [rows + 1] int64, where each line starts; the last is the end of the file
+    size: int  # bytes, to notice a file that changed
+    max_bytes: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        if self.path.stat().st_size != self.size:
+            raise ValueError(f"{self.path}: changed while in use; start again")
+        with self.path.open("rb") as file:
+            file.seek(self.offsets[index])
+            line = file.read(self.offsets[index + 1] - self.offsets[index])
+        return parse_line(line.removesuffix(b"\n"), self.schema, f"{self.path}:{index + 1}", self.max_bytes)
+
+
+def open_jsonl(path: Path | str, schema: Schema, max_bytes: int = 10_000_000) -> JsonlSource:
+    """Check every line of a `.jsonl` file, then read rows on demand.
+
+    Raises:
+        ValueError: `file:line: field: problem` of the first bad line, the file is empty, or it is compressed.
+        FileNotFoundError, PermissionError: naming the file.
+    """
+    path = Path(path)
+    if path.suffix == ".gz":
+        raise ValueError(f"{path}: compressed files have no random access; unpack it or use read_jsonl")
+    offsets = []
+    for number, offset, line in _lines(path, max_bytes):
+        parse_line(line, schema, f"{path}:{number}", max_bytes)
+        offsets.append(offset)
+    if not offsets:
+        raise ValueError(f"{path}: no rows; the file is empty")
+    size = path.stat().st_size
+    return JsonlSource(path, schema, np.asarray([*offsets, size], np.int64), size, max_bytes)
+
+
+def _plain(value: Any) -> Any:
+    """bytes -> str and NumPy scalars -> Python, also inside dictionaries; arrays stay."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource:
+    """Random access into one split of a TFDS data set in the array_record format: `open_tfds` makes it."""
+
+    records: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _plain(self.records[range(len(self))[index]])
+
+
+def open_tfds(folder: Path | str, split: str) -> TfdsSource:
+    """One split of a prepared TFDS folder (the one that holds `dataset_info.json`), read without tensorflow.
+
+    Raises:
+        FileNotFoundError: not a TFDS folder.
+        ValueError: no such split, a file format that needs tensorflow or loses rows, or fewer rows than the folder promises.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / "dataset_info.json").is_file():
+        raise FileNotFoundError(f"{folder}: not a TFDS folder (no dataset_info.json); give .../name/version")
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(str(folder))
+    if split not in builder.info.splits:
+        raise ValueError(f"{folder}: no split '{split}'; it has {', '.join(sorted(builder.info.splits))}")
+    kind = builder.info.file_format
+    if kind is None or kind.value != "array_record":
+        # TFDS 4.9.10 drops rows in silence when it writes parquet, and reads tfrecord by tensorflow only
+        raise ValueError(f"{folder}: file format '{kind and kind.value}'; prepare the set with file_format='array_record'")
+    records = builder.as_data_source(split=split)
+    promised = builder.info.splits[split].num_examples
+    if len(records) != promised or not promised:
+        raise ValueError(f"{folder}: split '{split}' holds {len(records)} rows of {promised} promised; prepare it again")
+    return TfdsSource(records)
