@@ -1,0 +1,154 @@
+"""Optimizers and learning-rate schedules, on optax. Imports neither jax nor optax until one is made, for a quick `--help`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import jax
+    import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Muon for the weight matrices of the layers beside Adam for everything else."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-4  # of the weight matrices under muon, of everything under adamw
+    adam_learning_rate: float = 4e-3  # under muon: embeddings, norms, biases and heads
+    head_scale: float = 1.0  # learning rate of the trees `value` and `head` (scalar heads), times this
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_fraction: float = 0.05  # of all steps, rising linearly
+    final_fraction: float = 0.05  # of the learning rate, at the last step
+    weight_decay: float = 0.0  # on weight matrices alone
+    clip_norm: float | None = 1.0  # of the whole gradient; None: no clipping
+    b1: float = 0.9
+    b2: float = 0.95
+    epsilon: float = 1e-8
+    momentum: float = 0.95  # muon's
+
+    def __post_init__(self):
+        for name in ("learning_rate", "adam_learning_rate", "epsilon"):
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"optimizer {name}={getattr(self, name)} must be > 0 and finite")
+        for name in ("warmup_fraction", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer {name}={getattr(self, name)} must be in [0, 1]")
+        for name in ("b1", "b2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer {name}={getattr(self, name)} must be in [0, 1)")
+        for name in ("weight_decay", "head_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer {name}={getattr(self, name)} must be >= 0")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"optimizer clip_norm={self.clip_norm} must be > 0; None turns clipping off")
+
+
+def schedule(config: OptimizerConfig, total_steps: int, peak: float) -> Callable[[Any], jax.Array]:
+    """(number of updates done) -> learning rate of the next one.
+
+    The first step has 1/warmup of the peak (not 0, which would waste it); the last has `final_fraction` of it.
+    """
+    import jax.numpy as jnp
+
+    warmup = max(1, round(config.warmup_fraction * total_steps))
+    decay = max(1, total_steps - warmup)
+
+    def rate(count):
+        rise = jnp.minimum((count + 1) / warmup, 1.0)
+        done = jnp.clip((count + 1 - warmup) / decay, 0.0, 1.0)
+        if config.schedule == "constant":
+            left = 1.0
+        elif config.schedule == "linear":
+            left = 1.0 - done
+        else:
+            left = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+        return peak * rise * (config.final_fraction + (1.0 - config.final_fraction) * left)
+
+    return rate
+
+
+def make(config: OptimizerConfig, total_steps: int, params: Any) -> optax.GradientTransformation:
+    """The optimizer for `params`, whose leaves' names and ranks decide who updates them. `total_steps`: optimizer updates.
+
+    Source: Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), as `optax.contrib.scale_by_muon`: Nesterov
+    momentum, five Newton-Schulz steps, each layer of a stacked weight by itself, times sqrt(max(1, out / in)).
+    AdamW: Loshchilov and Hutter 2019, with the decay times the learning rate.
+
+    Raises:
+        ValueError: no steps, or muon without a weight matrix to use it on.
+    """
+    import optax
+
+    if total_steps < 1:
+        raise ValueError(f"total_steps={total_steps} must be >= 1: the schedule is spread over them")
+    labels = label(params, config.name)
+    if config.name == "muon" and "muon" not in set(_leaves(labels)):
+        raise ValueError(
+            "optimizer name='muon' found no weight matrix [L, in, out] under a key 'layers': use name='adamw' for this model"
+        )
+    adam_rate = config.learning_rate if config.name == "adamw" else config.adam_learning_rate
+
+    def adam(decay: float, peak: float) -> optax.GradientTransformation:
+        return optax.adamw(schedule(config, total_steps, peak), config.b1, config.b2, config.epsilon, weight_decay=decay)
+
+    # head_scale 0 would freeze a head: then the rate is 0, which a schedule can say as well as any other.
+    update = optax.partition(
+        {
+            "muon": _muon(config, schedule(config, total_steps, config.learning_rate)),
+            "matrix": adam(config.weight_decay, adam_rate),
+            "plain": adam(0.0, adam_rate),
+            "head": adam(0.0, adam_rate * config.head_scale),
+        },
+        labels,
+    )
+    return update if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def label(params: Any, name: str = "adamw") -> Any:
+    """For each leaf who updates it: `muon`, `matrix` (Adam with decay), `plain` (Adam), `head` (Adam times head_scale)."""
+    import jax
+
+    from jaxrlhf.core.sharding import path_name
+
+    def one(path, leaf):
+        names = path_name(path).split("/")
+        if names[0] in ("value", "head") and leaf.ndim < 2:
+            return "head"
+        stacked = "layers" in names[:-1]
+        if leaf.ndim - stacked < 2:
+            return "plain"
+        if name == "adamw":
+            return "matrix"
+        return "muon" if stacked and leaf.ndim == 3 else "plain"
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _leaves(tree: Any) -> list:
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def _muon(config: OptimizerConfig, rate: Callable) -> optax.GradientTransformation:
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from optax import contrib
+
+    def dimensions(params):  # [L, in, out]: one matrix a layer
+        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(1, 2), params)
+
+    def by_shape(updates):
+        return jax.tree.map(lambda u: u * jnp.sqrt(max(1.0, u.shape[2] / u.shape[1])), updates)
+
+    return optax.chain(
+        contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=dimensions),
+        optax.stateless(lambda updates, _: by_shape(updates)),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(rate),
+    )
