@@ -75,9 +75,10 @@ def package_files(root: pathlib.Path) -> dict[str, ast.Module]:
     }
 
 
-def imports(tree: ast.AST, file: str, modules: set[str]) -> list[tuple[int, str, bool]]:
+def imports(tree: ast.AST, file: str) -> list[tuple[int, str, bool]]:
     """(line, absolute dotted module, whether it runs when the module is imported) of every import, nested ones included."""
     found = []
+    folders = {"jaxrlhf", *(f"jaxrlhf.{folder}" for folder in LAYERS)}
 
     def visit(node, at_import):
         if isinstance(node, ast.Import):
@@ -87,15 +88,18 @@ def imports(tree: ast.AST, file: str, modules: set[str]) -> list[tuple[int, str,
             if node.level:  # relative: from the folder of this file
                 here = ["jaxrlhf", *pathlib.PurePosixPath(file).parts[:-1]]
                 base = ".".join([*here[: len(here) - node.level + 1], *filter(None, [base])])
-            for alias in node.names:  # `from package import module` names a module only where one exists
-                full = f"{base}.{alias.name}"
-                found.append((node.lineno, full if full in modules or base == "jaxrlhf" else base, at_import))
+            for alias in node.names:  # what is imported from a folder is a module
+                name = f"{base}.{alias.name}" if base in folders else base
+                found.append((node.lineno, name, at_import))
         elif isinstance(node, ast.Call) and called(node) in ("__import__", "importlib.import_module", "import_module"):
             first = node.args[0] if node.args else None
             name = first.value if isinstance(first, ast.Constant) else "?"
             found.append((node.lineno, str(name), at_import))
+        later = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or (
+            isinstance(node, ast.If) and dotted(node.test).endswith("TYPE_CHECKING")
+        )
         for child in ast.iter_child_nodes(node):
-            visit(child, at_import and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+            visit(child, at_import and not later)
 
     visit(tree, True)
     return found
@@ -122,8 +126,6 @@ def is_numeric(file: str) -> bool:
 
 def import_faults(files: dict[str, ast.Module]) -> list[str]:
     """Every import that the layers forbid, and every circle."""
-    names = {"jaxrlhf." + f.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for f in files} | {"jaxrlhf"}
-    names -= {"jaxrlhf.__init__"}
     faults, graph = [], {}
     for file, tree in files.items():
         folder = file.split("/")[0] if "/" in file else ""
@@ -132,7 +134,7 @@ def import_faults(files: dict[str, ast.Module]) -> list[str]:
             continue
         module = "jaxrlhf." + file.removesuffix(".py").replace("/", ".")
         module = module.removesuffix(".__init__")
-        for line, name, at_import in imports(tree, file, names):
+        for line, name, at_import in imports(tree, file):
             where, top = f"{file}:{line}", name.split(".")[0]
             if top == "experiments" or top == "tests":
                 faults.append(f"{where}: the library imports {name}")
@@ -196,7 +198,7 @@ def experiment_faults(root: pathlib.Path) -> list[str]:
     """Nothing but another experiment or a test imports experiments/ (the package is read by `import_faults`)."""
     faults = []
     for path in sorted((root / "benchmarks").rglob("*.py")):
-        for line, name, _ in imports(ast.parse(path.read_text()), path.name, set()):
+        for line, name, _ in imports(ast.parse(path.read_text()), path.name):
             if name.split(".")[0] == "experiments":
                 faults.append(f"benchmarks/{path.name}:{line}: imports {name}")
     return faults
@@ -210,14 +212,6 @@ def faults(root: pathlib.Path) -> list[str]:
 
 def test_layers_hold():
     assert faults(ROOT) == []
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    """A copy of the package in which mistakes can be planted."""
-    root = tmp_path_factory.mktemp("layers")
-    shutil.copytree(ROOT / "jaxrlhf", root / "jaxrlhf", ignore=shutil.ignore_patterns("__pycache__", "*.gz"))
-    return root
 
 
 @pytest.mark.parametrize(
@@ -248,29 +242,19 @@ def copy(tmp_path_factory):
         ("core/planted.py", "from jaxrlhf.core import planted2", "circle"),
     ],
 )  # fmt: skip
-def test_a_planted_fault_is_caught(copy, file, source, said):
-    path, second = copy / "jaxrlhf" / file, copy / "jaxrlhf/core/planted2.py"
-    existed = path.parent.exists()
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(source)
-    second.write_text("from jaxrlhf.core import planted")
-    try:
-        found = [fault for fault in faults(copy) if "planted" in fault]
-        if said != "circle":
-            found = [fault for fault in found if "planted2" not in fault]
-        assert len(found) == 1, found
-        assert said in found[0]
-    finally:
-        path.unlink()
-        second.unlink()
-        if not existed:
-            shutil.rmtree(path.parent)
+def test_a_planted_fault_is_caught(file, source, said):
+    files = {file: ast.parse(source), "core/planted2.py": ast.parse("from jaxrlhf.core import planted")}
+    found = import_faults(files) + conduct_faults(files)
+    assert len(found) == 1, found
+    assert said in found[0]
 
 
-def test_a_numeric_module_may_make_arrays_inside_functions(copy):
-    path = copy / "jaxrlhf/core/planted.py"
-    path.write_text("import jax.numpy as jnp\ndef f():\n    return jnp.ones(3)\ng = lambda: jnp.ones(3)\n")
-    try:
-        assert [fault for fault in faults(copy) if "planted" in fault] == []
-    finally:
-        path.unlink()
+def test_a_fault_planted_in_a_copy_is_caught(tmp_path):
+    shutil.copytree(ROOT / "jaxrlhf", tmp_path / "jaxrlhf", ignore=shutil.ignore_patterns("__pycache__", "*.gz"))
+    (tmp_path / "jaxrlhf/core/planted.py").write_text("def f():\n    from jaxrlhf.models import model\n    return model\n")
+    assert faults(tmp_path) == ["core/planted.py:2: core imports models; it may import nothing"]
+
+
+def test_a_numeric_module_may_make_arrays_inside_functions():
+    source = "import jax.numpy as jnp\ndef f():\n    return jnp.ones(3)\ng = lambda: jnp.ones(3)\n"
+    assert conduct_faults({"core/planted.py": ast.parse(source)}) == []

@@ -48,6 +48,7 @@ def whiten(
     `shift_mean=False` adds the mean back, which changes the scale alone.
     Source: openai/lm-human-preferences utils/core.py `whiten`; biased variance as there.
     """
+    values = masked(values, mask)  # before the square: the gradient of a masked NaN's square would be 0 * NaN
     mean = masked_mean(values, mask)
     variance = masked_mean(jnp.square(values - mean), mask)
     scaled = (values - mean) * jax.lax.rsqrt(variance + epsilon)

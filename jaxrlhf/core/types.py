@@ -60,7 +60,8 @@ class SamplingSpec:
             raise ValueError(f"top_k={self.top_k} must be >= 0; 0 keeps every token")
         if not 0 <= self.min_tokens <= self.max_tokens or self.max_tokens < 1:
             raise ValueError(
-                f"min_tokens={self.min_tokens}, max_tokens={self.max_tokens}: need 0 <= min_tokens <= max_tokens, 1 <= max_tokens"
+                f"min_tokens={self.min_tokens}, max_tokens={self.max_tokens}: need 0 <= min_tokens <= max_tokens"
+                " and 1 <= max_tokens"
             )
 
     @property
