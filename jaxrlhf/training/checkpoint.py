@@ -1,0 +1,207 @@
+"""Checkpoints: Orbax writes the arrays; a manifest of content hashes and one rename make them trustworthy.
+
+Orbax alone restores flipped bits and casts types in silence. So a checkpoint `DIR/00000030/` holds `state/` (Orbax) and
+`manifest.json` (shape, type and hash of every leaf, hash of every file), is written under a temporary name, and is renamed
+when whole: a step that is listed is complete, and what is restored is what was saved or an error that names the leaf.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.core.sharding import path_name
+from jaxrlhf.training.metrics import write_atomic
+
+MANIFEST = "manifest.json"
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints in a directory, ascending."""
+    directory = Path(directory)
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(p.name) for p in found if p.name.isdigit() and (p / MANIFEST).is_file())
+
+
+def latest(directory: Path) -> int | None:
+    """The newest complete step, or None."""
+    found = steps(directory)
+    return found[-1] if found else None
+
+
+def save(directory: Path, step: int, state: Any, keep: int = 2) -> None:
+    """Write `state`, a pytree of arrays, as checkpoint `step`; then remove all but the newest `keep`.
+
+    Nothing older is touched before the new one is complete. A step that exists already is left as it is.
+    """
+    directory = Path(directory).resolve()  # Orbax refuses relative paths, after having made the folder
+    final, temporary = _folder(directory, step), directory / f".tmp-{step:08d}"
+    if step in steps(directory):
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    for stale in (*directory.glob(".tmp-*"), final):  # what a killed save left behind
+        shutil.rmtree(stale, ignore_errors=True)
+    leaves = _leaves(state)
+    try:
+        _orbax().save(temporary / "state", leaves)
+        manifest = {
+            "step": step,
+            "leaves": {name: _describe(x) | {"blake2b": _hash(x)} for name, x in leaves.items()},
+            "files": _file_hashes(temporary / "state"),
+        }
+        write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        os.replace(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(directory)
+    for old in steps(directory)[:-keep]:
+        shutil.rmtree(_folder(directory, old))
+
+
+def restore(directory: Path, like: Any, step: int | None = None) -> tuple[Any, int]:
+    """The state of checkpoint `step` (default: the newest), and the step.
+
+    `like` is a pytree of arrays or `ShapeDtypeStruct`s that gives structure, shapes, types and shardings; the mesh may
+    differ from the one that saved.
+
+    Raises:
+        FileNotFoundError: no complete checkpoint there.
+        ValueError: it does not fit `like` (naming leaf and both shapes or types), or it is damaged (naming file and leaf).
+    """
+    directory = Path(directory).resolve()
+    step = latest(directory) if step is None else step
+    if step is None or step not in steps(directory):
+        raise FileNotFoundError(f"no complete checkpoint{'' if step is None else f' of step {step}'} in {directory}")
+    folder = _folder(directory, step)
+    manifest = _manifest(folder)
+    wanted = _leaves(like)
+    _check_fit(folder, manifest["leaves"], wanted)
+    changed = [name for name, digest in _file_hashes(folder / "state").items() if manifest["files"].get(name) != digest]
+    changed += [f"{name} (gone)" for name in manifest["files"] if not (folder / "state" / name).is_file()]
+    try:
+        found = _orbax().load(folder / "state", {name: _abstract(x) for name, x in wanted.items()})
+    except Exception as error:
+        raise _damaged(directory, step, changed, [], error) from error
+    leaves = {name: x for name, x in found.items() if _hash(x) != manifest["leaves"][name]["blake2b"]}
+    if changed or leaves:
+        raise _damaged(directory, step, changed, list(leaves), None)
+    return _unflatten(like, found), step
+
+
+def _damaged(directory: Path, step: int, files: list[str], leaves: list[str], cause: Exception | None) -> ValueError:
+    named = [f"file {name}" for name in files] + [f"leaf {name}" for name in leaves]
+    what = ", ".join(named) or " ".join(str(cause).split())[:200]
+    older = [s for s in steps(directory) if s < step]
+    fix = f"remove {_folder(directory, step)} to go on from step {older[-1]}" if older else "no older one is left"
+    return ValueError(f"checkpoint {_folder(directory, step)} is damaged: {what} not as written; {fix}")
+
+
+def _folder(directory: Path, step: int) -> Path:
+    return directory / f"{step:08d}"
+
+
+def _orbax() -> Any:
+    from orbax.checkpoint import v1
+
+    return v1
+
+
+def _leaves(state: Any) -> dict[str, jax.Array]:
+    """{path: array}, with `.` for `/`, which Orbax would read as folders; random keys as their data."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        found[path_name(path).replace("/", ".")] = _key_data(leaf)
+    return found
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _key_data(x: Any) -> Any:
+    if not _is_key(x):
+        return x
+    if isinstance(x, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, x)
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
+    return jax.random.key_data(x)
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _unflatten(like: Any, found: dict[str, jax.Array]) -> Any:
+    leaves, treedef = jax.tree.flatten(like)
+    values = [
+        jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
+        for leaf, value in zip(leaves, found.values(), strict=True)
+    ]
+    return jax.tree.unflatten(treedef, values)
+
+
+def _describe(x: Any) -> dict[str, Any]:
+    return {"shape": list(x.shape), "dtype": str(x.dtype)}
+
+
+def _check_fit(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    problems = [f"{name} is missing in it" for name in wanted if name not in saved]
+    problems += [f"{name} is only in it" for name in saved if name not in wanted]
+    for name, leaf in wanted.items():
+        if name in saved:
+            there = {k: saved[name][k] for k in ("shape", "dtype")}
+            if there != _describe(leaf):
+                problems.append(f"{name} is {_text(there)} there, {_text(_describe(leaf))} here")
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"checkpoint {folder} is of another model or optimizer: {'; '.join(problems[:3])}{more}")
+
+
+def _text(leaf: dict[str, Any]) -> str:
+    return f"{leaf['dtype']}{leaf['shape']}"
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest["leaves"], manifest["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {MANIFEST} is not readable; remove the folder") from error
+    return manifest
+
+
+def _hash(x: jax.Array) -> str:
+    """Of the values in C order; type and shape stand beside it in the manifest."""
+    if not x.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        x = multihost_utils.process_allgather(x, tiled=True)
+    return hashlib.blake2b(np.ascontiguousarray(x).view(np.uint8), digest_size=16).hexdigest()
+
+
+def _file_hashes(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            found[path.relative_to(folder).as_posix()] = hashlib.file_digest(
+                file, lambda: hashlib.blake2b(digest_size=16)
+            ).hexdigest()
+    return found
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename survives a power cut only when its folder was written."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

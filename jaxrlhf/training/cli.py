@@ -1,0 +1,166 @@
+"""Settings from the command line and from YAML, and the way a script ends. Imports nothing heavy: `--help` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+
+def parse(
+    cls: type[C], argv: Sequence[str] | None = None, presets: dict[str, C | Callable[[], C]] | None = None, about: str = ""
+) -> C:
+    """Settings of the dataclass `cls`: from `--preset NAME`, or all of them from `--config FILE`; flags override either.
+
+    Without both, the preset called `default`, or else the defaults of `cls`.
+
+    Raises:
+        ValueError: unknown preset or setting (with a suggestion), a value of the wrong type, an unreadable file.
+        SystemExit: 2 on a wrong flag, 0 after `--help`; tyro has printed why.
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    preset, file = _take(argv, "--preset"), _take(argv, "--config")
+    if preset is not None and file is not None:
+        raise ValueError("--preset and --config both choose all settings: give one of them, and flags for what differs")
+    notes = [about] if about else []
+    if presets:
+        notes.append(f"--preset NAME starts from one of: {', '.join(presets)}.")
+    notes.append("--config FILE starts from the settings of an earlier run (its config.yaml). Flags override either.")
+    description = " ".join(notes)
+    default = _preset(presets or {}, preset) if file is None else load(cls, Path(file))
+    if default is None:
+        return tyro.cli(cls, args=argv, description=description, config=(tyro.conf.CascadeSubcommandArgs,))
+    return tyro.cli(cls, args=argv, description=description, default=default, config=(tyro.conf.CascadeSubcommandArgs,))
+
+
+def _take(argv: list[str], flag: str) -> str | None:
+    """Remove `flag VALUE` or `flag=VALUE` from argv and give the value."""
+    for i, word in enumerate(argv):
+        if word.startswith(flag + "="):
+            del argv[i]
+            return word.partition("=")[2]
+        if word == flag:
+            if i + 1 == len(argv):
+                raise ValueError(f"{flag} needs a value after it")
+            value = argv[i + 1]
+            del argv[i : i + 2]
+            return value
+    return None
+
+
+def _preset(presets: dict[str, Any], name: str | None) -> Any:
+    if name is None:
+        name = "default" if "default" in presets else None
+    elif name not in presets:
+        raise ValueError(f"unknown preset '{name}'{_meant(name, presets)}; there are: {', '.join(presets) or 'none'}")
+    preset = None if name is None else presets[name]
+    return preset() if callable(preset) else preset
+
+
+def _meant(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, list(names), 1, 0.6)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def load(cls: type[C], path: Path) -> C:
+    """Settings from a YAML file that names fields of `cls`; fields that it leaves out have their defaults.
+
+    Raises:
+        ValueError: not YAML, an unknown setting, a value of the wrong type; the message names file and setting.
+        FileNotFoundError: no such file.
+    """
+    import pydantic
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no settings file {path}: give --config the config.yaml of an earlier run")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable YAML: {_one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds no settings: expected lines 'name: value', found {type(data).__name__}")
+    unknown = list(_unknown(cls, data, ""))
+    if unknown:
+        raise ValueError(f"{path}: {'; '.join(unknown)}")
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(data)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        raise ValueError(f"{path}: {where}: {first['msg']} (got {first['input']!r})") from error
+
+
+def _unknown(cls: Any, data: dict, prefix: str) -> typing.Iterator[str]:
+    """Names in `data`, and in what it nests, that no dataclass there has."""
+    hints = typing.get_type_hints(cls)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    for name, value in data.items():
+        if name not in known:
+            yield f"unknown setting '{prefix}{name}'{_meant(str(name), known)}"
+        elif isinstance(value, dict):
+            arms = [arm for arm in _arms(known[name]) if dataclasses.is_dataclass(arm)]
+            problems = [list(_unknown(arm, value, f"{prefix}{name}.")) for arm in arms]
+            if problems:
+                yield from min(problems, key=len)
+
+
+def _arms(hint: Any) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def dump(config: Any) -> str:
+    """A settings dataclass as the YAML that `load` reads."""
+    import yaml
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def plain(value: Any) -> Any:
+    """Nested settings as what YAML and JSON can hold."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def main(run: Callable[[C], Any], cls: type[C], presets: dict[str, C | Callable[[], C]] | None = None, about: str = "") -> None:
+    """Parse the command line, `run(settings)`, and end the process as a shell expects.
+
+    Bad input (a ValueError raised by this library or a script, or any operating-system error) is one line on stderr and
+    exit code 2; Ctrl-C is 130. A ValueError out of another library is a bug and keeps its traceback, as everything does
+    under JAXRLHF_TRACEBACK=1.
+    """
+    try:
+        run(parse(cls, presets=presets, about=about or (sys.modules["__main__"].__doc__ or "").strip()))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("JAXRLHF_TRACEBACK") or not (isinstance(error, OSError) or _ours(error)):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether the innermost frame is in the library or in the script's own folder."""
+    source = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    homes = [Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve().parent]
+    return any(home in source.parents for home in homes)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,117 @@
+"""Metrics as a run goes: one JSON object a line, the source of truth, and TensorBoard files beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+FILE = "metrics.jsonl"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file as a whole: after a crash it holds the old text or the new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics file or of the one in a run directory; a last line cut short by a crash is left out.
+
+    Raises:
+        ValueError: a line other than the last is not a JSON object.
+    """
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last line break was never finished
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not a JSON object: {error.msg}") from error
+        rows.append({k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()})
+    return rows
+
+
+class Metrics:
+    """Appends a row a step. A row is fetched from the device when the next one comes, so that no step waits for its own."""
+
+    def __init__(self, directory: Path, start: int = 0, tensorboard: bool = True):
+        """Open the files of a run that begins, or goes on, at step `start`: rows of later steps, which it will write again,
+        are dropped.
+
+        Raises:
+            ValueError: the file is damaged, or tensorboardX is absent.
+        """
+        self.path = Path(directory) / FILE
+        if self.path.is_file():
+            kept = [row for row in read(self.path) if row["step"] < start]
+            write_atomic(self.path, "".join(_line(row) for row in kept))
+        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  open as long as the run
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._board = _board(Path(directory) / "tensorboard", start) if tensorboard else None
+        self.last: dict[str, Any] = {}  # the latest row written
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write the row of the step before, and keep this one until the next."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        row = {"step": step, **_numbers(metrics)}
+        self._file.write(_line(row))
+        self.last = row
+        if self._board is not None:
+            for name, value in row.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Write what is pending and have it on the disk when this returns."""
+        self.flush()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._board is not None:
+            self._board.flush()
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _board(directory: Path, start: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboardX is not installed: pip install 'jaxrlhf[loop]', or set tensorboard=False") from error
+    return SummaryWriter(str(directory), purge_step=start)
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Device scalars as Python numbers, all fetched at once; text stays."""
+    import jax
+
+    fetched = jax.device_get(metrics)
+    return {name: value if isinstance(value, str) else value.item() if hasattr(value, "item") else value
+            for name, value in fetched.items()}  # fmt: skip
+
+
+def _line(row: dict[str, Any]) -> str:
+    """JSON has no NaN or infinity: they are written as the text that `float` reads."""
+    safe = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(safe) + "\n"
