@@ -15,7 +15,7 @@ from jaxrlhf.data import sources
 
 DOMAINS = ("movie", "product", "tweet")
 ROWS = {"train": 15_725, "test": 2_775}
-SCHEMA = sources.Schema({"domain": str, "id": str, "text": str, "ratings": list}, filled=frozenset({"text"}))
+SCHEMA = sources.Schema({"domain": str, "id": str, "text": str, "ratings": list}, filled=frozenset({"domain", "text"}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,21 +25,19 @@ class Rating:
     domain: str
     id: str  # of the original file; unique within a domain
     text: str
-    ratings: tuple[int, ...]  # one score a person
+    ratings: tuple[float, ...]  # one score a person; integers in the packaged data
     mean: float
 
 
 def _rating(row: dict, place: str) -> Rating:
     scores = row["ratings"]
-    if not scores or any(type(score) is not int or not -4 <= score <= 4 for score in scores):
-        raise ValueError(f"{place}: ratings: must be a filled list of integers from -4 to 4")
-    if row["domain"] not in DOMAINS:
-        raise ValueError(f"{place}: domain: '{row['domain']}' is none of {', '.join(DOMAINS)}")
+    if not scores or any(type(score) not in (int, float) for score in scores):
+        raise ValueError(f"{place}: ratings: must be a list of one or more numbers, one a person")
     return Rating(row["domain"], row["id"], row["text"], tuple(scores), sum(scores) / len(scores))
 
 
 def read(path: Path | str) -> list[Rating]:
-    """Rated texts of a `.jsonl` or `.jsonl.gz` file with the fields domain, id, text, ratings.
+    """Rated texts of a `.jsonl` or `.jsonl.gz` file with the fields domain, id, text, ratings, of any domains and any scale.
 
     Raises:
         ValueError: `file:line: field: problem`.

@@ -1,7 +1,8 @@
-"""From texts to batches. Every batch is a pure function of the step number: a resumed run reads what the unbroken one would.
+"""From texts to rows of token ids, and from rows to batches.
 
-Arrays are NumPy; a data set is a `grain.MapDataset`, of which `dataset[step]` is the batch of that step. The order of rows is a
-fresh stateless permutation each epoch. The rows of a batch never depend on what was read before.
+Every batch is a pure function of the step number, so that a resumed run reads what the unbroken one would. A data set is a
+`grain.MapDataset`: `dataset[step]` is the batch of that step, as NumPy arrays. The order of rows is a fresh stateless
+permutation each epoch; no batch depends on what was read before.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from jaxrlhf.core.types import Preferences, Prompts
-from jaxrlhf.data.human_sentiment import DOMAINS, Rating
+from jaxrlhf.core.types import Prompts
 from jaxrlhf.data.tokenizer import BOS, EOS, PAD, Tokenizer
 
 Arrays = dict[str, np.ndarray]
@@ -65,6 +65,25 @@ def pack(
     segments = (number - number[:, :1] + 1).astype(np.int32)
     segments.reshape(-1)[total:] = 0
     return stream.reshape(height, width), segments
+
+
+def encode_rows(texts: Sequence[str], tokenizer: Tokenizer, rows: int, width: int, seed: int) -> tuple[list[list[int]], int]:
+    """As many texts, in an order drawn by `seed`, as fill `rows` rows of `width` when packed; and how many texts that took.
+
+    With `mixed_rows_read` a run encodes no more of a large source than it will read.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(texts))
+    encoded: list[list[int]] = []
+    total, at = 0, 0
+    while at < len(texts) and total < rows * width:
+        chunk = tokenizer.encode_batch([texts[i] for i in shuffled[at : at + 20_000]])
+        at += len(chunk)
+        for row in chunk:
+            encoded.append(row)
+            total += len(row) + 2
+            if total >= rows * width:
+                break
+    return encoded, len(encoded)
 
 
 def continuation_rows(
@@ -146,6 +165,24 @@ def cut_prompts(
     return Prompts(tokens=tokens, length=length, uid=row, row=row)
 
 
+def text_prompts(texts: Sequence[str], tokenizer: Tokenizer, width: int) -> Prompts:
+    """Prompts that somebody wrote: bos + text. Nothing is cut.
+
+    Raises:
+        ValueError: a text is empty or has no room in `width` (naming which, and by how much).
+    """
+    rows = tokenizer.encode_batch(texts)
+    for i, row in enumerate(rows):
+        which = f"prompt {i} ('{texts[i][:40]}')"
+        if not row:
+            raise ValueError(f"{which} is empty: write at least one word")
+        if len(row) + 1 > width:
+            raise ValueError(f"{which} has {len(row)} tokens, the limit is {width - 1}: shorten it")
+    tokens, length = pad_rows([[BOS, *row] for row in rows], width)
+    row = np.arange(len(rows), dtype=np.int32)
+    return Prompts(tokens=tokens, length=length, uid=row, row=row)
+
+
 def turn_prompts(turns: Sequence[Sequence[int]], width: int = 16) -> Prompts:
     """Chat prompts bos + turn + eos of the turns that fit into `width`; the others are left out."""
     kept = [i for i, turn in enumerate(turns) if len(turn) + 2 <= width]
@@ -154,14 +191,6 @@ def turn_prompts(turns: Sequence[Sequence[int]], width: int = 16) -> Prompts:
     tokens, length = pad_rows([[BOS, *turns[i], EOS] for i in kept], width)
     row = np.array(kept, np.int32)
     return Prompts(tokens=tokens, length=length, uid=row, row=row)
-
-
-def take_prompts(prompts: Prompts, index: slice | np.ndarray) -> Prompts:
-    """Some of the prompts."""
-    return Prompts(prompts.tokens[index], prompts.length[index], prompts.uid[index], prompts.row[index])
-
-
-# --- order ----------------------------------------------------------------------------------------------------------
 
 
 def order(rows: int, seed: int) -> Any:
@@ -177,7 +206,8 @@ def order(rows: int, seed: int) -> Any:
     return grain.MapDataset.range(rows).seed(seed).shuffle().repeat()
 
 
-def _span(rows: Any, start: int, stop: int) -> Int[np.ndarray, " n"]:
+def span(rows: Any, start: int, stop: int) -> Int[np.ndarray, " n"]:
+    """The row numbers at places start .. stop-1 of an `order`."""
     return np.fromiter((rows[i] for i in range(start, stop)), np.int64, stop - start)
 
 
@@ -188,7 +218,8 @@ def by_step(batch: Callable[[int], Any], steps: int | None = None) -> Any:
     return grain.MapDataset.range(np.iinfo(np.int32).max if steps is None else steps).map(lambda step: batch(int(step)))
 
 
-def _height(arrays: Mapping[str, np.ndarray]) -> int:
+def height(arrays: Mapping[str, np.ndarray]) -> int:
+    """Number of rows of a data set of arrays, which must agree on it."""
     heights = {name: len(array) for name, array in arrays.items()}
     if len(set(heights.values())) != 1:
         raise ValueError(f"the arrays of a data set must have equally many rows, not {heights}")
@@ -203,13 +234,18 @@ def batches(arrays: Mapping[str, np.ndarray], batch_size: int, seed: int) -> Any
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    rows = order(_height(arrays), seed)
+    rows = order(height(arrays), seed)
 
     def batch(step: int) -> Arrays:
-        taken = _span(rows, step * batch_size, (step + 1) * batch_size)
+        taken = span(rows, step * batch_size, (step + 1) * batch_size)
         return {name: array[taken] for name, array in arrays.items()}
 
     return by_step(batch)
+
+
+def take_prompts(prompts: Prompts, index: slice | np.ndarray) -> Prompts:
+    """Some of the prompts."""
+    return Prompts(prompts.tokens[index], prompts.length[index], prompts.uid[index], prompts.row[index])
 
 
 def prompt_batches(prompts: Prompts, batch_size: int, seed: int) -> Any:
@@ -217,7 +253,7 @@ def prompt_batches(prompts: Prompts, batch_size: int, seed: int) -> Any:
     rows = order(len(prompts.row), seed)
 
     def batch(step: int) -> Prompts:
-        taken = take_prompts(prompts, _span(rows, step * batch_size, (step + 1) * batch_size))
+        taken = take_prompts(prompts, span(rows, step * batch_size, (step + 1) * batch_size))
         return taken.replace(uid=(step * batch_size + np.arange(batch_size)).astype(np.int32))
 
     return by_step(batch)
@@ -254,160 +290,12 @@ def mixed(
         raise ValueError(f"share={share} must be two numbers in [0, 1]")
     if set(first) != set(second):
         raise ValueError(f"the two sources must have the same arrays, not {sorted(first)} and {sorted(second)}")
-    orders = order(_height(first), seed), order(_height(second), seed + 1)
+    orders = order(height(first), seed), order(height(second), seed + 1)
 
     def batch(step: int) -> Arrays:
         low, high = (_read_before(s, batch_size, steps, share) for s in (step, step + 1))
-        of_second = _span(orders[1], low, high)
-        of_first = _span(orders[0], batch_size * step - low, batch_size * (step + 1) - high)
+        of_second = span(orders[1], low, high)
+        of_first = span(orders[0], batch_size * step - low, batch_size * (step + 1) - high)
         return {name: np.concatenate([first[name][of_first], second[name][of_second]]) for name in first}
 
     return by_step(batch, steps)
-
-
-# --- comparisons ----------------------------------------------------------------------------------------------------
-
-
-def rated_rows(ratings: Sequence[Rating], tokenizer: Tokenizer, width: int = 64) -> Arrays:
-    """Rated texts as rows bos + clean text + eos, cut to `width` (a cut row has no EOS).
-
-    Returns tokens [N, width], length [N], rating [N] (mean over the people), domain [N] (index into `DOMAINS`).
-    """
-    encoded = tokenizer.encode_batch([clean(rating.text) for rating in ratings])
-    tokens, length = pad_rows([[BOS, *row, EOS][:width] for row in encoded], width)
-    return {
-        "tokens": tokens,
-        "length": length,
-        "rating": np.array([rating.mean for rating in ratings], np.float32),
-        "domain": np.array([DOMAINS.index(rating.domain) for rating in ratings], np.int32),
-    }
-
-
-def choose_widths(length: Int[np.ndarray, " n"], buckets: int, count: int = 4, multiple: int = 8) -> tuple[int, ...]:
-    """At most `count` row widths, multiples of `multiple`, that pad `buckets` equal quantiles of the lengths least.
-
-    Each width is a program to compile (seconds), each padded token is computed for nothing.
-    """
-    longest = np.sort(length)[np.minimum(np.arange(1, buckets + 1) * len(length) // buckets, len(length)) - 1]
-    needed = -(-longest // multiple) * multiple
-    choices = sorted(set(needed.tolist()))
-    best = min(
-        (subset for subset in itertools.combinations(choices, min(count, len(choices))) if subset[-1] == choices[-1]),
-        key=lambda subset: np.asarray(subset)[np.searchsorted(subset, needed)].sum(),
-    )
-    return tuple(best)
-
-
-def _width(length: Int[np.ndarray, "*n"], widths: Sequence[int]) -> int:
-    """The smallest of the widths that holds the longest row."""
-    longest = int(length.max())
-    fitting = [width for width in widths if width >= longest]
-    if not fitting:
-        raise ValueError(f"a row has {longest} tokens, more than the largest width {max(widths)}: add a width")
-    return min(fitting)
-
-
-def _resize(tokens: Int[np.ndarray, "n t"], width: int) -> Int[np.ndarray, "n {width}"]:
-    """Rows cut or padded to `width`; only padding is cut."""
-    return np.pad(tokens[:, :width], ((0, 0), (0, max(0, width - tokens.shape[1]))), constant_values=PAD)
-
-
-def rated_sets(rows: Arrays, size: int, seed: int, widths: Sequence[int], window: int = 12, sets: int = 1) -> Any:
-    """Endless batches for the reward model: `sets` sets of `size` texts of all domains, each set compared within itself.
-
-    Rows are sorted by length within `window` batches and a batch is as wide as the smallest of `widths` that holds it;
-    the batches of a window come in an order drawn by (seed, window). `dataset[step]` is what `reward.from_ratings` takes:
-    {tokens [sets, size, T], length, rating, domain [sets, size]}.
-
-    Raises:
-        ValueError: fewer rows than one batch, or a row longer than the largest width.
-    """
-    height, total = _height(rows), size * sets
-    if height < total:
-        raise ValueError(f"{height} rated texts are fewer than one batch of {total}: take smaller sets")
-    if rows["length"].max() > max(widths):
-        raise ValueError(f"a text has {rows['length'].max()} tokens, more than the largest width {max(widths)}: add a width")
-    stream = order(height, seed)
-
-    def batch(step: int) -> Arrays:
-        number, place = divmod(step, window)
-        taken = _span(stream, number * window * total, (number + 1) * window * total)
-        taken = taken[np.argsort(rows["length"][taken], kind="stable")].reshape(window, total)
-        taken = taken[np.random.default_rng([seed, number]).permutation(window)[place]]
-        taken = np.random.default_rng([seed, step, 1]).permutation(taken)  # else one set would get the shorter texts
-        parts = {name: array[taken] for name, array in rows.items()}
-        parts["tokens"] = _resize(parts["tokens"], _width(parts["length"], widths))
-        return {name: array.reshape(sets, size, *array.shape[1:]) for name, array in parts.items()}
-
-    return by_step(batch)
-
-
-def real_share(dataset: Any, steps: int) -> float:
-    """Share of the tokens of the first `steps` batches of `rated_sets` that are not padding."""
-    seen = [dataset[step] for step in range(steps)]
-    return sum(int(batch["length"].sum()) for batch in seen) / sum(batch["tokens"].size for batch in seen)
-
-
-def compared_sets(
-    rows: Arrays,
-    pairs: Preferences,
-    size: tuple[int, int],
-    seed: int,
-    widths: Sequence[int],
-    min_gap: float = 0.5,
-    window: int = 12,
-) -> Any:
-    """Endless batches that mix rated texts with chosen pairs: one set of size[0] texts and size[1] pairs, compared in itself.
-
-    Pairs have the weights of their labels (a tie counts half each way); all the pairs of rated texts together weigh as much
-    as all the chosen pairs. `dataset[step]` has the fields of `reward.Batch` but `margin`: tokens [1, N, T], prompt_len,
-    response_len [1, N], preferred [1, N, N], with N = size[0] + 2 * size[1].
-
-    Raises:
-        ValueError: as `rated_sets`, or there are no pairs.
-    """
-    if pairs.tokens.shape[1] != 2:
-        raise ValueError(f"sets of {pairs.tokens.shape[1]} responses: only pairs can be mixed with rated texts")
-    rated = rated_sets(rows, size[0], seed, widths, window)
-    stream = order(len(pairs.label), seed + 1)
-
-    def batch(step: int) -> Arrays:
-        texts = rated[step]
-        taken = _span(stream, step * size[1], (step + 1) * size[1])
-        two = {name: np.asarray(getattr(pairs, name))[taken] for name in ("tokens", "prompt_len", "response_len")}
-        prompt_len = np.concatenate([np.zeros(size[0], np.int32), two["prompt_len"].reshape(-1)])
-        response_len = np.concatenate([texts["length"][0], two["response_len"].reshape(-1)])
-        width = _width(prompt_len + response_len, widths)
-        tokens = np.concatenate([_resize(texts["tokens"][0], width), _resize(two["tokens"].reshape(2 * size[1], -1), width)])
-        label = np.where(np.asarray(pairs.tie)[taken], 0.5, np.asarray(pairs.label)[taken])
-        weight = np.asarray(pairs.weight)[taken]
-        preferred = _balance(
-            _rated_pairs(texts["rating"][0], texts["domain"][0], min_gap), weight * label, weight * (1 - label)
-        )
-        return {
-            "tokens": tokens[None],
-            "prompt_len": prompt_len[None],
-            "response_len": response_len[None],
-            "preferred": preferred[None],
-        }
-
-    return by_step(batch)
-
-
-def _rated_pairs(rating: Float[np.ndarray, " n"], domain: Int[np.ndarray, " n"], min_gap: float) -> Float[np.ndarray, "n n"]:
-    """As `algorithms/reward.py` `rated_pairs`, which this folder may not import."""
-    gap = rating[:, None] - rating
-    return ((gap >= min_gap - 1e-5) & (gap > 0) & (domain[:, None] == domain)).astype(np.float32)
-
-
-def _balance(
-    rated: Float[np.ndarray, "n n"], forward: Float[np.ndarray, " k"], backward: Float[np.ndarray, " k"]
-) -> Float[np.ndarray, "m m"]:
-    """One matrix of weights of N texts and K pairs, the texts' pairs scaled to the total weight of the chosen ones."""
-    texts, pairs = len(rated), len(forward)
-    preferred = np.zeros((texts + 2 * pairs,) * 2, np.float32)
-    total = float(forward.sum() + backward.sum())
-    preferred[:texts, :texts] = rated * (total / max(float(rated.sum()), 1.0))
-    first = texts + 2 * np.arange(pairs)
-    preferred[first, first + 1], preferred[first + 1, first] = forward, backward
-    return preferred

@@ -186,6 +186,20 @@ def read_jsonl(
     return rows
 
 
+def from_rows(rows: Sequence[Mapping[str, Any]], schema: Schema, name: str = "rows") -> Sequence[Mapping[str, Any]]:
+    """Rows in memory, checked like those of a file. A list is a source already: it has `len()` and `[i]`.
+
+    Raises:
+        ValueError: `name:index: field: problem` of the first bad row, or there are none.
+    """
+    if not len(rows):
+        raise ValueError(f"{name}: no rows")
+    for i, row in enumerate(rows):
+        if problem := row_problem(row, schema):
+            raise ValueError(f"{name}:{i}: {problem[0]}: {problem[1]}")
+    return rows
+
+
 def write_jsonl(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows as JSON lines, whole or not at all (to a second name, then renamed)."""
     path = Path(path)
