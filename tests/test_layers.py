@@ -91,6 +91,8 @@ def imports(tree: ast.AST, file: str) -> list[tuple[int, str, bool]]:
             for alias in node.names:  # what is imported from a folder is a module
                 name = f"{base}.{alias.name}" if base in folders else base
                 found.append((node.lineno, name, at_import))
+        elif isinstance(node, ast.Attribute) and dotted(node.value) == "jaxrlhf" and node.attr in LAYERS:
+            found.append((node.lineno, dotted(node), at_import))  # `import jaxrlhf` alone is for `__version__`
         elif isinstance(node, ast.Call) and called(node) in ("__import__", "importlib.import_module", "import_module"):
             first = node.args[0] if node.args else None
             name = first.value if isinstance(first, ast.Constant) else "?"
@@ -144,8 +146,6 @@ def import_faults(files: dict[str, ast.Module]) -> list[str]:
                     faults.append(f"{where}: jaxrlhf/__init__.py imports {name}; it imports nothing")
                 elif other not in ("", "__version__", folder) and other not in LAYERS[folder]:
                     faults.append(f"{where}: {folder} imports {other}; it may import {sorted(LAYERS[folder]) or 'nothing'}")
-                elif not other:
-                    faults.append(f"{where}: name the module, not the whole package")
                 if other == folder and name != module:
                     graph.setdefault(module, set()).add(name)
             elif top == "?":
@@ -224,7 +224,7 @@ def test_layers_hold():
         ("data/planted.py", "import importlib\nimportlib.import_module('jaxrlhf.models')", "data imports models"),
         ("core/planted.py", "import importlib\nimportlib.import_module('jax' + 'rlhf')", "computed"),
         ("training/planted.py", "def f():\n    from experiments import ppo", "the library imports experiments"),
-        ("training/planted.py", "import jaxrlhf", "name the module"),
+        ("training/planted.py", "import jaxrlhf\ndef f():\n    return jaxrlhf.sampling.generate", "training imports sampling"),
         ("training/planted.py", "import orbax.checkpoint", "orbax imported at the top"),
         ("data/planted.py", "try:\n    import grain\nexcept ImportError:\n    pass", "grain imported at the top"),
         ("evaluation/planted.py", "class A:\n    import matplotlib.pyplot as plt", "matplotlib imported at the top"),
@@ -252,7 +252,8 @@ def test_a_planted_fault_is_caught(file, source, said):
 def test_a_fault_planted_in_a_copy_is_caught(tmp_path):
     shutil.copytree(ROOT / "jaxrlhf", tmp_path / "jaxrlhf", ignore=shutil.ignore_patterns("__pycache__", "*.gz"))
     (tmp_path / "jaxrlhf/core/planted.py").write_text("def f():\n    from jaxrlhf.models import model\n    return model\n")
-    assert faults(tmp_path) == ["core/planted.py:2: core imports models; it may import nothing"]
+    found = set(faults(tmp_path)) - set(faults(ROOT))
+    assert found == {"core/planted.py:2: core imports models; it may import nothing"}
 
 
 def test_a_numeric_module_may_make_arrays_inside_functions():

@@ -40,7 +40,7 @@ class MeshConfig:
     tensor: int = 1  # splits heads, MLP and vocabulary
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """The mesh `(data, fsdp, tensor)` over all devices.
 
     Raises:

@@ -15,7 +15,7 @@ S     cache width                  K     key/value heads
 Rows are contiguous and right-padded: a prompt, at once its response, then padding. Batches store lengths;
 `core/masking.py` turns lengths into masks. No mask is ever inferred from a token id, so pad may equal EOS.
 Log-probs, values, rewards and losses are float32, tokens and lengths int32. Everything per token that RL touches is
-`[B, R]`, indexed by response position. Fields are plain `jax.Array` with a shape comment, because a field whose shape
+`[B, R]`, indexed by response position. Fields are a plain `Array` with a shape comment, because a field whose shape
 is checked at construction breaks `vmap` and `scan`.
 """
 
@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import jax
 from flax import struct
+
+Array = jax.Array | Any  # a leaf of a batch: a jax array; on the host NumPy; in a template its shape or sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,34 +79,34 @@ class Term(NamedTuple):
     and minimises the sum over terms of coefficient * sum / count, so that any split of a batch gives the same gradient.
     """
 
-    sum: jax.Array  # [] float32
-    count: jax.Array  # [] float32
+    sum: Array  # [] float32
+    count: Array  # [] float32
     coefficient: float | jax.Array = 1.0
 
 
 @struct.dataclass
 class Prompts:
-    tokens: jax.Array  # [B, P] int32
-    length: jax.Array  # [B] int32
-    uid: jax.Array  # [B] int32, names the prompt's random stream
-    row: jax.Array  # [B] int32, index of the source row (reference answer, consent)
+    tokens: Array  # [B, P] int32
+    length: Array  # [B] int32
+    uid: Array  # [B] int32, names the prompt's random stream
+    row: Array  # [B] int32, index of the source row (reference answer, consent)
 
 
 @struct.dataclass
 class Rollout:
     """What the sampler wrote, and what it knew when it wrote it."""
 
-    tokens: jax.Array  # [B, T] int32
-    prompt_len: jax.Array  # [B] int32
-    response_len: jax.Array  # [B] int32, EOS included
-    finished: jax.Array  # [B] bool, a stop id was written
-    group: jax.Array  # [B] int32, equal for samples of one prompt
-    sample: jax.Array  # [B] int32, 0 .. n-1
-    version: jax.Array  # [B] int32, policy step that sampled
-    logprobs: jax.Array  # [B, R] of the policy: full softmax at the sampling temperature
-    sampled_logprobs: jax.Array  # [B, R] of the distribution really drawn from
-    kept: jax.Array | None = None  # [B, R, *] int32, ids of the kept set, for exact replay
-    written: jax.Array | None = None  # [B, R] bool, False where the policy did not write the token
+    tokens: Array  # [B, T] int32
+    prompt_len: Array  # [B] int32
+    response_len: Array  # [B] int32, EOS included
+    finished: Array  # [B] bool, a stop id was written
+    group: Array  # [B] int32, equal for samples of one prompt
+    sample: Array  # [B] int32, 0 .. n-1
+    version: Array  # [B] int32, policy step that sampled
+    logprobs: Array  # [B, R] of the policy: full softmax at the sampling temperature
+    sampled_logprobs: Array  # [B, R] of the distribution really drawn from
+    kept: Array | None = None  # [B, R, *] int32, ids of the kept set, for exact replay
+    written: Array | None = None  # [B, R] bool, False where the policy did not write the token
 
 
 @struct.dataclass
@@ -112,45 +114,45 @@ class Experience:
     """A rollout with everything an algorithm may need to learn from it."""
 
     rollout: Rollout
-    logprobs: jax.Array  # [B, R] of the learner before the update
-    ref_logprobs: jax.Array  # [B, R]
-    values: jax.Array | None  # [B, R], values[:, t] is the value before response token t
-    bootstrap: jax.Array  # [B], value after the last token of a cut response, else 0
-    score: jax.Array  # [B]
-    weight: jax.Array  # [B], 0 excludes the row
+    logprobs: Array  # [B, R] of the learner before the update
+    ref_logprobs: Array  # [B, R]
+    values: Array | None  # [B, R], values[:, t] is the value before response token t
+    bootstrap: Array  # [B], value after the last token of a cut response, else 0
+    score: Array  # [B]
+    weight: Array  # [B], 0 excludes the row
 
 
 @struct.dataclass
 class Preferences:
     """Sets of N responses that a person compared; N = 2 is the usual pair."""
 
-    tokens: jax.Array  # [B, N, T] int32
-    prompt_len: jax.Array  # [B, N] int32
-    response_len: jax.Array  # [B, N] int32
-    label: jax.Array  # [B] float32, probability that response 0 is preferred: 1, soft, or 0.5
-    tie: jax.Array  # [B] bool
-    weight: jax.Array  # [B] float32
-    margin: jax.Array  # [B] float32
+    tokens: Array  # [B, N, T] int32
+    prompt_len: Array  # [B, N] int32
+    response_len: Array  # [B, N] int32
+    label: Array  # [B] float32, probability that response 0 is preferred: 1, soft, or 0.5
+    tie: Array  # [B] bool
+    weight: Array  # [B] float32
+    margin: Array  # [B] float32
 
 
 @struct.dataclass
 class Outputs:
     """What the model said about a batch; None unless asked for."""
 
-    logprobs: jax.Array | None = None  # [B, R]
-    entropy: jax.Array | None = None  # [B, R]
-    values: jax.Array | None = None  # [B, R]
-    scores: jax.Array | None = None  # [B]
-    ref_kl: jax.Array | None = None  # [B, R]
+    logprobs: Array = None  # [B, R]
+    entropy: Array = None  # [B, R]
+    values: Array = None  # [B, R]
+    scores: Array = None  # [B]
+    ref_kl: Array = None  # [B, R]
 
 
 @struct.dataclass
 class TrainState:
     """Everything that a training step changes. Frozen models are a separate argument of the step."""
 
-    step: jax.Array  # [] int32
+    step: Array  # [] int32
     params: Any
     opt_state: Any
     algorithm: Any  # what an algorithm keeps between batches (adaptive KL coefficient, ...); () for most
-    key: jax.Array  # [] typed PRNG key; randomness of step n is fold_in(key, n)
+    key: Array  # [] typed PRNG key; randomness of step n is fold_in(key, n)
     ema: Any = None
