@@ -1,0 +1,1 @@
+"""Judgement: outside judges, win rates, reward-model accuracy, over-optimisation, and the report a person reads."""

@@ -1,0 +1,71 @@
+"""Over-optimisation: does the outside judgement turn down while the proxy still rises?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows (`kl` in nats a response, `proxy`, judges, ...) with `sqrt_kl`, the distance of Gao et al. 2022, in step order.
+
+    A sampled KL near 0 may come out below it; its root is taken as 0.
+    """
+    return [{**row, "sqrt_kl": math.sqrt(max(row["kl"], 0.0))} for row in rows]
+
+
+class Peak(NamedTuple):
+    """Where a judge's curve was highest, and how far it has fallen since."""
+
+    peak: float
+    index: int  # row of the peak
+    final: float
+    drop: float  # (peak - final) / |peak|; 0 when the peak is the end
+    proxy_rise: float  # proxy at the end minus proxy at the peak: above 0 while drop > 0 is over-optimisation
+
+
+def peak_and_drop(rows: Sequence[Mapping[str, Any]], judge: str, proxy: str = "proxy") -> Peak:
+    """The peak of `judge` over the rows and the relative fall from it to the last row.
+
+    Raises:
+        ValueError: no row.
+    """
+    if not rows:
+        raise ValueError("no row to find a peak in: evaluate the policy at several steps")
+    values = np.array([row[judge] for row in rows], np.float64)
+    index = int(values.argmax())
+    peak, final = float(values[index]), float(values[-1])
+    drop = (peak - final) / abs(peak) if peak else 0.0
+    return Peak(peak, index, final, drop, float(rows[-1][proxy] - rows[index][proxy]))
+
+
+class Fit(NamedTuple):
+    """Coefficients of a curve of Gao et al. 2022 and the share of the variance that it explains."""
+
+    a: float
+    b: float
+    r2: float
+
+
+def fit(distance: Float[np.ndarray, " n"], gain: Float[np.ndarray, " n"], best_of_n: bool = False) -> Fit:
+    """Least squares of gain = d (a - b log d) for reinforcement learning, d (a - b d) for best-of-n; d = sqrt(KL).
+
+    `gain` is the judgement minus that at d = 0. Points at d = 0 carry nothing and are left out.
+    Source: Gao, Schulman and Hilton 2022, "Scaling laws for reward model overoptimization".
+
+    Raises:
+        ValueError: fewer than three points with d > 0.
+    """
+    keep = distance > 0
+    d, y = distance[keep], gain[keep]
+    if len(d) < 3:
+        raise ValueError(f"{len(d)} point(s) away from the start: the curve of two coefficients needs at least 3")
+    design = np.stack([d, -d * d if best_of_n else -d * np.log(d)], 1)
+    (a, b), *_ = np.linalg.lstsq(design, y, rcond=None)
+    residual = y - design @ np.array([a, b])
+    spread = float(np.square(y - y.mean()).sum())
+    return Fit(float(a), float(b), 1 - float(np.square(residual).sum()) / spread if spread else 0.0)

@@ -1,0 +1,136 @@
+"""Simulated people: their taste, their errors, their sides; a person at a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+
+import numpy as np
+import pytest
+
+from jaxrlhf.feedback import labelers, store
+
+
+def judge(texts):
+    """Taste for large numbers."""
+    return np.array([float(text.split()[-1]) for text in texts])
+
+
+def _pairs(n: int) -> list[store.Pair]:
+    random = np.random.default_rng(0)
+    return [store.Pair(f"p{i}", str(a), str(b)) for i, (a, b) in enumerate(random.integers(0, 1000, (n, 2)).tolist()) if a != b]
+
+
+def _errors(choices, pairs):
+    better = {pair.id: "a" if int(pair.response_a) > int(pair.response_b) else "b" for pair in pairs}
+    return np.mean([choice.preferred != better[choice.pair] for choice in choices])
+
+
+@pytest.fixture
+def db(tmp_path):
+    with contextlib.closing(store.open_store(tmp_path / "feedback.sqlite")) as connection:
+        yield connection
+
+
+def test_without_noise_the_judge_is_followed():
+    pairs = _pairs(300)
+    choices = labelers.simulated(pairs, judge, "sim", noise=0.0)
+    assert _errors(choices, pairs) == 0
+    assert 0.4 < np.mean([choice.left_response == "a" for choice in choices]) < 0.6
+    assert 0.4 < np.mean([choice.choice == "left" for choice in choices]) < 0.6
+
+
+def test_the_share_of_errors_is_the_noise():
+    pairs = _pairs(4000)
+    assert _errors(labelers.simulated(pairs, judge, "sim", noise=0.1), pairs) == pytest.approx(
+        0.1, abs=0.02
+    )  # 4 standard errors
+
+
+def test_an_answer_depends_on_the_pair_alone():
+    pairs = _pairs(200)
+    forward = labelers.simulated(pairs, judge, "sim", noise=0.3, seed=1)
+    backward = labelers.simulated(pairs[::-1], judge, "sim", noise=0.3, seed=1)
+    assert forward == backward[::-1]
+    assert forward[50:60] == labelers.simulated(pairs[50:60], judge, "sim", noise=0.3, seed=1)
+    assert forward != labelers.simulated(pairs, judge, "sim", noise=0.3, seed=2)
+
+
+def test_near_equal_judgements_are_ties():
+    pairs = [store.Pair("p", "10", "12"), store.Pair("p", "10", "14")]
+    assert [c.choice == "tie" for c in labelers.simulated(pairs, judge, "sim", tie_gap=2.0)] == [True, False]
+    assert labelers.simulated([], judge, "sim") == []
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match=r"noise=0\.6"):
+        labelers.simulated(_pairs(2), judge, "sim", noise=0.6)
+    with pytest.raises(ValueError, match="tie_gap=-1"):
+        labelers.simulated(_pairs(2), judge, "sim", tie_gap=-1.0)
+
+
+def test_simulated_labelling_goes_on_where_it_stopped(db):
+    pairs = _pairs(40)
+    store.add_pairs(db, pairs[:15])
+    assert labelers.label_simulated(db, judge, "sim") == 15
+    store.add_pairs(db, pairs)
+    assert labelers.label_simulated(db, judge, "sim") == len(pairs) - 15
+    assert labelers.label_simulated(db, judge, "sim") == 0
+    stored = [(choice.pair, choice.choice) for choice in store.choices(db)]
+    assert stored == [(choice.pair, choice.choice) for choice in labelers.simulated(pairs, judge, "sim")]
+
+
+def _sit(db, keys: str, **options):
+    shown, waiting = [], iter(keys)
+    done = labelers.label_at_terminal(db, "ann", read=lambda: next(waiting, ""), write=shown.append, **options)
+    return done, "\n".join(shown)
+
+
+def test_a_person_chooses_takes_back_and_comes_again(db):
+    pairs = _pairs(5)
+    store.add_pairs(db, pairs)
+    done, shown = _sit(db, "1x2uTq")  # one, a key that means nothing, two, taken back, tie, stop
+    assert done == 2
+    assert "Taken back." in shown
+    assert [choice.choice for choice in store.choices(db)] == ["left", "tie"]
+    assert [choice.left_response for choice in store.choices(db)] == [labelers.left_response(p.id, "ann") for p in pairs[:2]]
+    done, shown = _sit(db, "usb")
+    assert "Nothing to take back" in shown
+    assert done == 2
+    assert _sit(db, "11", limit=1)[0] == 1
+    done, shown = _sit(db, "1")
+    assert (done, "No pair is left." in shown) == (0, True)
+
+
+def test_left_key_takes_the_response_shown_first(db):
+    store.add_pairs(db, _pairs(12))
+    for pair in store.pairs(db):
+        left = labelers.left_response(pair.id, "ann")
+        first = pair.response_a if left == "a" else pair.response_b
+        assert f"1)  ... {first}\n" in labelers.show(pair, left, 1, 12)
+    _sit(db, "1" * 12)
+    assert all(choice.preferred == choice.left_response for choice in store.choices(db))
+
+
+def test_the_terminal_obeys_no_response():
+    hostile = "\x1b[2Jchoose me\x07\u202e\u200b\nsecond line"
+    assert labelers.visible(hostile) == "\\u{1b}[2Jchoose me\\u{7}\\u{202e}\\u{200b} second line"
+    assert labelers.visible("plain é 🙂") == "plain é 🙂"
+
+
+def test_keys_from_a_pipe(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("2 because\n\n"))
+    assert [labelers.read_key(), labelers.read_key(), labelers.read_key()] == ["2", "\n", ""]
+
+
+def test_one_key_from_a_terminal(monkeypatch):
+    import os
+    import pty
+
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "r") as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        os.write(ours, b"1")
+        assert labelers.read_key() == "1"
+    os.close(ours)

@@ -1,0 +1,115 @@
+"""Pair accuracy, calibration, best-of-n and the over-optimisation figures."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from jaxrlhf.evaluation import overoptimization, reward_model, win_rate
+
+
+def test_pair_accuracy_by_hand():
+    ratings = np.array([2.0, 1.0, 0.0, -1.0, 3.0])
+    domains = ["movie", "movie", "movie", "tweet", "tweet"]
+    scores = np.array([0.3, 0.9, 0.3, 1.0, 5.0])  # movie pairs: 0>1 wrong, 0>2 tie, 1>2 right
+    result = reward_model.pair_accuracy(scores, ratings, domains)
+    assert result == {"movie": (0.5, 3), "tweet": (1.0, 1)}
+    wide = reward_model.pair_accuracy(scores, ratings, domains, min_gap=1.5)
+    assert wide["movie"] == (0.5, 1)
+
+
+def test_pair_accuracy_counts_like_two_loops():
+    random = np.random.default_rng(1)
+    n = 40
+    ratings, scores = random.integers(-4, 5, n) / 4, random.integers(0, 6, n).astype(float)
+    domains = random.choice(["a", "b"], n).tolist()
+    result = reward_model.pair_accuracy(scores, ratings, domains)
+    for domain in "ab":
+        outcomes = [
+            1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0
+            for i, j in itertools.product(range(n), repeat=2)
+            if domains[i] == domains[j] == domain and ratings[i] - ratings[j] >= 0.5
+        ]
+        assert result[domain] == (pytest.approx(np.mean(outcomes)), len(outcomes))
+
+
+def test_a_domain_without_pairs_has_no_accuracy():
+    result = reward_model.pair_accuracy(np.zeros(2), np.array([1.0, 1.2]), ["m", "m"])
+    assert math.isnan(result["m"].accuracy)
+    assert result["m"].pairs == 0
+
+
+def test_pair_accuracy_refuses_bad_input():
+    with pytest.raises(ValueError, match="need one of each"):
+        reward_model.pair_accuracy(np.zeros(2), np.zeros(2), ["m"])
+    with pytest.raises(ValueError, match="1 of 2 scores are NaN"):
+        reward_model.pair_accuracy(np.array([np.nan, 0.0]), np.zeros(2), ["m", "m"])
+
+
+def test_a_calibrated_model_has_no_calibration_error():
+    # Ratings drawn so that sigmoid(score gap) IS the probability that one is above the other: Gumbel noise on the scores.
+    random = np.random.default_rng(0)
+    scores = random.normal(0, 1.5, 1500)
+    ratings = scores + random.gumbel(size=1500)
+    error, table = reward_model.calibration(scores, ratings, ["m"] * 1500)
+    assert error < 0.01
+    assert sum(row["pairs"] for row in table) == 1500 * 1499 // 2
+    sure, _ = reward_model.calibration(scores * 5, ratings, ["m"] * 1500)
+    assert sure > 0.1
+
+
+def test_kl_of_best_of_n():
+    assert reward_model.kl_best_of_n(1) == 0
+    assert reward_model.kl_best_of_n(16) == pytest.approx(1.8351, abs=1e-4)
+
+
+def test_best_of_n_is_the_mean_over_all_subsets():
+    random = np.random.default_rng(2)
+    scores, values = random.normal(size=(3, 6)), random.normal(size=(3, 6))
+    for n in (1, 2, 3, 6):
+        expected = [
+            np.mean([values[p, max(subset, key=lambda j, p=p: scores[p, j])] for subset in itertools.combinations(range(6), n)])
+            for p in range(3)
+        ]
+        weights = reward_model.best_of_n_weights(scores, n)
+        np.testing.assert_allclose((weights * values).sum(1), expected, atol=1e-12)
+        np.testing.assert_allclose(weights.sum(1), 1, atol=1e-12)
+
+
+def test_best_of_n_rows():
+    scores = np.random.default_rng(3).normal(size=(50, 8))
+    wins = win_rate.outcomes(scores, scores[:, :1])
+    rows = reward_model.best_of_n(scores, {"win": wins}, sizes=(1, 2, 8))
+    assert [row["n"] for row in rows] == [1, 2, 8]
+    assert rows[0]["proxy"] < rows[1]["proxy"] < rows[2]["proxy"] == pytest.approx(scores.max(1).mean())
+    assert rows[2]["win"] >= 0.5
+    with pytest.raises(ValueError, match="between 1 and the 8 samples"):
+        reward_model.best_of_n_weights(scores, 9)
+
+
+def test_peak_and_drop():
+    rows = [{"kl": k, "proxy": p, "textblob": t} for k, p, t in [(0, 0, 0.14), (7, 1, 0.4), (24, 2, 0.6), (88, 3.6, 0.33)]]
+    curve = overoptimization.curve(rows)
+    assert [row["sqrt_kl"] for row in curve] == pytest.approx([0, math.sqrt(7), math.sqrt(24), math.sqrt(88)])
+    peak = overoptimization.peak_and_drop(curve, "textblob")
+    assert (peak.peak, peak.index, peak.final) == (0.6, 2, 0.33)
+    assert peak.drop == pytest.approx(0.45)
+    assert peak.proxy_rise == pytest.approx(1.6)
+    assert overoptimization.peak_and_drop(curve, "proxy").drop == 0
+    assert overoptimization.curve([{"kl": -0.01}])[0]["sqrt_kl"] == 0
+    with pytest.raises(ValueError, match="no row"):
+        overoptimization.peak_and_drop([], "textblob")
+
+
+@pytest.mark.parametrize("best_of_n", [False, True])
+def test_the_fit_recovers_its_own_curve(best_of_n):
+    d = np.linspace(0, 9, 12)
+    gain = np.array([x * (0.3 - 0.02 * x) if best_of_n else (x * (0.3 - 0.1 * math.log(x)) if x else 0.0) for x in d])
+    a, b, r2 = overoptimization.fit(d, gain, best_of_n)
+    assert (a, b) == pytest.approx((0.3, 0.02 if best_of_n else 0.1))
+    assert r2 == pytest.approx(1)
+    with pytest.raises(ValueError, match="at least 3"):
+        overoptimization.fit(d[:3], gain[:3])
