@@ -103,6 +103,13 @@ def test_a_person_chooses_takes_back_and_comes_again(db):
     assert (done, "No pair is left." in shown) == (0, True)
 
 
+def test_a_person_may_be_asked_about_one_pair_alone(db):
+    pairs = _pairs(4)
+    store.add_pairs(db, pairs)
+    assert _sit(db, "11", pair=pairs[2])[0] == 1
+    assert [choice.pair for choice in store.choices(db)] == [pairs[2].id]
+
+
 def test_left_key_takes_the_response_shown_first(db):
     store.add_pairs(db, _pairs(12))
     for pair in store.pairs(db):

@@ -78,11 +78,11 @@ def _samples(responses, **changes):
 
 
 def test_row_of_a_policy():
-    before, after = _samples(["bad one", "so bad", "dull"]), _samples([" good one", "so good", "dull"])
+    before, after = _samples([" bad one", " so bad", " dull"]), _samples([" good one", " so good", ", dull"])
     judges = {"good words": lambda texts: np.array([text.count("good") for text in texts], float)}
     old, new = policy.judge(before, judges), policy.judge(after, judges)
     row = policy.evaluate_policy(after, new, baseline=old)
-    assert policy.texts(after)[0] == "the film is good one"
+    assert policy.texts(after)[::2] == ["the film is good one", "the film is, dull"]
     assert row["win_rate"]["good words"][0] == pytest.approx(2.5 / 3)
     assert row["judges"] == {"good words": pytest.approx(2 / 3)}
     assert (row["prompts"], row["kl"], row["length"], row["eos_rate"]) == (3, 1.0, 3.0, pytest.approx(2 / 3))

@@ -31,8 +31,8 @@ class Samples:
 
 
 def whole(prompt: str, response: str) -> str:
-    """Prompt and response as one text, divided by a space."""
-    return f"{prompt.rstrip()} {response.lstrip()}".strip()
+    """Prompt and response as one text. A response keeps the space before its first word, as it was written."""
+    return prompt + response
 
 
 def texts(samples: Samples) -> list[str]:

@@ -109,17 +109,19 @@ def label_at_terminal(
     db: sqlite3.Connection,
     labeler: str,
     limit: int | None = None,
+    pair: store.Pair | None = None,
     read: Callable[[], str] = read_key,
     write: Callable[[str], None] = print,
 ) -> int:
-    """Ask a person about every pair not chosen on yet (at most `limit`) and return how many choices stand from this sitting.
+    """Ask a person about every pair not chosen on yet (at most `limit`; only `pair` where given).
 
-    Each choice is on disk before the next pair is shown, so the work can be left at any moment and taken up again.
+    Returns how many choices stand from this sitting. Each is on disk before the next pair is shown, so the work can be
+    left at any moment and taken up again.
     """
-    done = 0
+    done, only = 0, pair
     write(HELP)
     while limit is None or done < limit:
-        waiting = store.unlabelled(db, labeler)
+        waiting = [pair for pair in store.unlabelled(db, labeler) if only is None or pair == only]
         if not waiting:
             write("No pair is left.")
             break
