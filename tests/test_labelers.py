@@ -19,7 +19,7 @@ def judge(texts):
 
 def _pairs(n: int) -> list[store.Pair]:
     random = np.random.default_rng(0)
-    return [store.Pair(f"p{i}", str(a), str(b)) for i, (a, b) in enumerate(random.integers(0, 1000, (n, 2)).tolist()) if a != b]
+    return [store.Pair(f"p{i}", f" {a}", f" {b}") for i, (a, b) in enumerate(random.integers(0, 1000, (n, 2)).tolist()) if a != b]
 
 
 def _errors(choices, pairs):
@@ -58,7 +58,7 @@ def test_an_answer_depends_on_the_pair_alone():
 
 
 def test_near_equal_judgements_are_ties():
-    pairs = [store.Pair("p", "10", "12"), store.Pair("p", "10", "14")]
+    pairs = [store.Pair("p", " 10", " 12"), store.Pair("p", " 10", " 14")]
     assert [c.choice == "tie" for c in labelers.simulated(pairs, judge, "sim", tie_gap=2.0)] == [True, False]
     assert labelers.simulated([], judge, "sim") == []
 
@@ -115,7 +115,7 @@ def test_left_key_takes_the_response_shown_first(db):
     for pair in store.pairs(db):
         left = labelers.left_response(pair.id, "ann")
         first = pair.response_a if left == "a" else pair.response_b
-        assert f"1)  ... {first}\n" in labelers.show(pair, left, 1, 12)
+        assert f"1)  ...{first}\n" in labelers.show(pair, left, 1, 12)
     _sit(db, "1" * 12)
     assert all(choice.preferred == choice.left_response for choice in store.choices(db))
 
