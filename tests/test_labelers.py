@@ -18,8 +18,8 @@ def judge(texts):
 
 
 def _pairs(n: int) -> list[store.Pair]:
-    random = np.random.default_rng(0)
-    return [store.Pair(f"p{i}", f" {a}", f" {b}") for i, (a, b) in enumerate(random.integers(0, 1000, (n, 2)).tolist()) if a != b]
+    numbers = np.random.default_rng(0).integers(0, 1000, (n, 2)).tolist()
+    return [store.Pair(f"p{i}", f" {a}", f" {b}") for i, (a, b) in enumerate(numbers) if a != b]
 
 
 def _errors(choices, pairs):
