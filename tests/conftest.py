@@ -50,8 +50,9 @@ else:
 @pytest.fixture(autouse=True)
 def _no_mesh_left_behind():
     """A mesh that a test sets and forgets would shard the tests after it."""
+    before = jax.sharding.get_abstract_mesh()
     yield
-    assert jax.sharding.get_abstract_mesh().empty, "the test left a mesh set: use `with jax.set_mesh(mesh):`"
+    assert jax.sharding.get_abstract_mesh() == before, "the test left a mesh set: use `with jax.set_mesh(mesh):`"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
