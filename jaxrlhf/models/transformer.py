@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from jaxrlhf.core import sharding
@@ -121,8 +122,9 @@ def hidden(
 
 def logits(config: TransformerConfig, params: Params, hidden: Float[Array, "*s d"]) -> Float[Array, "*s v"]:
     """Unnormalised log-probabilities of the next token, from the head or, where there is none, the embedding table."""
-    head = params["head"] if "head" in params else params["embed"].T
-    return _product(config, hidden, head)
+    if "head" in params:
+        return _product(config, hidden, params["head"])
+    return _product(config, hidden, params["embed"], flipped=True)
 
 
 def segment_positions(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
@@ -146,14 +148,11 @@ def _at(layers: Params, i: int) -> Params:
 
 def _embed(config, params, tokens, position):
     # Ids at padded places may be anything. Clipped, because the default fills with NaN, which 0 * NaN would spread.
-    x = params["embed"].at[tokens].get(mode="clip")
+    # Gathered over fsdp first: a look-up in a table split along the width makes the partitioner replicate the result.
+    x = sharding.constrain(params["embed"], "vocab", None).at[tokens].get(mode="clip")
     if config.positions == "learned":
         x = x + params["positions"].at[position].get(mode="clip")
-    return _constrain(x)
-
-
-def _constrain(x: jax.Array) -> jax.Array:
-    return sharding.constrain(x, "batch", "length", "residual")
+    return sharding.constrain(x, "batch", *("length",) * (x.ndim - 2), "residual")
 
 
 def _layer(config, weights, x, rotation, segments, key):
@@ -164,7 +163,7 @@ def _layer(config, weights, x, rotation, segments, key):
     keys = (None, None) if key is None else jax.random.split(key)
     x = x + _dropout(config, keys[0], _product(config, mixed, weights["output"]))
     x = x + _dropout(config, keys[1], _mlp(config, weights, _norm(config, weights["mlp_norm"], x)))
-    return _constrain(x), (k, v)
+    return sharding.constrain(x, "batch", "length", "residual"), (k, v)
 
 
 def _heads(config, weights, x, rotation):
@@ -222,31 +221,49 @@ def _dropout(config, key, x):
 # ------------------------------------------------------------------------------------------------ weight products
 
 
-def _product(config: TransformerConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., in] @ weight [in, out] -> float32 [..., out] with operands of the type `config.dtype`."""
+def _product(config: TransformerConfig, x: jax.Array, weight: jax.Array, flipped: bool = False) -> jax.Array:
+    """x [..., in] @ weight [in, out] (`flipped`: [out, in]) -> float32 [..., out], operands of the type `config.dtype`."""
     # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
     rows = x.reshape(-1, x.shape[-1])
-    return _matmul(jnp.dtype(config.dtype), rows, weight).reshape(*x.shape[:-1], weight.shape[-1])
+    return _matmul(jnp.dtype(config.dtype), flipped, rows, weight).reshape(*x.shape[:-1], weight.shape[0 if flipped else 1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(dtype, x, weight):
-    return jnp.matmul(x.astype(dtype), weight.astype(dtype), preferred_element_type=jnp.float32)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(dtype, flipped, x, weight):
+    return _matmul_forward(dtype, flipped, x, weight)[0]
 
 
-def _matmul_forward(dtype, x, weight):
-    return _matmul(dtype, x, weight), (x.astype(dtype), weight.astype(dtype))
+def _matmul_forward(dtype, flipped, x, weight):
+    x, weight = x.astype(dtype), weight.astype(dtype)
+    return _dot(x, _transpose(weight) if flipped else weight), (x, weight)
 
 
-def _matmul_backward(dtype, residual, g):
+def _matmul_backward(dtype, flipped, residual, g):
     # The rule that autodiff derives would multiply a float32 gradient with narrow operands, in float32.
     x, weight = residual
     g = g.astype(dtype)
-    dx = jnp.matmul(g, weight.T, preferred_element_type=jnp.float32)
-    return dx, jnp.matmul(x.T, g, preferred_element_type=jnp.float32)
+    dx = _dot(g, weight if flipped else _transpose(weight))
+    dweight = _dot(_transpose(x), g)
+    return dx, dweight.T if flipped else dweight
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _dot(a, b):
+    # The barrier keeps a later transposition of the result from being folded into the product, which XLA's CPU backend
+    # does to narrow operands too and then cannot run (jax 0.10.2 and 0.12: "Unsupported element type for DotThunk").
+    return jax.lax.optimization_barrier(jnp.matmul(a, b, preferred_element_type=jnp.float32))
+
+
+def _transpose(x: jax.Array) -> jax.Array:
+    """x.T, on a single CPU device really moved in memory."""
+    # Under a mesh of several devices the partitioner of jax 0.10 would gather the whole operand of a layout constraint.
+    if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+        return x.T
+    # A CPU product of bfloat16 is fast for row-major operands only: XLA widens all others to float32, four times slower,
+    # and decides that before it would insert this copy itself.
+    return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -262,8 +279,8 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
     layers = {name: w if isinstance(w, dict) else w.astype(dtype) for name, w in params["layers"].items()}
     if jax.default_backend() == "cpu":
         layers = tuple(_at(layers, i) for i in range(config.layers))
-    head = params["embed"].T if config.tied_head else params["head"]
-    return params | {"layers": layers, "head": head.astype(dtype)}
+    head = _transpose(params["embed"].astype(dtype)) if config.tied_head else params["head"].astype(dtype)
+    return params | {"layers": layers, "head": head}
 
 
 def prefill(
@@ -287,11 +304,12 @@ def prefill(
         x, (k, v) = _layer(config, _at(params["layers"], i), x, rotation, None, None)
         cached.append((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
     last = jnp.take_along_axis(x, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    empty = tuple(jnp.zeros((prompts * n, config.kv_heads, width, config.head_width)) for _ in range(config.layers))
+    empty = jnp.zeros((prompts * n, config.kv_heads, width, config.head_width))
+    empty = sharding.constrain(empty, "batch", "kv_heads", None, None)  # else every device would hold all of it
     cache = {
         "length": length,
         "prompt": tuple(cached),
-        "response": tuple((e, e) for e in empty),
+        "response": ((empty, empty),) * config.layers,
     }
     return _norm(config, params["norm"], last), cache
 
@@ -303,10 +321,7 @@ def decode(
     n = token.shape[0] // cache["length"].shape[0]
     position = jnp.repeat(cache["length"], n) + step
     rotation = _rotation(config, position)
-    x = params["embed"].at[token].get(mode="clip")
-    if config.positions == "learned":
-        x = x + params["positions"].at[position].get(mode="clip")
-    x = sharding.constrain(x, "batch", "residual")
+    x = _embed(config, params, token, position)
     grown = []
     for i in range(config.layers):
         weights = _at(params["layers"], i)
