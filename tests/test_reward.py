@@ -199,9 +199,8 @@ def test_learns_a_separable_set_exactly_and_centres_it():
     step = jax.jit(lambda p: jax.tree.map(lambda x, g: x - 0.3 * g, p, jax.grad(loss)(p)))
     for _ in range(1500):
         params = step(params)
-    accuracy = terms(features @ params["weight"] + params["bias"], batch, config)[1]["reward/accuracy"]
-    assert accuracy.sum / accuracy.count == 1.0
-    scores = features @ params["weight"] + params["bias"]
+    scores = np.asarray(features @ params["weight"] + params["bias"])
+    assert ((scores[0, :, None] > scores[0]) == (true[0, :, None] > true[0]))[np.asarray(batch.preferred[0]) > 0].all()
     assert abs(scores.mean()) < 0.05 * scores.std()  # pairs leave the offset free; centring sets it
 
 

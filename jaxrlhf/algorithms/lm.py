@@ -60,6 +60,12 @@ def responses(
 
 
 def loss(outputs: Outputs, batch: Batch, config: Config) -> tuple[dict[str, Term], dict[str, Term]]:
-    """Negative log-likelihood, nats per learned token of the whole batch. Reads `outputs.logprobs`."""
+    """Negative log-likelihood, nats per learned token of the whole batch. Reads `outputs.logprobs`.
+
+    Raises:
+        ValueError: the outputs hold no log-probs.
+    """
     del config
+    if outputs.logprobs is None:
+        raise ValueError("lm.loss needs Outputs.logprobs: ask the objective for them")
     return {"loss/lm": Term(-masking.masked_sum(outputs.logprobs, batch.mask), batch.mask.sum().astype(jnp.float32))}, {}

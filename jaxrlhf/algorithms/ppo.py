@@ -162,8 +162,10 @@ def loss(outputs: Outputs, batch: Batch, config: Config) -> tuple[dict[str, Term
     Reads `outputs.logprobs` and `outputs.values`, and `outputs.entropy` where there is a bonus (else only to report it).
 
     Raises:
-        ValueError: an entropy bonus without entropies.
+        ValueError: an output that is read is missing.
     """
+    if outputs.logprobs is None or outputs.values is None:
+        raise ValueError("ppo.loss needs Outputs.logprobs and Outputs.values: ask the objective for both")
     log_ratio = surrogate.log_ratio(outputs.logprobs, batch.old_logprobs, batch.mask)
     policy, clipped = surrogate.clipped_policy(log_ratio, batch.advantages, batch.mask, config.clip, config.clip)
     value, value_clipped = surrogate.clipped_value(

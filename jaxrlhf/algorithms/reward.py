@@ -91,8 +91,13 @@ def loss(outputs: Outputs, batch: Batch, config: Config) -> tuple[dict[str, Term
 
     Reads `outputs.scores` [B, N]. A text in no pair does not count. Accuracy: an equal score is wrong.
     Source: algorithms/pairwise.py; centring from Eisenstein et al. 2023, section 5 (there on the sum of a pair's scores).
+
+    Raises:
+        ValueError: the outputs hold no scores.
     """
     scores = outputs.scores
+    if scores is None:
+        raise ValueError("reward.loss needs Outputs.scores: ask the objective for them")
     pair = batch.preferred > 0
     compared = pair.any(axis=2) | pair.any(axis=1)
     difference = _differences(scores, pair)

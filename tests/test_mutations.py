@@ -1,0 +1,105 @@
+"""Each mistake of tests/mutations.py is caught by the tests that it names, in a copy of the package with it planted."""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+from mutations import MUTATIONS, Mutation
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+WORKERS = 2  # processes at a time
+SECONDS = 300  # for one of them
+
+
+def planted(mutation: Mutation) -> str:
+    """The source of the mutated file.
+
+    Raises:
+        ValueError: the place does not stand exactly once in the file.
+    """
+    source = (ROOT / "jaxrlhf" / mutation.file).read_text()
+    if (count := source.count(mutation.old)) != 1:
+        raise ValueError(f"{mutation.name}: {mutation.old!r} stands {count} times in jaxrlhf/{mutation.file}, not once")
+    return source.replace(mutation.old, mutation.new)
+
+
+def run_tests(folder: pathlib.Path, nodes: tuple[str, ...], mutation: Mutation | None = None) -> tuple[int, str]:
+    """Exit code and output of pytest for these tests in a copy of the repository, with the mistake planted if there is one."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "jaxrlhf", folder / "jaxrlhf", ignore=ignored)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    if mutation is not None:
+        (folder / "jaxrlhf" / mutation.file).write_text(planted(mutation))
+    # The working directory stands first in the path, before the installed package.
+    arguments = ["-m", "pytest", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_"))}
+    done = subprocess.run(
+        [sys.executable, *arguments, *(f"tests/{node}" for node in nodes)],
+        cwd=folder,
+        env=environment | {"PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    shutil.rmtree(folder)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    """The runs of all mutations that this session tests, started ahead of the tests that wait for them."""
+    folder = tmp_path_factory.mktemp("mutations")
+    chosen = [item.callspec.params["mutation"] for item in request.session.items if item.nodeid.count("test_is_caught[")]
+    # A worker of pytest-xdist sees every test but runs its share only: there, nothing is started ahead.
+    ahead = [] if "PYTEST_XDIST_WORKER" in os.environ else chosen
+    pool = concurrent.futures.ThreadPoolExecutor(WORKERS)
+    started = {mutation: pool.submit(run_tests, folder / mutation.name, mutation.tests, mutation) for mutation in ahead}
+
+    def outcome(mutation: Mutation) -> tuple[int, str]:
+        if mutation in started:
+            return started[mutation].result()
+        return run_tests(folder / mutation.name, mutation.tests, mutation)
+
+    yield outcome
+    pool.shutdown(cancel_futures=True)
+
+
+def test_the_list_is_long_distinct_and_names_tests_that_exist():
+    assert len(MUTATIONS) >= 20
+    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
+    for mutation in MUTATIONS:
+        for node in mutation.tests:
+            file, name = node.split("::")
+            functions = [x.name for x in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(x, ast.FunctionDef)]
+            assert name in functions, f"{mutation.name}: there is no {node}"
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_fits_the_source(mutation):
+    ast.parse(planted(mutation))
+
+
+def test_without_a_mistake_the_tests_pass(tmp_path):
+    nodes = dict.fromkeys(node for mutation in MUTATIONS for node in mutation.tests)
+    code, output = run_tests(tmp_path / "unchanged", tuple(nodes))
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_is_caught(mutation, outcomes):
+    code, output = outcomes(mutation)
+    # 1: tests ran and some failed. Anything else (no such test, a crash on import) is not a mistake caught.
+    assert code == 1, f"{mutation.name} is not caught:\n{output}"
+    failed = [line.removeprefix("FAILED tests/") for line in output.splitlines() if line.startswith("FAILED ")]
+    for node in mutation.tests:
+        caught = any(line.startswith((f"{node}[", f"{node} ")) or line == node for line in failed)
+        assert caught, f"{mutation.name} is not caught by {node}:\n{output}"
