@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 SHORTEST, LONGEST = 3, 250  # characters of a message that is kept
-_PHONE = re.compile(r"\+?\(?\d{3}\)?[ .-]?\d{3}[ .-]?\d{4}")
+_PHONE = re.compile(r"\d{3}\)?[ .-]?\d{3}[ .-]?\d{4}")
 
 
 def path() -> Path:

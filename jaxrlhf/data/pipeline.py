@@ -24,7 +24,9 @@ _PLAIN = str.maketrans({"‘": "'", "’": "'", "`": "'", "“": '"', "”": '"'
 
 def clean(text: str) -> str:
     """Lower case, straight quotes and dashes, single spaces: the form of every text that a default run reads."""
-    return " ".join(text.translate(_PLAIN).lower().split())
+    if not text.isascii() or "`" in text:
+        text = text.translate(_PLAIN)
+    return " ".join(text.lower().split())
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int, pad: int = PAD) -> tuple[Int[np.ndarray, "n w"], Int[np.ndarray, " n"]]:
@@ -49,7 +51,12 @@ def pack(
     """The stream bos + text + eos of all texts, cut every `width` tokens: (tokens, segments). Only the last row has padding.
 
     `segments` counts the texts of a row from 1 (a text that began in the row before counts too); 0 is padding.
+
+    Raises:
+        ValueError: there are no texts.
     """
+    if not len(rows):
+        raise ValueError("there are no texts to pack: give at least one")
     length = np.fromiter(map(len, rows), np.int64, len(rows)) + 2
     ends = np.cumsum(length)
     total = int(length.sum())
@@ -284,8 +291,10 @@ def mixed(
     Each source is read in its own stateless order without leaving a row out. Rows of the second source come last in a batch.
 
     Raises:
-        ValueError: a share outside [0, 1], other names in the two sources, or no rows.
+        ValueError: a share outside [0, 1], other names in the two sources, no rows, or no steps.
     """
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"steps={steps} and batch_size={batch_size} must be at least 1")
     if not (0 <= share[0] <= 1 and 0 <= share[1] <= 1):
         raise ValueError(f"share={share} must be two numbers in [0, 1]")
     if set(first) != set(second):

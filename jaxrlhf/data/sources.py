@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -40,6 +40,8 @@ def _matches(value: Any, kind: type) -> bool:
 
 def _text_problem(text: str) -> str | None:
     """Why `text` could not be written and read back unchanged, if so."""
+    if text.isascii() and "\0" not in text:
+        return None
     if "\0" in text:
         return f"NUL character at position {text.index(chr(0))}: remove it"
     try:
@@ -51,18 +53,25 @@ def _text_problem(text: str) -> str | None:
 
 def _hidden_problem(value: Any) -> str | None:
     """The first such problem anywhere inside a value."""
-    if isinstance(value, str):
-        return _text_problem(value)
-    parts = value if isinstance(value, list) else [*value, *value.values()] if isinstance(value, dict) else ()
-    return next((problem for problem in map(_hidden_problem, parts) if problem), None)
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            if problem := _text_problem(value):
+                return problem
+        elif isinstance(value, dict):
+            stack += [*value, *value.values()]
+        elif isinstance(value, list):
+            stack += [part for part in value if isinstance(part, (str, dict, list))]
+    return None
 
 
 def row_problem(row: Mapping[str, Any], schema: Schema) -> tuple[str, str] | None:
     """(field, what is wrong with it) of the first fault of a row, or None."""
     fields = {**schema.required, **schema.optional}
-    for name in row:
-        near = difflib.get_close_matches(name, [field for field in fields if field not in row], n=1, cutoff=0.8)
-        if name not in fields and near:
+    absent = [name for name in fields if name not in row]
+    for name in [name for name in row if name not in fields]:
+        if near := difflib.get_close_matches(name, absent, n=1, cutoff=0.85):  # 'label' is no misspelling of 'labeler'
             return name, f"unknown field; did you mean '{near[0]}'?"
     for name, kind in fields.items():
         if name not in row:
@@ -223,7 +232,7 @@ class JsonlSource:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         index = range(len(self))[index]
         if self.path.stat().st_size != self.size:
             raise ValueError(f"{self.path}: changed while in use; start again")
@@ -271,7 +280,7 @@ class TfdsSource:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         return _plain(self.records[range(len(self))[index]])
 
 
@@ -294,8 +303,17 @@ def open_tfds(folder: Path | str, split: str) -> TfdsSource:
     if kind is None or kind.value != "array_record":
         # TFDS 4.9.10 drops rows in silence when it writes parquet, and reads tfrecord by tensorflow only
         raise ValueError(f"{folder}: file format '{kind and kind.value}'; prepare the set with file_format='array_record'")
-    records = builder.as_data_source(split=split)
     promised = builder.info.splits[split].num_examples
-    if len(records) != promised or not promised:
-        raise ValueError(f"{folder}: split '{split}' holds {len(records)} rows of {promised} promised; prepare it again")
-    return TfdsSource(records)
+    held = _records_held(builder.info.splits[split].filepaths)
+    if held != promised or not promised:
+        raise ValueError(f"{folder}: split '{split}' holds {held} rows of {promised} promised; prepare it again")
+    return TfdsSource(builder.as_data_source(split=split))
+
+
+def _records_held(files: Sequence[Any]) -> int:
+    """Records that are really in the files; `len` of TFDS's own source only repeats what dataset_info.json promises."""
+    from array_record.python import array_record_data_source
+
+    if not all(Path(file).is_file() for file in files):
+        return 0
+    return len(array_record_data_source.ArrayRecordDataSource([str(file) for file in files]))

@@ -1,7 +1,7 @@
 """Preference data: rows of a JSON-lines file, and a TFDS data set (array_record) written and read without tensorflow.
 
 A row is a dictionary: prompt, chosen, rejected, and where known margin, weight, tie, labeler, pair. Further fields, such as
-where a response came from, are kept: in TFDS as one JSON text.
+where a response came from, are kept: in TFDS as one JSON text. TFDS holds margin and weight as float32.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _builder() -> Any:
     """The TFDS builder class; made on first use, since tensorflow_datasets takes half a second to import."""
     import tensorflow_datasets as tfds
 
-    kinds = {str: tfds.features.Text(), float: np.float64, bool: np.bool_}
+    kinds = {str: tfds.features.Text(), float: np.float32, bool: np.bool_}
     types = {**SCHEMA.required, **SCHEMA.optional, _FURTHER: str}
 
     class HumanPreferences(tfds.core.GeneratorBasedBuilder, skip_registration=True):
