@@ -27,6 +27,7 @@ from typing import Any
 import jaxrlhf
 from jaxrlhf.training import cli
 from jaxrlhf.training.metrics import Metrics, write_atomic
+from jaxrlhf.training.metrics import read as read_metrics
 
 MARK = "run.json"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -140,6 +141,11 @@ class Run:
                 f"step {self._log().last['step']}: the gradient was not finite for 3 updates in a row; "
                 f"{self.out} keeps the last good state. A lower learning rate or a smaller clip_norm may help"
             )
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl so far."""
+        self._log().flush()
+        return read_metrics(self.out)
 
     def maybe_save(self, step: int, state: Any, last: bool = False) -> None:
         """After step `step`: save when it is time, when `last`, or when a signal asks the run to end.

@@ -1,0 +1,115 @@
+"""Talk to the policy: it is loaded alone, from a folder without optimizer, value head, reward model or reference.
+
+    python experiments/chat.py --policy runs/demo/policy                       # type the first words of a review
+    python experiments/chat.py --policy runs/demo/policy --task reply          # type a turn of a chat
+    python experiments/chat.py --policy runs/demo/policy --prompt "a film that" # once
+    python experiments/chat.py --policy runs/demo/policy --ask                 # choose between two answers
+
+With `--ask` every prompt, both answers and the choice go to the feedback store, for the next round of training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from experiments import stage
+from jaxrlhf.core import sharding
+from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.core.types import Prompts, SamplingSpec
+from jaxrlhf.data import pipeline
+from jaxrlhf.feedback import labelers, store
+from jaxrlhf.sampling import generate
+from jaxrlhf.training import cli
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    policy: Path = Path("runs/demo/policy")
+    prompt: str | None = None  # answer this and stop; without it, lines are read until the input ends
+    task: Literal["continue", "reply"] = "continue"  # continue a review, or reply to a turn of a chat
+    ask: bool = False  # show two answers and keep the choice
+    store: Path = Path("runs/demo/feedback.sqlite")  # where choices are kept
+    name: str = "user"  # of the person, stored with every choice
+    seed: int = 0
+    sampling: stage.Sampling = stage.Sampling(top_p=0.9)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Answer one prompt or many."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    policy = stage.load(config.policy, mesh)
+    spec = stage.spec(config.sampling, policy.tokenizer)
+    answered = 0
+    with contextlib.ExitStack() as stack:
+        db = stack.enter_context(contextlib.closing(store.open_store(config.store))) if config.ask else None
+        for number, text in enumerate(lines(config)):
+            answers = answer(config, policy, spec, text, number)
+            if db is None:
+                print(text + answers[0] if config.task == "continue" else answers[0].strip(), flush=True)
+            else:
+                choose(config, db, spec, text, answers)
+            answered += 1
+    return {"answered": answered}
+
+
+def lines(config: Config):
+    """The prompts: the one given, or what is typed."""
+    if config.prompt is not None:
+        yield config.prompt
+        return
+    terminal = sys.stdin.isatty()
+    while True:
+        if terminal:
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def answer(config: Config, policy: stage.Trained, spec: SamplingSpec, text: str, number: int) -> list[str]:
+    """One answer, or two different ones to choose from.
+
+    Raises:
+        ValueError: the prompt and the answer do not fit into the model's context.
+    """
+    tokenizer = policy.tokenizer
+    ids = [tokenizer.bos, *tokenizer.encode(pipeline.clean(text)), *([tokenizer.eos] if config.task == "reply" else [])]
+    room = policy.model.max_length - spec.max_tokens
+    if len(ids) > room:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, but the model reads {policy.model.max_length} with {spec.max_tokens} kept for "
+            f"the answer: shorten it to {room} tokens, or lower --sampling.max-tokens"
+        )
+    width = min(-(-len(ids) // 8) * 8, room)  # few widths, few programs
+    tokens, length = pipeline.pad_rows([ids], width)
+    prompt = Prompts(tokens, length, np.array([number], np.int32), np.zeros(1, np.int32))
+    rollout = generate.generate(policy.model, policy.params, prompt, spec, jax.random.key(config.seed), 8 if config.ask else 1)
+    answers = list(dict.fromkeys(stage.texts(rollout, tokenizer)[1]))  # in the order drawn, equal ones once
+    return answers[:2] if config.ask else answers[:1]
+
+
+def choose(config: Config, db: sqlite3.Connection, spec: SamplingSpec, text: str, answers: list[str]) -> None:
+    """Let the person choose, and keep prompt, answers and choice."""
+    if len(answers) < 2:
+        print(f"{answers[0].strip()}   (every answer drawn was this one: nothing to choose)")
+        return
+    pair = store.Pair(pipeline.clean(text), *answers, *(str(config.policy),) * 2, json.dumps(dataclasses.asdict(spec)))
+    store.add_pairs(db, [pair])
+    labelers.label_at_terminal(db, config.name, limit=1, pair=pair)
+
+
+PRESETS = {"default": Config()}
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)

@@ -1,0 +1,117 @@
+"""Stage 4: train the policy against the reward model with PPO, held near the fine-tuned model it starts from.
+
+    python experiments/ppo.py --policy runs/demo/sft/model --reward runs/demo/reward_model/model --out runs/demo/ppo
+
+One iteration: sample answers, score them, turn scores and KL into advantages, a few epochs of clipped updates. To change the
+algorithm, copy jaxrlhf/algorithms/ppo.py and this page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import held_out, stage
+from jaxrlhf.algorithms import ppo
+from jaxrlhf.core import sharding
+from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.data import human_sentiment, pipeline
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.models import heads
+from jaxrlhf.rewards import model as rewards
+from jaxrlhf.sampling.rollout import collect
+from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training.optimizer import OptimizerConfig
+from jaxrlhf.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
+    reward: Path = Path("runs/demo/reward_model/model")
+    out: Path = Path("runs/demo/ppo")
+    seed: int = 1
+    mesh: MeshConfig = MeshConfig()
+    iterations: int = 30
+    batch: int = 256  # answers an iteration, each to its own prompt
+    sampling: stage.Sampling = stage.Sampling()
+    algorithm: ppo.Config = ppo.Config(kl_coef=0.12)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
+    )
+    evaluate_every: int = 6  # iterations; also before the first and after the last
+    held_out_prompts: int = 384
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train, and write `model/` (the policy alone) and `result.json` into `config.out`."""
+    with Run.open(config.out, config) as run:
+        if run.result is not None:
+            return run.result
+        mesh = sharding.make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            start = stage.load(config.policy, mesh)
+            judged = stage.load(config.reward, mesh, "reward_model")
+            reward = rewards.reward(judged.model, judged.settings["pooling"])
+            spec = stage.spec(config.sampling, start.tokenizer)
+            prompts = prompt_batches(start.tokenizer, config.batch, config.seed)
+            setting = held_out.Setting(
+                model=start.model,
+                reference=start.params,
+                reward=lambda rollout: reward(judged.params, rollout),
+                prompts=held_out.prompts(start.tokenizer, config.held_out_prompts),
+                spec=spec,
+                tokenizer=start.tokenizer,
+                mesh=mesh,
+            )
+            before = held_out.sample(setting, start.params, jax.random.key(0))
+
+            def judge(policy: Any) -> dict[str, float]:  # other draws than the baseline's, so that equals win half
+                return held_out.flat(held_out.report(held_out.sample(setting, policy, jax.random.key(1)), before))
+
+            value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
+            params = {"policy": start.params, "value": jax.device_put(value, sharding.replicated(mesh))}
+            frozen = {"reference": start.params}
+            updates = config.iterations * config.algorithm.epochs * config.algorithm.minibatches
+            update = optimizer.make(config.optimizer, updates, params)
+            state = step.init_state(params, update, jax.random.key(config.seed), ppo.init(config.algorithm))
+            state = run.restore(state)
+            outputs = objective.make_outputs(start.model, spec, entropy=True, values=True, trunk="policy")
+            run_epochs = step.make_epochs(
+                outputs, ppo.loss, config.algorithm, update, config.algorithm.epochs, config.algorithm.minibatches
+            )
+            prepare = jax.jit(ppo.prepare, static_argnames="config")
+
+            for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
+                judged_now = {} if i % config.evaluate_every else judge(state.params["policy"])
+                batch = sharding.shard_batch(prompts[i], mesh)
+                experience = collect(
+                    start.model, state.params, frozen, batch, spec, jax.random.fold_in(state.key, i), version=i
+                )
+                experience = experience.replace(score=reward(judged.params, experience.rollout))
+                batch, algorithm, stats = prepare(experience, state.algorithm, config=config.algorithm)
+                state, metrics = run_epochs(state.replace(algorithm=algorithm), frozen, batch)
+                run.log(i, judged_now | stats | metrics)
+                run.maybe_save(i, state)
+            run.maybe_save(config.iterations - 1, state, last=True)
+            run.log(config.iterations, judge(state.params["policy"]))
+        stage.save(config.out / "model", "policy", jax.device_get(state.params["policy"]), start.config, start.tokenizer)
+        return run.done({"curve": [row for row in run.metrics() if "held_out/kl" in row]})
+
+
+def prompt_batches(tokenizer: Tokenizer, batch: int, seed: int) -> Any:
+    """`[iteration]`: the first words of training reviews."""
+    texts = [pipeline.clean(rating.text) for rating in human_sentiment.reviews("train")]
+    return pipeline.prompt_batches(pipeline.cut_prompts(tokenizer.encode_batch(texts), tokenizer, seed), batch, seed)
+
+
+PRESETS = {
+    "default": Config(),
+    "smoke": Config(iterations=4, batch=32, evaluate_every=2, held_out_prompts=48),
+}
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)

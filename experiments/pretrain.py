@@ -1,0 +1,122 @@
+"""Stage 1: a language model from nothing, on human small talk and reviews.
+
+    python experiments/pretrain.py --out runs/demo/pretrain
+
+Chat messages teach the language, reviews the domain: their share of each batch rises over the run, so that no second stage
+of domain adaptation is needed. Tweets are never read here. On two cores: about three minutes, 1.75 bits per character of
+held-out reviews.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import stage
+from jaxrlhf.algorithms import lm
+from jaxrlhf.core import sharding
+from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.data import chitchat, human_sentiment, pipeline
+from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.models import transformer
+from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training.optimizer import OptimizerConfig
+from jaxrlhf.training.run import Run
+
+MODEL = TransformerConfig(
+    vocab_size=4096, width=192, layers=4, heads=4, kv_heads=4, head_width=48, mlp_width=512, max_length=128, dtype="bfloat16"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    out: Path = Path("runs/demo/pretrain")
+    seed: int = 1
+    mesh: MeshConfig = MeshConfig()
+    model: TransformerConfig = MODEL
+    steps: int = 1000
+    batch: int = 32  # rows
+    width: int = 64  # tokens a row
+    review_share: tuple[float, float] = (0.35, 0.95)  # of a batch, at the first and at the last step
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="muon", learning_rate=0.02, adam_learning_rate=4e-3, weight_decay=0.01, clip_norm=None
+    )
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train, and write `model/` and `result.json` into `config.out`."""
+    with Run.open(config.out, config) as run:
+        if run.result is not None:
+            return run.result
+        mesh = sharding.make_mesh(config.mesh)
+        chat, reviews = [pipeline.clean(text) for text in chitchat.messages()], texts("train")
+        tokenizer = tokenizers.train([*reviews, *reviews, *chat[:40_000]], config.model.vocab_size)
+        model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+        model = transformer.build(model_config)
+        data = dataset(config, tokenizer, chat, reviews)
+        held_out = pipeline.evaluation_rows(tokenizer.encode_batch(texts("test")[:768]), tokenizer, model_config.max_length)
+
+        with jax.set_mesh(mesh):
+            placed = sharding.shardings(transformer.param_specs(model_config), mesh)
+            params = jax.jit(model.init, out_shardings=placed)(jax.random.key(config.seed))
+            update = optimizer.make(config.optimizer, config.steps, params)
+            state = run.restore(step.init_state(params, update, jax.random.key(config.seed + 1)))
+            outputs = objective.make_outputs(model, packed=True)
+            train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
+            for i in run.steps(run.start, config.steps, "pretrain", show=("loss/lm",)):
+                batch = sharding.shard_batch(lm.packed(**data[i]), mesh)
+                state, metrics = train_step(state, None, batch)
+                run.log(i, metrics)
+                run.maybe_save(i, state)
+            nll, bits = bits_per_character(outputs, state.params, held_out)
+        stage.save(config.out / "model", "policy", jax.device_get(state.params), model_config, tokenizer)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        return run.done({"nll_per_token": nll, "bits_per_character": bits, "parameters": parameters})
+
+
+def texts(split: str) -> list[str]:
+    """Clean movie and product reviews of a split."""
+    return [pipeline.clean(rating.text) for rating in human_sentiment.reviews(split)]
+
+
+def dataset(config: Config, tokenizer: tokenizers.Tokenizer, chat: list[str], reviews: list[str]) -> Any:
+    """`dataset[step]`: packed rows of both sources."""
+
+    def packed(lines: list[str], rows: int) -> dict[str, np.ndarray]:
+        encoded, _ = pipeline.encode_rows(lines, tokenizer, rows, config.width, config.seed)
+        tokens, segments = pipeline.pack(encoded, config.width)
+        return {"tokens": tokens, "segments": segments}
+
+    needed = pipeline.mixed_rows_read(config.batch, config.steps, config.review_share)
+    sources = (packed(lines, rows) for lines, rows in zip((chat, reviews), needed, strict=True))
+    return pipeline.mixed(*sources, config.batch, config.seed, config.steps, config.review_share)
+
+
+def bits_per_character(outputs: objective.OutputsFn, params: Any, rows: dict[str, np.ndarray], size: int = 64) -> tuple:
+    """Of held-out texts: nats per token, EOS counted, and bits per character."""
+    score = jax.jit(lambda params, batch: lm.loss(outputs(params, None, batch, None), batch, lm.Config())[0]["loss/lm"])
+    segments = (np.arange(rows["tokens"].shape[1]) < rows["length"][:, None]).astype(np.int32)
+    total = tokens = 0.0
+    for i in range(0, len(segments), size):
+        term = score(params, lm.packed(rows["tokens"][i : i + size], segments[i : i + size]))
+        total, tokens = total + float(term.sum), tokens + float(term.count)
+    return total / tokens, total / math.log(2) / float(rows["characters"].sum())
+
+
+PRESETS = {
+    "default": Config(),
+    "smoke": Config(
+        model=dataclasses.replace(MODEL, vocab_size=512, width=64, layers=2, heads=2, kv_heads=2, head_width=32, mlp_width=128),
+        steps=60,
+        batch=16,
+    ),
+}
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)

@@ -1,0 +1,86 @@
+"""What the stage scripts share: reading a finished stage's model onto the mesh, and writing one for the next stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrlhf.core import sharding
+from jaxrlhf.core.types import Rollout, SamplingSpec
+from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.models import heads, pretrained, transformer
+from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.models.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn; the tokenizer's own ids are added by `spec`."""
+
+    temperature: float = 0.8  # in every log-prob too
+    max_tokens: int = 28
+    min_tokens: int = 8  # EOS is impossible before: else policies learn to stop at once, which saves KL
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+def spec(sampling: Sampling, tokenizer: Tokenizer) -> SamplingSpec:
+    """The sampling distribution over this tokenizer's ids."""
+    return SamplingSpec(
+        **dataclasses.asdict(sampling), stop=(tokenizer.eos,), forbidden=(tokenizer.pad, tokenizer.bos), pad=tokenizer.pad
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished stage's model."""
+
+    config: TransformerConfig
+    model: Model
+    params: Any
+    tokenizer: Tokenizer
+    settings: dict[str, Any]  # config.json of the folder
+
+
+def specs(config: TransformerConfig, kind: str) -> Any:
+    """Parameter specs of a `policy` (a language model) or a `reward_model` (trunk, head, scale)."""
+    trunk = transformer.param_specs(config)
+    if kind == "policy":
+        return trunk
+    scalar = sharding.ParamSpec((), (), sharding.zeros)
+    return {"trunk": trunk, "head": heads.score_specs(config.width), "gain": scalar, "bias": scalar}
+
+
+def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained:
+    """The model in `folder`, on the mesh.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: not a model of this kind, or damaged.
+    """
+    params, settings = pretrained.load(folder)
+    if settings.get("kind") != kind:
+        raise ValueError(f"{folder}: holds a {settings.get('kind', 'model of another program')}, not a {kind}")
+    config = TransformerConfig(**settings["transformer"])
+    params = jax.device_put(params, sharding.shardings(specs(config, kind), mesh))
+    return Trained(config, transformer.build(config), params, tokenizers.load(folder), settings)
+
+
+def save(folder: Path, kind: str, params: Any, config: TransformerConfig, tokenizer: Tokenizer, **notes: Any) -> None:
+    """Write a model for the next stage: weights, config.json and tokenizer, nothing else."""
+    pretrained.save(folder, params, {"kind": kind, "transformer": dataclasses.asdict(config), **notes})
+    tokenizer.save(folder)
+
+
+def texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """Prompts and responses as text. A response keeps its leading space, so that prompt + response is the whole text."""
+    tokens, start, length = (np.asarray(x) for x in jax.device_get((rollout.tokens, rollout.prompt_len, rollout.response_len)))
+    prompts = [tokenizer.decode(row[:p]) for row, p in zip(tokens, start, strict=True)]
+    spans = zip(tokens, start, start + length, strict=True)
+    return prompts, [tokenizer.decode(row[p:end], continuation=True) for row, p, end in spans]

@@ -1,0 +1,66 @@
+"""A trained model as a folder: `params.safetensors` with flat names such as `layers/query`, and `config.json`.
+
+What a finished stage hands to the next, and all that serving reads: no optimizer, no pickles, nothing that runs on loading.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+PARAMS, CONFIG = "params.safetensors", "config.json"
+
+
+def save(path: Path | str, params: dict[str, Any], config: dict[str, Any]) -> None:
+    """Write the folder `path`, replacing an earlier one as a whole: a reader sees the old model or the new one.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    if path.exists() and not (path / CONFIG).is_file():
+        raise ValueError(f"{path} exists and holds no model ({CONFIG} is missing): choose another folder")
+    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, temporary / PARAMS)
+    (temporary / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+
+
+def load(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(params as NumPy arrays, config) of a folder that `save` wrote.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file is missing from it.
+        ValueError: a file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = Path(path)
+    for name in (CONFIG, PARAMS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(
+                f"{path}: no trained model there ({name} is missing); give the `model` folder of a finished stage"
+            )
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG}: not readable JSON ({error}); export the model again") from error
+    try:
+        flat = load_file(path / PARAMS)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path / PARAMS}: damaged or not safetensors ({error}); export the model again") from error
+    return traverse_util.unflatten_dict(flat, sep="/"), config
