@@ -1,0 +1,1 @@
+"""From prompts to rollouts: filters, the draw, the decode loop, and what a learner needs to know of the result."""

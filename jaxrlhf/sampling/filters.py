@@ -1,0 +1,68 @@
+"""Top-k, top-p and min-p as thresholds found by bisection, without sorting the vocabulary.
+
+A sort of [256, 4096] logits takes ten times as long on a CPU as the thirty masked sums that find the exact border, and
+is more than half of a whole generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrlhf.core.types import SamplingSpec
+from jaxrlhf.models.heads import IMPOSSIBLE
+
+
+def apply(logits: Float[Array, "b v"], spec: SamplingSpec) -> Float[Array, "b v"]:
+    """Policy logits with the tokens that `spec` removes made impossible, in the order top-k, top-p, min-p.
+
+    top-k keeps the k most probable tokens; top-p then the fewest most probable ones whose renormalised mass reaches p, the
+    token that crosses p included; min-p then those at least `min_p` times as probable as the first. Of tokens equal at the
+    border all are kept, so a kept set never depends on the order of the vocabulary. At least one token stays.
+    Source: transformers logits_process.py (`TopKLogitsWarper`, `TopPLogitsWarper`, `MinPLogitsWarper`), which breaks ties
+    at the border of top-p by position.
+    """
+    if 0 < spec.top_k < logits.shape[-1]:
+        logits = jnp.where(_top_k(logits, spec.top_k), logits, IMPOSSIBLE)
+    if spec.top_p == 1 and spec.min_p == 0:
+        return logits
+    weight = jnp.exp(logits - logits.max(-1, keepdims=True))  # probability over that of the first token, whose weight is 1
+    least = _top_p(weight, spec.top_p) if spec.top_p < 1 else jnp.zeros(logits.shape[0])
+    return jnp.where(weight >= jnp.maximum(least, spec.min_p)[:, None], logits, IMPOSSIBLE)
+
+
+def _top_k(logits: Float[Array, "b v"], k: int) -> Bool[Array, "b v"]:
+    """True at every logit that is at least the k-th largest."""
+    # A select makes -0.0 the 0.0 that it equals; XLA would simplify `logits + 0.0` away.
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)
+    # Read as integers, floats above 0 are in order and floats below 0 in reverse order.
+    rank = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    positive = (rank >= 0).sum(-1) >= k
+    sign = jnp.where(positive, jnp.int32(0), jnp.iinfo(jnp.int32).min)
+    border = _largest(lambda least: (rank >= least[:, None]).sum(-1) >= k, sign)
+    return rank >= border[:, None]
+
+
+def _top_p(weight: Float[Array, "b v"], p: float) -> Float[Array, " b"]:
+    """The largest weight such that tokens of at least this weight hold the share p of all; exact for float32 sums."""
+    target = p * weight.sum(-1)
+
+    def enough(bits: Int[Array, " b"]) -> Bool[Array, " b"]:
+        least = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        return jnp.where(weight >= least[:, None], weight, 0.0).sum(-1) >= target
+
+    border = _largest(enough, jnp.zeros(weight.shape[0], jnp.int32))
+    return jax.lax.bitcast_convert_type(border, jnp.float32)
+
+
+def _largest(holds: Callable[[Int[Array, " b"]], Bool[Array, " b"]], start: Int[Array, " b"]) -> Int[Array, " b"]:
+    """The largest integer `start` + 0 .. 2^31 - 1 at which `holds`, true up to some place and false after it, is true."""
+
+    def bit(i, found):
+        larger = found | (jnp.int32(1) << (30 - i))
+        return jnp.where(holds(larger), larger, found)
+
+    return jax.lax.fori_loop(0, 31, bit, start)

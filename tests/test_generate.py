@@ -1,0 +1,282 @@
+"""What a rollout holds, that it says the truth about itself, and that it depends on nothing it should not."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.core import sharding
+from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
+from jaxrlhf.models import transformer
+from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.models.heads import IMPOSSIBLE
+from jaxrlhf.sampling import filters, generate
+
+VOCAB, PAD, BOS, EOS = 48, 0, 1, 2
+CONFIG = TransformerConfig(
+    vocab_size=VOCAB,
+    width=16,
+    layers=1,
+    heads=2,
+    kv_heads=2,
+    head_width=8,
+    mlp_width=32,
+    max_length=24,
+    tied_head=False,
+)
+MODEL = transformer.build(CONFIG)
+KEY = jax.random.key(7)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Weights that give clear preferences: logits of a fresh model are nearly flat."""
+    fresh = MODEL.init(jax.random.key(0))
+    return fresh | {"head": fresh["head"] * 20}
+
+
+def spec(**changes) -> SamplingSpec:
+    return SamplingSpec(**{"temperature": 0.7, "max_tokens": 10, "stop": (EOS, 5, 6), "pad": PAD, **changes})
+
+
+def prompts(count: int = 8, width: int = 6) -> Prompts:
+    rng = np.random.default_rng(3)
+    length = rng.integers(1, width + 1, count).astype(np.int32)
+    tokens = rng.integers(3, VOCAB, (count, width)).astype(np.int32)  # garbage stands after a prompt's end, on purpose
+    uid = (100 + 3 * np.arange(count)).astype(np.int32)
+    return jax.tree.map(jnp.asarray, Prompts(tokens=tokens, length=length, uid=uid, row=uid - 100))
+
+
+def take(data, index):
+    return jax.tree.map(lambda x: x[jnp.asarray(index)], data)
+
+
+def assert_same(a: Rollout, b: Rollout) -> None:
+    """Equal choices; log-probs up to the order in which products of another shape are summed."""
+    for name in ("tokens", "prompt_len", "response_len", "finished", "group", "sample"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    for name in ("logprobs", "sampled_logprobs"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=3e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def sampled(params) -> Rollout:
+    """Two responses to each of eight prompts: what the tests below are compared with."""
+    return generate.generate(MODEL, params, prompts(), spec(), KEY, n=2)
+
+
+def teacher_forced(params, rollout: Rollout, spec: SamplingSpec) -> np.ndarray:
+    """Float64 policy logits [B, R, V] at each response token of the rows as they stand, by a loop over rows and places."""
+    logits = np.asarray(MODEL.logits(params, MODEL.hidden(params, rollout.tokens)), np.float64)
+    out = np.full((*rollout.logprobs.shape, VOCAB), -1e9)
+    for b, (start, length) in enumerate(zip(rollout.prompt_len.tolist(), rollout.response_len.tolist(), strict=True)):
+        for t in range(length):
+            out[b, t] = logits[b, start + t - 1] / spec.temperature
+            out[b, t, list(spec.forbidden)] = -1e9
+            if t < spec.min_tokens:
+                out[b, t, list(spec.stop)] = -1e9
+    return out
+
+
+def responses(rollout: Rollout) -> list[list[int]]:
+    rows = zip(rollout.tokens.tolist(), rollout.prompt_len.tolist(), rollout.response_len.tolist(), strict=True)
+    return [row[start : start + length] for row, start, length in rows]
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+def test_rows_are_contiguous_and_end_where_they_say(params):
+    given, rules = prompts(), spec(min_tokens=2, forbidden=(PAD, BOS))
+    rollout = generate.generate(MODEL, params, given, rules, KEY, n=4, version=9)
+    assert rollout.tokens.shape == (32, 16)
+    assert rollout.logprobs.shape == rollout.sampled_logprobs.shape == (32, 10)
+    ends = set()
+    for i, response in enumerate(responses(rollout)):
+        start, length = int(given.length[i // 4]), len(response)
+        row = rollout.tokens[i].tolist()
+        assert row[:start] == given.tokens[i // 4, :start].tolist()
+        assert row[start + length :] == [PAD] * (16 - start - length)
+        assert not {PAD, BOS} & set(response)
+        assert not any(token in rules.stop for token in response[:-1])
+        assert bool(rollout.finished[i]) == (response[-1] in rules.stop)
+        assert bool(rollout.finished[i]) or length == rules.max_tokens
+        assert length > rules.min_tokens
+        for logprobs in (rollout.logprobs, rollout.sampled_logprobs):
+            assert (np.asarray(logprobs[i, :length]) < 0).all()
+            assert (np.asarray(logprobs[i, length:]) == 0).all()
+        ends.add((bool(rollout.finished[i]), length))
+    assert {finished for finished, _ in ends} == {True, False}  # both kinds were seen
+    assert (True, 3) in ends  # the first place at which a stop id may stand: it counts, and it is token number 3
+    assert rollout.group.tolist() == np.repeat(given.uid, 4).tolist()
+    assert rollout.sample.tolist() == [0, 1, 2, 3] * 8
+    assert rollout.version.tolist() == [9] * 32
+    assert rollout.kept is None
+    assert rollout.written is None
+
+
+def test_a_stop_id_as_the_last_token_finishes_and_a_cut_response_does_not(params):
+    given = prompts(2)
+    never = generate.generate(MODEL, params, given, spec(max_tokens=3, stop=()), KEY)
+    assert never.response_len.tolist() == [3, 3]
+    assert not never.finished.any()
+    written = responses(never)
+    last = generate.generate(MODEL, params, given, spec(max_tokens=3, min_tokens=2, stop=(written[0][2],)), KEY)
+    # The constraint on the first two tokens may move those draws: pin it only where it did not.
+    assert responses(last)[0] == written[0]
+    assert last.response_len.tolist()[0] == 3
+    assert bool(last.finished[0])
+
+
+def test_pad_may_equal_eos(params, sampled):
+    same = generate.generate(MODEL, params, prompts(), spec(pad=EOS), KEY, n=2)
+    assert responses(same) == responses(sampled)
+    np.testing.assert_array_equal(same.finished, sampled.finished)
+
+
+def test_what_stands_after_a_prompt_does_not_matter(params, sampled):
+    given = prompts()
+    cleared = given.replace(tokens=jnp.where(jnp.arange(6) < given.length[:, None], given.tokens, 10**8))
+    assert_same(generate.generate(MODEL, params, cleared, spec(), KEY, n=2), sampled)
+
+
+# ------------------------------------------------------------------------------------------------ log-probs
+
+
+@pytest.mark.parametrize("filtered", [{}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9, "min_p": 0.1}, {"greedy": True}])
+def test_logprobs_are_those_of_the_policy_and_of_the_distribution_drawn_from(params, filtered):
+    with jax.default_matmul_precision("highest"):
+        rules = spec(min_tokens=3, forbidden=(PAD, BOS, 9), **filtered)
+        rollout = generate.generate(MODEL, params, prompts(), rules, KEY, n=2)
+        logits = teacher_forced(params, rollout, rules)
+    policy = log_softmax(logits)
+    allowed = np.asarray(filters.apply(jnp.float32(logits.reshape(-1, VOCAB)), rules)) > IMPOSSIBLE
+    drawn = log_softmax(np.where(allowed.reshape(logits.shape), logits, -1e9))  # filters.apply: see test_filters.py
+    for i, response in enumerate(responses(rollout)):
+        for t, token in enumerate(response):
+            # 5e-5: float32 sums in another order, and logits of size 6.
+            np.testing.assert_allclose(rollout.logprobs[i, t], policy[i, t, token], atol=5e-5)
+            want = 0.0 if rules.greedy else drawn[i, t, token]
+            np.testing.assert_allclose(rollout.sampled_logprobs[i, t], want, atol=5e-5)
+            if rules.greedy:
+                assert token == logits[i, t].argmax()
+    gap = float(jnp.abs(rollout.logprobs - rollout.sampled_logprobs).max())
+    assert gap > 0.05 if filtered else gap == 0
+
+
+def test_first_tokens_follow_the_policy(params):
+    """6,000 draws of one prompt against its exact distribution; a chi-square of a fixed draw, far inside its 99.9 % bound."""
+    one, rules = take(prompts(), [2]), spec(max_tokens=1, forbidden=(PAD, BOS))
+    rollout = generate.generate(MODEL, params, one, rules, KEY, n=6000)
+    expected = 6000 * np.exp(log_softmax(teacher_forced(params, rollout, rules)[0, 0]))
+    counts = np.bincount([response[0] for response in responses(rollout)], minlength=VOCAB)
+    likely = expected > 5
+    assert likely.sum() > 8
+    chi_square = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    assert chi_square < likely.sum() + 3.1 * np.sqrt(2 * likely.sum())
+    assert counts[[PAD, BOS]].sum() == 0
+
+
+# ------------------------------------------------------------------------------------------------ independence
+
+
+def test_output_does_not_depend_on_order_or_batch(params, sampled):
+    given, order = prompts(), [5, 2, 7, 0, 1, 3, 6, 4]
+    shuffled = generate.generate(MODEL, params, take(given, order), spec(), KEY, n=2)
+    assert_same(shuffled, take(sampled, [2 * i + j for i in order for j in (0, 1)]))
+    assert_same(generate.generate(MODEL, params, take(given, [6]), spec(), KEY, n=2), take(sampled, [12, 13]))
+    wider = given.replace(tokens=jnp.pad(given.tokens, ((0, 0), (0, 5))))
+    assert responses(generate.generate(MODEL, params, wider, spec(), KEY, n=2)) == responses(sampled)
+
+
+def test_output_does_not_depend_on_n_or_chunk(params, sampled):
+    given = prompts()
+    assert_same(generate.generate(MODEL, params, given, spec(), KEY, n=1), take(sampled, list(range(0, 16, 2))))
+    for chunk in (4, 100):  # 4: three chunks of 4 steps, two of them past the end
+        assert_same(generate.generate(MODEL, params, given, spec(), KEY, n=2, chunk=chunk), sampled)
+
+
+@pytest.mark.parametrize(
+    "shape", [sharding.MeshConfig(), sharding.MeshConfig(data=2, fsdp=2, tensor=2)], ids=["data=8", "2x2x2"]
+)
+def test_output_does_not_depend_on_devices(params, sampled, shape):
+    given = prompts()
+    mesh = sharding.make_mesh(shape)
+    placed = jax.device_put(params, sharding.shardings(transformer.param_specs(CONFIG), mesh))
+    before = generate._advance._cache_size()
+    with jax.set_mesh(mesh):
+        spread = generate.generate(MODEL, placed, sharding.shard_batch(given, mesh), spec(), KEY, n=2, chunk=3)
+    assert generate._advance._cache_size() == before + 1  # shardings are the same before and after a chunk
+    assert_same(spread, sampled)
+    for leaf in jax.tree.leaves(spread):
+        assert leaf.sharding.is_equivalent_to(sharding.batch_sharding(mesh), leaf.ndim)
+
+
+def test_streams_are_named_by_key_uid_sample_and_position(params):
+    given = take(prompts(), [1] * 8)
+    one_uid = responses(generate.generate(MODEL, params, given, spec(), KEY, n=2))
+    assert one_uid == one_uid[:2] * 8
+    uids = responses(generate.generate(MODEL, params, given.replace(uid=jnp.arange(8)), spec(), KEY, n=2))
+    keyed = responses(generate.generate(MODEL, params, given, spec(), jax.random.key(8), n=2))
+    assert len({str(response) for response in one_uid[:2] + uids + keyed[:2]}) > 15  # of 20; short ones may agree
+    numbers = generate._uniforms(KEY, jnp.repeat(jnp.arange(20), 5), jnp.tile(jnp.arange(5), 20), 30)
+    assert len(np.unique(numbers)) > 2990  # of 3000: 23 bits collide now and then, reused streams would by hundreds
+    assert abs(float(numbers.mean()) - 0.5) < 0.02
+
+
+# ------------------------------------------------------------------------------------------------ programs
+
+
+def test_one_program_for_each_shape_and_spec(params):
+    counted = (generate._start, generate._advance, generate._rollout)
+    before = [f._cache_size() for f in counted]
+    for seed in range(3):
+        equal = spec(max_tokens=9, top_p=0.77)  # an equal spec is the same spec
+        generate.generate(MODEL, params, prompts(), equal, jax.random.key(seed), n=2, chunk=3, version=seed)
+    assert [f._cache_size() for f in counted] == [b + 1 for b in before]
+
+
+def test_decoding_stops_when_all_rows_have_ended(params, monkeypatch):
+    calls = []
+    advance = generate._advance
+    monkeypatch.setattr(generate, "_advance", lambda *args: calls.append(1) or advance(*args))
+    rollout = generate.generate(MODEL, params, prompts(), spec(stop=tuple(range(VOCAB))), KEY, chunk=5)
+    assert len(calls) == 1
+    assert rollout.finished.all()
+    assert rollout.response_len.tolist() == [1] * 8
+
+
+def test_the_cache_is_donated(params):
+    given, rules = prompts(), spec()
+    weights = generate._decode_params(MODEL, params)
+    state = generate._start(MODEL, rules, 2, 10, weights, given, KEY)
+    generate._advance(MODEL, rules, 5, weights, state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache["response"]))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((weights, params)))
+
+
+def test_bad_input_is_refused_with_the_numbers_and_the_fix(params):
+    given = prompts()
+
+    def refuse(match, given=given, rules=None, n=1, chunk=8):
+        with pytest.raises(ValueError, match=match):
+            generate.generate(MODEL, params, given, rules or spec(), KEY, n, chunk)
+
+    refuse(
+        r"6 \+ max_tokens 19 = 25 exceeds the model's context of 24: cut prompts to 5 .* lower max_tokens to 18",
+        rules=spec(max_tokens=19),
+    )
+    refuse(r"lengths 0 \.\. 6 must be in 1 \.\. 6", given.replace(length=given.length.at[0].set(0).at[1].set(6)))
+    refuse(r"lengths . \.\. 7 must be in 1 \.\. 6", given.replace(length=given.length.at[0].set(7)))
+    refuse(r"token ids \[48\] outside the vocabulary 0 \.\. 47", rules=spec(stop=(2, 48)))
+    refuse(r"token ids \[-1\]", rules=spec(pad=-1))
+    refuse("n=0", n=0)
+    refuse("chunk=0", chunk=0)
+    generate._check(MODEL, given, spec(max_tokens=18), 1, 8)  # the longest that fits
