@@ -1,9 +1,9 @@
 """Talk to the policy: it is loaded alone, from a folder without optimizer, value head, reward model or reference.
 
-    python experiments/chat.py --policy runs/demo/policy                       # type the first words of a review
-    python experiments/chat.py --policy runs/demo/policy --task reply          # type a turn of a chat
-    python experiments/chat.py --policy runs/demo/policy --prompt "a film that" # once
-    python experiments/chat.py --policy runs/demo/policy --ask                 # choose between two answers
+    python -m experiments.chat --policy runs/demo/policy                       # type the first words of a review
+    python -m experiments.chat --policy runs/demo/policy --task reply          # type a turn of a chat
+    python -m experiments.chat --policy runs/demo/policy --prompt "a film that" # once
+    python -m experiments.chat --policy runs/demo/policy --ask                 # choose between two answers
 
 With `--ask` every prompt, both answers and the choice go to the feedback store, for the next round of training.
 """

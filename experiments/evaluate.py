@@ -1,6 +1,6 @@
 """Judge policies on held-out prompts: outside judges, win rates with intervals, KL, length, diversity, best-of-n, samples.
 
-    python experiments/evaluate.py --baseline runs/demo/sft/model --candidate runs/demo/ppo/model --out runs/demo/evaluate
+    python -m experiments.evaluate --baseline runs/demo/sft/model --candidate runs/demo/ppo/model --out runs/demo/evaluate
 
 VADER and TextBlob read whole texts and were never trained on (VADER labels the second round: TextBlob is its judge then).
 The ridge is fitted on the held-out rated texts only. All policies answer the same prompts.

@@ -1,7 +1,7 @@
 """Choose the better of two answers: a person at the terminal, or a simulated one.
 
-    python experiments/label.py --store runs/demo/feedback.sqlite --labeler human --name you
-    python experiments/label.py --store runs/demo/feedback.sqlite --labeler simulated
+    python -m experiments.label --store runs/demo/feedback.sqlite --labeler human --name you
+    python -m experiments.label --store runs/demo/feedback.sqlite --labeler simulated
 
 The simulated person prefers the text that VADER finds more positive, errs in 10 % of the choices, and calls equal scores a
 tie. Every choice is on disk before the next pair is shown; the work can be left at any moment and taken up again.

@@ -1,6 +1,6 @@
 """Stage 4: train the policy against the reward model with PPO, held near the fine-tuned model it starts from.
 
-    python experiments/ppo.py --policy runs/demo/sft/model --reward runs/demo/reward_model/model --out runs/demo/ppo
+    python -m experiments.ppo --policy runs/demo/sft/model --reward runs/demo/reward_model/model --out runs/demo/ppo
 
 One iteration: sample answers, score them, turn scores and KL into advantages, a few epochs of clipped updates. To change the
 algorithm, copy jaxrlhf/algorithms/ppo.py and this page.
@@ -77,8 +77,8 @@ def run(config: Config) -> dict[str, Any]:
             frozen = {"reference": start.params}
             updates = config.iterations * config.algorithm.epochs * config.algorithm.minibatches
             update = optimizer.make(config.optimizer, updates, params)
-            state = step.init_state(params, update, jax.random.key(config.seed), ppo.init(config.algorithm))
-            state = run.restore(state)
+            keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
+            state = run.restore(step.init_state(params, update, keys[0], ppo.init(config.algorithm)))
             outputs = objective.make_outputs(start.model, spec, entropy=True, values=True, trunk="policy")
             run_epochs = step.make_epochs(
                 outputs, ppo.loss, config.algorithm, update, config.algorithm.epochs, config.algorithm.minibatches
@@ -88,9 +88,8 @@ def run(config: Config) -> dict[str, Any]:
             for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
                 judged_now = {} if i % config.evaluate_every else judge(state.params["policy"])
                 batch = sharding.shard_batch(prompts[i], mesh)
-                experience = collect(
-                    start.model, state.params, frozen, batch, spec, jax.random.fold_in(state.key, i), version=i
-                )
+                key = jax.random.fold_in(keys[1], i)
+                experience = collect(start.model, state.params, frozen, batch, spec, key, version=i)
                 experience = experience.replace(score=reward(judged.params, experience.rollout))
                 batch, algorithm, stats = prepare(experience, state.algorithm, config=config.algorithm)
                 state, metrics = run_epochs(state.replace(algorithm=algorithm), frozen, batch)

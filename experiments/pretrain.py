@@ -1,6 +1,6 @@
 """Stage 1: a language model from nothing, on human small talk and reviews.
 
-    python experiments/pretrain.py --out runs/demo/pretrain
+    python -m experiments.pretrain --out runs/demo/pretrain
 
 Chat messages teach the language, reviews the domain: their share of each batch rises over the run, so that no second stage
 of domain adaptation is needed. Tweets are never read here. On two cores: about three minutes, 1.75 bits per character of

@@ -1,6 +1,6 @@
 """Stage 3: a reward model from people's ratings, and later from people's choices as well.
 
-    python experiments/reward_model.py --init runs/demo/pretrain/model --out runs/demo/reward_model
+    python -m experiments.reward_model --init runs/demo/pretrain/model --out runs/demo/reward_model
 
 The language model's trunk with a linear head on the mean of its hidden states. Each batch is a set of rated texts; every pair
 of one domain whose mean ratings differ by half a point or more is a choice that people made (Bradley-Terry over some thousand

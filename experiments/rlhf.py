@@ -1,12 +1,12 @@
 """The whole loop, on real human judgements: from nothing to a policy that people's choices trained, and one round more.
 
-    python experiments/rlhf.py --out runs/demo                     # about ten minutes on two cores
-    python experiments/rlhf.py --out runs/demo --labeler human     # you choose between the answers of the second round
-    python experiments/rlhf.py --out runs/demo --control --overoptimize
+    python -m experiments.rlhf --out runs/demo                     # about ten minutes on two cores
+    python -m experiments.rlhf --out runs/demo --labeler human     # you choose between the answers of the second round
+    python -m experiments.rlhf --out runs/demo --control --overoptimize
 
 Every stage is a script of its own beside this one, in a folder of its own under `--out`. A stage that is done is not done
 again; interrupted anywhere, the same command goes on. At the end `report.html` is worth opening, and `policy/` holds the
-policy alone: python experiments/chat.py --policy runs/demo/policy
+policy alone: python -m experiments.chat --policy runs/demo/policy
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.evaluation import report
 from jaxrlhf.training import cli
 from jaxrlhf.training.optimizer import OptimizerConfig
+from jaxrlhf.training.run import Run
 
 REFRESH = OptimizerConfig(
     name="muon", learning_rate=0.002, adam_learning_rate=4e-4, head_scale=2.0, warmup_fraction=0.1, clip_norm=None
@@ -58,14 +59,18 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Run every stage that is not done, and write the report."""
-    steps = plan(config)
-    for number, (name, fn, settings) in enumerate(steps, 1):
-        print(f"[{number}/{len(steps)}] {name}", flush=True)
-        fn(dataclasses.replace(settings, out=config.out / name, seed=config.seed))
-        jax.clear_caches()  # its programs are not needed again
-    export(config.out / "ppo_2" / "model", config.out / "policy")
-    report.write(config.out)
-    return {"report": str(config.out / "report.html")}
+    every = tuple(field.name for field in dataclasses.fields(config))
+    with Run.open(config.out, config, tensorboard=False, free=every) as run:  # each stage checks its own settings
+        steps = plan(config)
+        for number, (name, fn, settings) in enumerate(steps, 1):
+            print(f"[{number:2}/{len(steps)}] {name:<20}", end="", flush=True)
+            result = fn(dataclasses.replace(settings, out=config.out / name, seed=config.seed))
+            print(f" {result['seconds']:6.1f} s", flush=True)
+            jax.clear_caches()  # its programs are not needed again
+        export(config.out / "ppo_2" / "model", config.out / "policy")
+        report.write(config.out)
+        print(f"open {config.out / 'report.html'}; talk to it: python -m experiments.chat --policy {config.out / 'policy'}")
+        return run.done({"stages": [name for name, _, _ in steps]})
 
 
 def plan(config: Config) -> list[tuple[str, Callable[[Any], dict[str, Any]], Any]]:

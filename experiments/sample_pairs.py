@@ -1,6 +1,6 @@
 """Pairs of answers for people to choose from, drawn by nucleus sampling, into a feedback store.
 
-    python experiments/sample_pairs.py --policies runs/demo/ppo/model runs/demo/sft/model --out runs/demo/sample_pairs
+    python -m experiments.sample_pairs --policies runs/demo/ppo/model runs/demo/sft/model --out runs/demo/sample_pairs
 
 The first policy answers `count` prompts twice; with a second policy, `against` more prompts are answered once by each.
 Prompts are the first words of training reviews.

@@ -1,6 +1,6 @@
 """Stage 2: fine-tune the language model on continuations of reviews and on replies in a chat.
 
-    python experiments/sft.py --init runs/demo/pretrain/model --out runs/demo/sft
+    python -m experiments.sft --init runs/demo/pretrain/model --out runs/demo/sft
 
 Its job at this size is to teach stopping and length, not a lower loss: more steps over-fit.
 """

@@ -58,7 +58,7 @@ class Run:
         config: Any,
         save_seconds: float = 30.0,
         tensorboard: bool = True,
-        free: tuple[str, ...] = ("out",),
+        free: tuple[str, ...] = ("out", "mesh"),
     ) -> Run:
         """Take the directory `out`: a new or empty one, or that of a run with the same settings (but those in `free`).
 
