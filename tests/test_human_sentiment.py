@@ -69,6 +69,19 @@ def test_an_unknown_split_is_refused():
         human_sentiment.load("dev")
 
 
+def test_a_damaged_installation_is_noticed(monkeypatch):
+    monkeypatch.setattr(human_sentiment, "read", lambda path: [])
+    human_sentiment._load.cache_clear()
+    with pytest.raises(ValueError, match=r"test\.jsonl\.gz has 0 rows, not 2775: install jaxrlhf again"):
+        human_sentiment.load("test")
+    human_sentiment._load.cache_clear()
+
+
+def test_a_loaded_list_is_the_callers_own():
+    human_sentiment.load("test").clear()
+    assert len(human_sentiment.load("test")) == 2775
+
+
 GOOD = {"domain": "wine", "id": "1", "text": "fine", "ratings": [1, 0.5]}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
+import re
 
 import hypothesis
 import numpy as np
@@ -46,6 +48,13 @@ def encoded(trained, texts):
 def test_clean(text, cleaned):
     assert pipeline.clean(text) == cleaned
     assert pipeline.clean(cleaned) == cleaned
+
+
+def test_the_page_about_data_runs():
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 5
+    exec(compile("\n".join(blocks), "docs/data.md", "exec"), {})
 
 
 # --- rows ---

@@ -139,6 +139,21 @@ def test_an_unreadable_file(tmp_path, monkeypatch):
         sources.read_jsonl(path, SCHEMA)
 
 
+def test_an_over_long_line_is_never_read_whole(tmp_path, monkeypatch):
+    path = write(tmp_path, b"x" * 100_000 + b"\n" + LINE)
+    read = []
+
+    def parse(line, *rest):
+        read.append(len(line))
+        return GOOD
+
+    monkeypatch.setattr(sources, "parse_line", parse)
+    assert sources.read_jsonl(path, SCHEMA, max_bytes=1_000) == [GOOD] * 2
+    assert max(read) == 1_002
+    source = sources.open_jsonl(path, SCHEMA, max_bytes=1_000)
+    assert source.offsets.tolist() == [0, 100_001, 100_001 + len(LINE)]
+
+
 def test_compressed_files(tmp_path):
     path = write(tmp_path, gzip.compress(LINE * 3), "pairs.jsonl.gz")
     assert sources.read_jsonl(path, SCHEMA) == [GOOD] * 3
@@ -148,10 +163,11 @@ def test_compressed_files(tmp_path):
         sources.read_jsonl(write(tmp_path, gzip.compress(LINE * 500)[:-12], "cut.jsonl.gz"), SCHEMA)
     with pytest.raises(ValueError, match=r"not\.jsonl\.gz: cannot be read: Not a gzipped file"):
         sources.read_jsonl(write(tmp_path, LINE, "not.jsonl.gz"), SCHEMA)
-    flipped = bytearray(gzip.compress(LINE * 3))
-    flipped[-6] ^= 1  # in the checksum
-    with pytest.raises(ValueError, match=r"flipped\.jsonl\.gz: cannot be read: CRC"):
-        sources.read_jsonl(write(tmp_path, bytes(flipped), "flipped.jsonl.gz"), SCHEMA)
+    for place, said in ((-6, "CRC"), (12, "Error -3")):  # in the checksum, in the data
+        flipped = bytearray(gzip.compress(LINE * 3))
+        flipped[place] ^= 255
+        with pytest.raises(ValueError, match=rf"flipped\.jsonl\.gz: cannot be read: {said}"):
+            sources.read_jsonl(write(tmp_path, bytes(flipped), "flipped.jsonl.gz"), SCHEMA)
 
 
 def test_rejects_are_written_and_counted(tmp_path):

@@ -98,6 +98,26 @@ def test_a_folder_that_lost_rows_is_noticed(tmp_path):
         sources.open_tfds(folder, "train")
 
 
+@pytest.mark.parametrize("damage", ["half", "empty", "flipped"])
+def test_a_damaged_record_file_is_named(tmp_path, damage):
+    folder = tfds_preferences.write_tfds(tmp_path, {"train": ROWS})
+    (file,) = folder.glob("*.array_record*")
+    content = bytearray(file.read_bytes())
+    if damage == "flipped":
+        content[100] ^= 255
+    file.write_bytes({"half": content[: len(content) // 2], "empty": b"", "flipped": content}[damage])
+    with pytest.raises(ValueError, match=r"human_preferences/1\.0\.0.*train.*(is damaged|cannot be read) \("):
+        tfds_preferences.read_tfds(folder, "train")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "x", "version": "1"}'])
+def test_a_damaged_description_is_named(tmp_path, content):
+    folder = tfds_preferences.write_tfds(tmp_path, {"train": ROWS})
+    (folder / "dataset_info.json").write_text(content)
+    with pytest.raises(ValueError, match=r"human_preferences/1\.0\.0: damaged TFDS folder \(.*\); prepare it again"):
+        sources.open_tfds(folder, "train")
+
+
 def test_a_format_that_loses_rows_is_refused(tmp_path):
     folder = tfds_preferences.write_tfds(tmp_path, {"train": ROWS})
     info = json.loads((folder / "dataset_info.json").read_text())
@@ -105,6 +125,12 @@ def test_a_format_that_loses_rows_is_refused(tmp_path):
     (folder / "dataset_info.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match="file format 'parquet'; prepare the set with file_format='array_record'"):
         sources.open_tfds(folder, "train")
+
+
+def test_rows_lost_while_writing_are_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_preferences.sources, "open_tfds", lambda path, split: ROWS[:2])
+    with pytest.raises(ValueError, match=r"split 'train' holds 2 of 3 rows written"):
+        tfds_preferences.write_tfds(tmp_path, {"train": ROWS})
 
 
 def test_a_set_of_somebody_else_is_checked(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ are sentences of the Rotten Tomatoes set, so never test on Rotten Tomatoes after
 from __future__ import annotations
 
 import dataclasses
+import functools
 from importlib import resources
 from pathlib import Path
 
@@ -54,11 +55,16 @@ def load(split: str) -> list[Rating]:
     """
     if split not in ROWS:
         raise ValueError(f"split '{split}': choose one of {', '.join(ROWS)}")
+    return list(_load(split))
+
+
+@functools.cache  # a stage asks for it several times
+def _load(split: str) -> tuple[Rating, ...]:
     with resources.as_file(resources.files("jaxrlhf.data") / "human_sentiment" / f"{split}.jsonl.gz") as path:
         ratings = read(path)
     if len(ratings) != ROWS[split]:
         raise ValueError(f"human_sentiment/{split}.jsonl.gz has {len(ratings)} rows, not {ROWS[split]}: install jaxrlhf again")
-    return ratings
+    return tuple(ratings)
 
 
 def reviews(split: str) -> list[Rating]:

@@ -10,6 +10,7 @@ import difflib
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -32,16 +33,8 @@ def _kind(value: Any) -> str:
     return "null" if value is None else NAMES.get(type(value), type(value).__name__)
 
 
-def _matches(value: Any, kind: type) -> bool:
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is kind  # exact, since True is an int
-
-
 def _text_problem(text: str) -> str | None:
     """Why `text` could not be written and read back unchanged, if so."""
-    if text.isascii() and "\0" not in text:
-        return None
     if "\0" in text:
         return f"NUL character at position {text.index(chr(0))}: remove it"
     try:
@@ -78,12 +71,17 @@ def row_problem(row: Mapping[str, Any], schema: Schema) -> tuple[str, str] | Non
             if name in schema.required:
                 return name, f"missing field; the row has {', '.join(row) or 'none'}"
             continue
-        if not _matches(row[name], kind):
+        found = type(row[name])  # exact, since True is an int
+        if found is not kind and not (kind is float and found is int):
             return name, f"must be {NAMES[kind]}, not {_kind(row[name])}"
         if name in schema.filled and not row[name].strip():
             return name, "is empty"
     for name, value in row.items():
-        if problem := _text_problem(name) or _hidden_problem(value):
+        if name not in fields and (problem := _text_problem(name)):
+            return name, problem
+        if isinstance(value, str) and value.isascii() and "\0" not in value:
+            continue  # nearly every value of nearly every file
+        if problem := _hidden_problem(value):
             return name, problem
     return None
 
@@ -161,7 +159,7 @@ def _lines(path: Path, max_bytes: int) -> Iterator[tuple[int, int, bytes]]:
                 offset += len(line)
                 while not line.endswith(b"\n") and (line := file.readline(1 << 20)):  # the rest of a cut line
                     offset += len(line)
-    except (gzip.BadGzipFile, EOFError, OSError) as error:
+    except (OSError, EOFError, zlib.error) as error:  # gzip raises all three
         if isinstance(error, PermissionError):
             raise PermissionError(f"{path}: not readable by this user") from None
         raise ValueError(f"{path}: cannot be read: {error}") from None
@@ -276,12 +274,17 @@ class TfdsSource:
     """Random access into one split of a TFDS data set in the array_record format: `open_tfds` makes it."""
 
     records: Sequence[Any]
+    place: str  # of error messages
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        return _plain(self.records[range(len(self))[index]])
+        index = range(len(self))[index]
+        try:
+            return _plain(self.records[index])
+        except (RuntimeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.place}:{index}: cannot be read ({_one_line(error)})") from None
 
 
 def open_tfds(folder: Path | str, split: str) -> TfdsSource:
@@ -296,7 +299,10 @@ def open_tfds(folder: Path | str, split: str) -> TfdsSource:
         raise FileNotFoundError(f"{folder}: not a TFDS folder (no dataset_info.json); give .../name/version")
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(str(folder))
+    try:
+        builder = tfds.builder_from_directory(str(folder))
+    except Exception as error:  # of half a dozen kinds, from protobuf's to json's
+        raise ValueError(f"{folder}: damaged TFDS folder ({_one_line(error)}); prepare it again") from None
     if split not in builder.info.splits:
         raise ValueError(f"{folder}: no split '{split}'; it has {', '.join(sorted(builder.info.splits))}")
     kind = builder.info.file_format
@@ -304,10 +310,17 @@ def open_tfds(folder: Path | str, split: str) -> TfdsSource:
         # TFDS 4.9.10 drops rows in silence when it writes parquet, and reads tfrecord by tensorflow only
         raise ValueError(f"{folder}: file format '{kind and kind.value}'; prepare the set with file_format='array_record'")
     promised = builder.info.splits[split].num_examples
-    held = _records_held(builder.info.splits[split].filepaths)
+    try:
+        held = _records_held(builder.info.splits[split].filepaths)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: split '{split}' is damaged ({_one_line(error)}); prepare it again") from None
     if held != promised or not promised:
         raise ValueError(f"{folder}: split '{split}' holds {held} rows of {promised} promised; prepare it again")
-    return TfdsSource(builder.as_data_source(split=split))
+    return TfdsSource(builder.as_data_source(split=split), f"{folder}:{split}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _records_held(files: Sequence[Any]) -> int:
