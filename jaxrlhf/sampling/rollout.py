@@ -137,9 +137,10 @@ def _values(head: Any, hidden: Float[Array, "b t d"], part: Rollout) -> tuple[Fl
 
 
 def _by_rows(function: Callable[[Rollout], Any], rollout: Rollout, rows: int) -> Any:
-    """`function` of `rows` rows at a time (of all, where `rows` does not divide them), so that logits stay in the cache."""
+    """`function` of about `rows` rows at a time, so that logits stay in the cache; of all where no near number divides them."""
     count = rollout.tokens.shape[0]
-    if count <= rows or count % rows:
+    rows = next((size for size in range(rows, rows // 2, -1) if count % size == 0), count)
+    if rows == count:
         return function(rollout)
     # Part i holds rows i, i + parts, ...: each part then lies on all devices that share the batch.
     split = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), rollout)
