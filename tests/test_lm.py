@@ -78,3 +78,8 @@ def test_a_batch_without_learned_tokens_is_finite():
     batch = lm.packed(np.zeros((2, 4), np.int32), np.zeros((2, 4), np.int32))
     term = value(jnp.full((2, 3), jnp.nan), batch)
     assert (term.sum, term.count) == (0, 0)
+
+
+def test_missing_outputs_are_named():
+    with pytest.raises(ValueError, match=r"Outputs\.logprobs"):
+        lm.loss(Outputs(), batches(3)[0], lm.Config())

@@ -12,6 +12,7 @@ import pytest
 import reference
 
 from jaxrlhf.algorithms import ppo, surrogate
+from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Experience, Outputs, Rollout
 
 PLAIN = ppo.Config()
@@ -266,8 +267,8 @@ def test_a_split_adds_up(holes):
     batch, outputs = trained(6, holes)
     slices = [slice(0, 1), slice(1, 2), slice(2, 8)]  # the second part holds the empty row alone
     parts = [jax.tree.map(lambda x, i=i: x[i], batch) for i in slices]
-    whole = jax.value_and_grad(minimised)(outputs, [batch], config)
-    split = jax.value_and_grad(minimised)(outputs, parts, config, slices)
+    whole = jax.jit(jax.value_and_grad(lambda x: minimised(x, [batch], config)))(outputs)
+    split = jax.jit(jax.value_and_grad(lambda x: minimised(x, parts, config, slices)))(outputs)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(split), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
 
@@ -347,12 +348,36 @@ def test_prepare_under_jit_and_one_program():
     assert prepare._cache_size() == 1
 
 
+def test_the_number_of_devices_changes_nothing():
+    """Whitening, the controller and every count are of the whole batch, not of a device's rows."""
+    config = dataclasses.replace(PLAIN, kl_target=6.0, whiten_rewards=True)
+    data = experience(10)
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2))
+    rng = np.random.default_rng(10)
+    shift = jnp.asarray(0.3 * rng.normal(size=(ROWS, WIDTH)), jnp.float32)
+
+    def everything(data, shift):
+        batch, state, metrics = ppo.prepare(data, ppo.init(config), config)
+        outputs = Outputs(logprobs=batch.old_logprobs + shift, values=batch.old_values + shift)
+        return batch, state, metrics, ppo.loss(outputs, batch, config)
+
+    one = jax.jit(everything)(data, shift)
+    with jax.set_mesh(mesh):
+        eight = jax.jit(everything)(*sharding.shard_batch((data, shift), mesh))
+    assert len(eight[0].advantages.sharding.device_set) == 8
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # sums over devices add in another order
+
+
 def test_missing_parts_are_named():
     with pytest.raises(ValueError, match=r"Experience\.values"):
         ppo.prepare(experience(0).replace(values=None), ppo.init(PLAIN), PLAIN)
     batch, outputs = trained(0)
     with pytest.raises(ValueError, match=r"Outputs\.entropy"):
         ppo.loss(outputs.replace(entropy=None), batch, dataclasses.replace(PLAIN, entropy_coef=0.1))
+    for name in ("logprobs", "values"):
+        with pytest.raises(ValueError, match=r"Outputs\.logprobs and Outputs\.values"):
+            ppo.loss(outputs.replace(**{name: None}), batch, PLAIN)
 
 
 @pytest.mark.parametrize(
