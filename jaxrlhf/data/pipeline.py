@@ -7,6 +7,7 @@ permutation each epoch; no batch depends on what was read before.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -83,7 +84,7 @@ def encode_rows(texts: Sequence[str], tokenizer: Tokenizer, rows: int, width: in
     encoded: list[list[int]] = []
     total, at = 0, 0
     while at < len(texts) and total < rows * width:
-        chunk = tokenizer.encode_batch([texts[i] for i in shuffled[at : at + 20_000]])
+        chunk = tokenizer.encode_batch([texts[int(i)] for i in shuffled[at : at + 20_000]])
         at += len(chunk)
         for row in chunk:
             encoded.append(row)
@@ -261,7 +262,7 @@ def prompt_batches(prompts: Prompts, batch_size: int, seed: int) -> Any:
 
     def batch(step: int) -> Prompts:
         taken = take_prompts(prompts, span(rows, step * batch_size, (step + 1) * batch_size))
-        return taken.replace(uid=(step * batch_size + np.arange(batch_size)).astype(np.int32))
+        return dataclasses.replace(taken, uid=(step * batch_size + np.arange(batch_size)).astype(np.int32))
 
     return by_step(batch)
 

@@ -316,7 +316,8 @@ def open_tfds(folder: Path | str, split: str) -> TfdsSource:
         raise ValueError(f"{folder}: split '{split}' is damaged ({_one_line(error)}); prepare it again") from None
     if held != promised or not promised:
         raise ValueError(f"{folder}: split '{split}' holds {held} rows of {promised} promised; prepare it again")
-    return TfdsSource(builder.as_data_source(split=split), f"{folder}:{split}")
+    records = builder.as_data_source(split=split)  # pyright: ignore[reportCallIssue]: a decorator of TFDS hides its arguments
+    return TfdsSource(records, f"{folder}:{split}")
 
 
 def _one_line(error: Exception) -> str:

@@ -80,7 +80,7 @@ def _wrap(serialised: str) -> Tokenizer:
     continuation.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for one in (whole, continuation):
         one.encode_special_tokens = True  # never read a special token out of a text
-    starts_word = np.array([whole.id_to_token(i).startswith("Ġ") for i in range(whole.get_vocab_size())])
+    starts_word = np.array([(whole.id_to_token(i) or "").startswith("Ġ") for i in range(whole.get_vocab_size())])
     return Tokenizer(whole, continuation, starts_word)
 
 
