@@ -1,0 +1,403 @@
+"""The parts of the report, each a function from results to blocks that is empty where its stage is absent."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxrlhf.evaluation import findings, overoptimization, page, plots
+from jaxrlhf.evaluation.findings import JUDGES, Results, get
+from jaxrlhf.evaluation.page import Block, Figure, Figures, Heading, Paragraph, Sample, Samples, Table, Tile, Tiles
+
+Rows = Mapping[str, Sequence[Mapping[str, Any]]]  # stage -> rows of metrics.jsonl
+
+ROUNDS = (("ppo", "first round"), ("ppo_control", "control"), ("ppo_2", "second round"))
+POLICIES = (
+    ("evaluate", "baseline", "fine-tuned"),
+    ("evaluate", "baseline_again", "drawn again"),
+    ("evaluate", "candidate", "PPO"),
+    ("evaluate_control", "candidate", "control"),
+    ("evaluate_2", "candidate", "second round"),
+)
+
+
+def all_of(results: Results, rows: Rows, about: Mapping[str, Any]) -> list[Block]:
+    """The whole report in order."""
+    return [
+        *(Paragraph(text) for text in findings.verdict(results)),
+        *tiles(results),
+        *loop(results),
+        *samples(results),
+        *bars(results),
+        *language_model(results, rows),
+        *reward_model(results),
+        *policy(results, rows),
+        *policies(results),
+        *overoptimized(results),
+        *second_round(results),
+        *who(results),
+        *source(results, about),
+    ]
+
+
+def tiles(results: Results) -> list[Block]:
+    """The figures to be seen first."""
+    found = []
+    tuned = get(results, "evaluate", "candidate") or {}
+    for judge in ("vader", "textblob"):
+        interval = get(tuned, "win_rate", judge)
+        if interval is None:
+            continue
+        note = f"95 %: {100 * interval[1]:.1f} to {100 * interval[2]:.1f}"
+        found.append(Tile(findings.percent(interval[0]), f"{JUDGES.get(judge, judge)} prefers PPO", note))
+    if tuned:
+        found.append(Tile(f"{tuned['kl']:.1f} nats", "KL a response"))
+    accuracy = get(results, "reward_model", "accuracy", "model")
+    if accuracy:
+        mean, ridge = (
+            sum(who.values()) / len(who) for who in (accuracy, get(results, "reward_model", "accuracy", "ridge") or accuracy)
+        )
+        found.append(Tile(findings.percent(mean), "reward model, human pairs", f"ridge: {findings.percent(ridge)}"))
+    bits = get(results, "pretrain", "bits_per_character")
+    if bits is not None:
+        found.append(Tile(f"{bits:.2f}", "bits per character"))
+    if findings.seconds(results):
+        found.append(
+            Tile(
+                findings.duration(findings.seconds(results)),
+                "stages in all",
+                f"{findings.duration(findings.seconds(results, 'cpu_seconds'))} of processor",
+            )
+        )
+    return [Tiles(found)] if found else []
+
+
+def loop(results: Results) -> list[Block]:
+    """The picture of the loop with the time of each stage."""
+
+    def note(*stages: str) -> str:
+        times = [findings.duration(results[stage]["seconds"]) for stage in stages if get(results, stage, "seconds") is not None]
+        return ", then ".join(times)
+
+    grid = {
+        "pretrain": (0, 0, "Pre-train"),
+        "sft": (0, 1, "Fine-tune"),
+        "reward_model": (1, 1, "Reward model"),
+        "ppo": (2, 1, "PPO"),
+        "evaluate": (2, 2, "Judge"),
+        "sample_pairs": (2, 3, "Pairs of answers"),
+        "label": (1, 3, "Choices"),
+    }
+    boxes = {
+        stage: plots.Box(column, row, title, note(stage, f"{stage}_2"), inside=column > 0)
+        for stage, (column, row, title) in grid.items()
+        if stage in results
+    }
+    if not boxes:
+        return []
+    order = ["pretrain", "sft", "reward_model", "ppo", "evaluate", "sample_pairs", "label", "reward_model"]
+    arrows = [(a, b) for a, b in itertools.pairwise(order) if a in boxes and b in boxes]
+    said = ["First round: people's ratings of single texts"]
+    if "label" in results:
+        said.append("Second round: " + findings.who_chose(results).replace("`", ""))
+    picture = plots.flow("The loop and the time of each stage", boxes, arrows, said)
+    return [Figures([Figure("loop", picture, wide=True)])]
+
+
+def samples(results: Results) -> list[Block]:
+    """The first held-out prompts with every policy's answer."""
+    first = get(results, "evaluate", "samples") or []
+    later = {row["prompt"]: row["after"] for row in get(results, "evaluate_2", "samples") or []}
+    shown = []
+    for row in first:
+        answers = [("fine-tuned", row["before"]), ("PPO", row["after"])]
+        if row["prompt"] in later:
+            answers.append(("PPO, second round", later[row["prompt"]]))
+        shown.append(Sample(row["prompt"], answers))
+    if not shown:
+        return []
+    note = "The first prompts of the held-out reviews, in the order of the evaluation; none was picked."
+    return [Heading("Before and after"), Paragraph(note), Samples(shown)]
+
+
+def bars(results: Results) -> list[Block]:
+    """Every figure with its bar."""
+    found = findings.bars(results)
+    if not found:
+        return []
+    verdicts = {True: page.MET, False: page.MISSED, None: "\u2013"}
+    table = Table(["figure", "here", "bar", ""], [[bar.name, bar.value, bar.bar, verdicts[bar.met]] for bar in found])
+    small = any(bar.met is None for bar in found)
+    note = (
+        [Paragraph(f"A run judged on fewer than {findings.ENOUGH} prompts is too small for the bars marked \u2013.")]
+        if small
+        else []
+    )
+    return [Heading("Figures and their bars"), *note, table]
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric, where it was logged."""
+    found = [(row["step"], row[name]) for row in rows if name in row]
+    return [float(step) for step, _ in found], [float(value) for _, value in found]
+
+
+def _trace(name: str, rows: Sequence[Mapping[str, Any]], metric: str, colour: int = 0) -> list[plots.Series]:
+    """A metric over the steps: the raw values faint behind their moving mean where there are many."""
+    x, y = _column(rows, metric)
+    if len(x) < 2:
+        return []
+    if len(x) < 100:
+        return [plots.Series(name, x, y, colour)]
+    return [plots.Series(name, x, y, colour, faint=True), plots.Series(name, x, plots.smooth(y), colour)]
+
+
+def language_model(results: Results, rows: Rows) -> list[Block]:
+    """Loss curves of pre-training and fine-tuning."""
+    drawn = []
+    for stage, title in (("pretrain", "Pre-training loss, nats a token"), ("sft", "Fine-tuning loss, nats a token")):
+        series = _trace(title, rows.get(stage, []), "loss/lm")
+        if series:
+            drawn.append(Figure(f"{stage}_loss", plots.lines(title, series, "step", clip=0.01)))
+    said = []
+    if get(results, "pretrain", "bits_per_character") is not None:
+        said.append(f"Held-out reviews: {results['pretrain']['bits_per_character']:.3f} bits per character.")
+    before, after = (get(results, "sft", name) for name in ("nll_per_token_before", "nll_per_token"))
+    if before is not None and after is not None:
+        said.append(
+            "Fine-tuning teaches where a response stops: on held-out responses "
+            f"{before:.3f} nats a token before, {after:.3f} after."
+        )
+    blocks = [*([Figures(drawn)] if drawn else []), *([Paragraph(" ".join(said))] if said else [])]
+    return [Heading("Language model"), *blocks] if blocks else []
+
+
+def reward_model(results: Results) -> list[Block]:
+    """Accuracy on held-out human pairs beside the baselines', and calibration."""
+    accuracy = get(results, "reward_model", "accuracy")
+    if not accuracy:
+        return []
+    names = {"model": "reward model", "ridge": "ridge", "vader": "VADER", "model_and_ridge": "model + ridge"}
+    domains = list(accuracy["model"])
+    groups = {domain: {names.get(who, who): by[domain] for who, by in accuracy.items() if domain in by} for domain in domains}
+    floor = min(0.5, *(value for group in groups.values() for value in group.values()))
+    drawn = [Figure("reward_accuracy", plots.bars("Human pairs ordered rightly, % (bars from 50)", groups, floor))]
+    table = get(results, "reward_model", "calibration", "table") or []
+    if len(table) > 1:
+        x, y = [row["confidence"] for row in table], [row["accuracy"] for row in table]
+        series = [
+            plots.Series("reward model", x, y, 0, marks=True),
+            plots.Series("as sure as right", [0.5, 1.0], [0.5, 1.0], 3),
+        ]
+        drawn.append(Figure("reward_calibration", plots.lines("Right, by how sure the reward model is", series, "confidence")))
+    note = (
+        "All pairs of one domain whose mean ratings differ by half a point or more; nobody saw these texts side by side: "
+        "a pair is made of two texts that people rated one by one. The ridge reads words and word pairs and was fitted on the "
+        "same texts as the reward model."
+    )
+    error = get(results, "reward_model", "calibration", "ece")
+    if error is not None:
+        note += f" Expected calibration error: {error:.3f}."
+    return [Heading("Reward model"), Figures(drawn), Paragraph(note)]
+
+
+def policy(results: Results, rows: Rows) -> list[Block]:
+    """PPO's course, and judges against the distance travelled."""
+    metrics = (
+        ("reward/score", "Reward model's score"),
+        ("policy/kl_ref", "KL to the fine-tuned model, nats a response"),
+        ("rollout/length", "Response length, tokens"),
+        ("policy/entropy", "Entropy, nats a token"),
+    )
+    drawn = []
+    for metric, title in metrics:
+        series = [one for i, (stage, name) in enumerate(ROUNDS) for one in _trace(name, rows.get(stage, []), metric, i)]
+        if series:
+            drawn.append(
+                Figure(metric.replace("/", "_"), plots.lines(title, series, "iteration", zero=metric == "policy/kl_ref"))
+            )
+    blocks: list[Block] = [Figures(drawn)] if drawn else []
+    curve = findings.curve(results, "ppo")
+    if len(curve) > 1:
+        nbest = overoptimization.curve(get(results, "evaluate", "best_of_n") or [])
+        caption = "Held-out prompts. " + (
+            "Diamonds: best of n answers of the fine-tuned model, by the same reward model." if nbest else ""
+        )
+        blocks.append(Figures(_distance("ppo", curve, nbest), caption.strip()))
+    return [Heading("PPO"), *blocks] if blocks else []
+
+
+def _distance(prefix: str, curve: Sequence[Mapping[str, Any]], nbest: Sequence[Mapping[str, Any]] = ()) -> list[Figure]:
+    """Proxy and judges against the square root of the KL."""
+    found = []
+    wanted = (("proxy", "Reward model's score (proxy)", ["proxy"]), ("judges", "Judges' mean", ["vader", "textblob"]))
+    for name, title, keys in wanted:
+        series = []
+        for i, key in enumerate(key for key in keys if all(key in row for row in curve)):
+            label = JUDGES.get(key, "PPO")
+            series.append(plots.Series(label, *_xy(curve, key), i, marks=True))
+            if nbest and all(key in row for row in nbest):
+                shown = [str(row["n"]) for row in nbest]
+                best = "best of n" if key == "proxy" else f"{label}, best of n"
+                series.append(plots.Series(best, *_xy(nbest, key), i, line=False, marks=True, labels=shown))
+        if series:
+            found.append(Figure(f"{prefix}_{name}_by_distance", plots.lines(title, series, "\u221aKL to the fine-tuned model")))
+    return found
+
+
+def _xy(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    return [float(row["sqrt_kl"]) for row in rows], [float(row[key]) for row in rows]
+
+
+def policies(results: Results) -> list[Block]:
+    """One column a policy, with every held-out figure."""
+    found = [(name, row) for stage, which, name in POLICIES if (row := get(results, stage, which))]
+    if not found:
+        return []
+    start, tuned = ([one for one in found if (one[1].get("kl") == 0) == same] for same in (True, False))
+    nbest = []
+    for row in get(results, "evaluate", "best_of_n") or []:
+        if row["n"] > 1:
+            means = {judge: row[judge] for judge in JUDGES if judge in row}
+            wins = {judge: [row[f"win_{judge}"]] for judge in JUDGES if f"win_{judge}" in row}
+            nbest.append((f"best of {row['n']}", row | {"judges": means, "win_rate": wins}))
+    return [Heading("Policies side by side"), _columns([*start, *nbest, *tuned]), Paragraph(POLICIES_NOTE)]
+
+
+POLICIES_NOTE = (
+    "The same held-out prompts for all; wins over the fine-tuned model's answers, ties half, Wilson 95 % intervals. The KL of "
+    "best-of-n is an upper bound. Distinct-n falls with the number of texts. A round's score is by its own reward model."
+)
+
+
+def _columns(found: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """The table of policies; a cell is empty where a policy lacks the figure."""
+
+    def line(name: str, form: str, *path: str | int) -> list[str]:
+        values = [get(row, *path) for _, row in found]
+        return [name, *("" if value is None else form.format(100 * value if "%" in name else value) for value in values)]
+
+    rows = [line("KL, nats a response", "{:.2f}", "kl"), line("reward model's score", "{:.2f}", "proxy")]
+    for judge in found[0][1].get("judges", {}):
+        name = JUDGES.get(judge, judge)
+        low, high = (line("%", "{:.1f}", "win_rate", judge, i) for i in (1, 2))
+        ends = [f"{a}\u2013{b}" if a else "" for a, b in zip(low[1:], high[1:], strict=True)]
+        rows += [line(f"{name}, mean", "{:.3f}", "judges", judge), line(f"{name} wins, %", "{:.1f}", "win_rate", judge, 0)]
+        rows.append(["\u2003interval", *ends])
+    rows += [line("length, tokens", "{:.1f}", "length"), line("entropy, nats a token", "{:.2f}", "entropy")]
+    rows += [line("ends by itself, %", "{:.1f}", "eos_rate"), line("distinct-1", "{:.3f}", "distinct_1")]
+    rows += [line("distinct-2", "{:.3f}", "distinct_2"), line("distinct texts, %", "{:.1f}", "distinct_texts")]
+    rows.append(line("prompts", "{:.0f}", "prompts"))
+    return Table(["", *(name for name, _ in found)], [row for row in rows if any(row[1:])])
+
+
+def overoptimized(results: Results) -> list[Block]:
+    """PPO without the KL penalty: proxy, judges and diversity against the distance."""
+    curve = findings.curve(results, "overoptimize")
+    if len(curve) < 2:
+        return []
+    drawn = _distance("overoptimize", curve)
+    if all("distinct_2" in row for row in curve):
+        series = [plots.Series("distinct-2", *_xy(curve, "distinct_2"), 2, marks=True)]
+        drawn.append(
+            Figure("overoptimize_distinct", plots.lines("Distinct-2", series, "\u221aKL to the fine-tuned model", zero=True))
+        )
+    said = []
+    for judge in ("textblob", "vader"):
+        if judge in curve[0]:
+            peak = overoptimization.peak_and_drop(curve, judge)
+            fall = (
+                f"peaks at \u221aKL {curve[peak.index]['sqrt_kl']:.1f} ({peak.peak:.2f}) and falls "
+                f"{findings.percent(peak.drop, 0)} to {peak.final:.2f}, while the proxy goes {peak.proxy_rise:+.2f}"
+            )
+            said.append(
+                f"{JUDGES[judge]} {fall if peak.drop > 0.005 else f'does not turn down ({peak.final:.2f} at the end)'}."
+            )
+    said.append("VADER adds up word scores, so praise stuffed into a text saturates it: never read it alone.")
+    shown = [
+        Sample(row["prompt"], [("fine-tuned", row["before"]), ("no KL penalty", row["after"])])
+        for row in get(results, "overoptimize", "samples") or []
+    ]
+    blocks = [Figures(drawn), Paragraph(" ".join(said)), *([Samples(shown)] if shown else [])]
+    return [Heading("Over-optimisation: PPO without the KL penalty"), *blocks]
+
+
+def second_round(results: Results) -> list[Block]:
+    """The refreshed reward model against the first and the control, and what it did to the policy."""
+    stages = (
+        ("reward_model", "first"),
+        ("reward_model_control", "control: ratings only"),
+        ("reward_model_2", "second: ratings and choices"),
+    )
+    found = [(name, results[stage]) for stage, name in stages if get(results, stage, "accuracy")]
+    if "reward_model_2" not in results or len(found) < 2:
+        return []
+    domains = list(found[0][1]["accuracy"]["model"])
+    before = get(results, "reward_model_2", "choices", "accuracy_before")
+    rows = []
+    for name, result in found:
+        choices = get(result, "choices", "accuracy") if name != "first" else before
+        cells = [findings.percent(result["accuracy"]["model"][domain]) for domain in domains]
+        rows.append([name, *cells, "" if choices is None else findings.percent(choices)])
+    table = Table(["reward model", *domains, "held-out choices"], rows)
+    second, control = (get(results, stage, "candidate", "judges") for stage in ("evaluate_2", "evaluate_control"))
+    first = get(results, "evaluate", "candidate", "judges")
+    drawn = []
+    if second and first:
+        shown = {"first": first, "control": control, "second": second}
+        groups = {
+            JUDGES.get(judge, judge): {name: by[judge] for name, by in shown.items() if by and judge in by} for judge in second
+        }
+        drawn = [Figures([Figure("second_round", plots.bars("Judges' mean after each round", groups, percent=False))])]
+    note = "PPO starts from the fine-tuned model again, against the refreshed reward model. "
+    if get(results, "label", "labeler") != "human":
+        note += "VADER made the choices here, so it is no outside judge of this round: TextBlob is."
+    return [Heading("Second round"), *drawn, table, Paragraph(note.strip())]
+
+
+def who(results: Results) -> list[Block]:
+    """Who made the judgements that the loop learned from."""
+    said = []
+    if "reward_model" in results:
+        said.append(
+            "**First round:** people. The pairs are made from individual people's ratings of single texts (the human_sentiment "
+            "data), 15 or more raters a text; no one compared two texts."
+        )
+    label = get(results, "label")
+    if label is not None:
+        human = label.get("labeler") == "human"
+        how = (
+            "a person at the terminal chose"
+            if human
+            else "**not people**, a simulated person chose: the answer that VADER finds more positive"
+        )
+        noise = (
+            f", with {findings.percent(label['noise'], 0)} errors on purpose"
+            if not human and label.get("noise") is not None
+            else ""
+        )
+        counts = ", ".join(f"{count} {word.replace('_', ' ')}" for word, count in sorted(label.get("choices", {}).items()))
+        said.append(f"**Second round:** {how}{noise} (`{label.get('name', '')}`: {counts}).")
+        if not human:
+            said.append("Choose yourself with `--labeler human`.")
+    return [Heading("Who chose"), Paragraph(" ".join(said))] if said else []
+
+
+def source(results: Results, about: Mapping[str, Any]) -> list[Block]:
+    """Command, machine, versions, and the time of each stage."""
+    lines = []
+    if about.get("command"):
+        lines.append(f"Command: `{about['command']}`" + (f", seed {about['seed']}." if about.get("seed") is not None else "."))
+    machine = about["machine"]
+    lines.append(f"Machine: {machine['cores']} cores, {machine['cpu'] or 'unknown processor'}, {machine['system']}.")
+    lines.append("Versions: " + ", ".join(f"{name} {version}" for name, version in about["versions"].items()) + ".")
+    rows = []
+    for stage, result in results.items():
+        if "seconds" in result:
+            rows.append([stage, f"{result['seconds']:.1f}", f"{result.get('cpu_seconds', 0):.1f}"])
+    if rows:
+        total = [f"{sum(result.get(name, 0) for result in results.values()):.1f}" for name in ("seconds", "cpu_seconds")]
+        rows.append(["all", *total])
+    table = [Table(["stage", "seconds", "processor seconds"], rows)] if rows else []
+    return [Heading("Where the numbers come from"), *(Paragraph(line) for line in lines), *table]
