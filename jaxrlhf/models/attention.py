@@ -39,16 +39,47 @@ def attention(
 def _xla(query, key, value, segments):
     b, t, h, e = query.shape
     k = key.shape[2]
-    # [B,K,G,T,E]: batch axes in front, so that each head is one matrix product.
-    query = query.reshape(b, t, k, h // k, e).transpose(0, 2, 3, 1, 4) / math.sqrt(e)
-    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    scores = jnp.einsum("bkgte,bkse->bkgts", query, key, preferred_element_type=jnp.float32)
     visible = jnp.tril(jnp.ones((t, t), bool))[None]
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None, :])
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
-    mixed = jnp.einsum("bkgts,bkse->bkgte", weights, value, preferred_element_type=jnp.float32)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(b, t, h, e)
+    # [B,K,G*T,E]: one matrix product for all query heads that share a key/value head.
+    query = query.reshape(b, t, k, h // k, e).transpose(0, 2, 3, 1, 4).reshape(b, k, h // k * t, e) / math.sqrt(e)
+    mixed = _core(query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), visible)
+    return mixed.reshape(b, k, h // k, t, e).transpose(0, 3, 1, 2, 4).reshape(b, t, h, e)
+
+
+@jax.custom_vjp
+def _core(query, key, value, visible):
+    return _core_forward(query, key, value, visible)[0]
+
+
+def _core_forward(query, key, value, visible):
+    scores = _scores(query, key, visible)
+    top = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    mixed = jnp.matmul(weights, value, preferred_element_type=jnp.float32) / total
+    return mixed, (query, key, value, visible, top + jnp.log(total), mixed)
+
+
+def _core_backward(residual, g):
+    """Source: Dao et al. 2022 (arXiv 2205.14135) appendix B.2: dS = P (dP - sum(dO O)); weights recomputed, not stored."""
+    query, key, value, visible, logsum, mixed = residual
+    weights = jnp.exp(_scores(query, key, visible) - logsum)
+    slope = weights * (jnp.matmul(g, value.swapaxes(-1, -2)) - (g * mixed).sum(-1, keepdims=True))
+    dvalue = jnp.matmul(weights.swapaxes(-1, -2), g)
+    return jnp.matmul(slope, key), jnp.matmul(slope.swapaxes(-1, -2), query), dvalue, None
+
+
+_core.defvjp(_core_forward, _core_backward)
+
+
+def _scores(query, key, visible):
+    """Scores [B, K, G*T, T] of scaled queries, those of invisible places MASKED."""
+    b, k, rows, _ = query.shape
+    t = key.shape[2]
+    scores = jnp.matmul(query, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    return jnp.where(visible[:, None, None], scores.reshape(b, k, rows // t, t, t), MASKED).reshape(b, k, rows, t)
 
 
 def _cudnn(query, key, value, segments):  # pragma: no cover (gpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.sharding import ParamSpec
 from jaxrlhf.core.types import SamplingSpec
+from jaxrlhf.models.model import Model
 
 # Logit of an impossible token. Finite, because the gradient of a softmax of -inf is NaN.
 IMPOSSIBLE = -1e30
@@ -50,14 +52,74 @@ def logprobs_and_entropy(
 
     Tokens at places that no loss reads may be any integer: one outside the vocabulary gives a finite, meaningless number.
     """
-    logits = logits.astype(jnp.float32)
+    logprob, uncertainty = _softmax_terms(entropy, logits.astype(jnp.float32), tokens)
+    return logprob, uncertainty if entropy else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _softmax_terms(entropy, logits, tokens):
+    return _softmax_terms_forward(entropy, logits, tokens)[0]
+
+
+def _softmax_terms_forward(entropy, logits, tokens):
     total = jax.nn.logsumexp(logits, axis=-1)
-    # A sum over a comparison: its gradient is a select, where that of a gather would be a scatter into [..., V].
-    picked = jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], logits, 0.0).sum(-1)
-    if not entropy:
-        return picked - total, None
+    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1, mode="clip")[..., 0]
+    # p log p of an impossible token is 0 * -1e30 = 0.
+    mean = (jnp.exp(logits - total[..., None]) * logits).sum(-1) if entropy else jnp.zeros_like(total)
+    return (picked - total, total - mean), (logits, tokens, total, mean)
+
+
+def _softmax_terms_backward(entropy, residual, g):
+    """In one pass over [..., V] and without a scatter: d logprob = onehot - p, d entropy = p (mean - logit)."""
+    logits, tokens, total, mean = residual
     probability = jnp.exp(logits - total[..., None])
-    return picked - total, total - (probability * logits).sum(-1)
+    tokens = jnp.clip(tokens, 0, logits.shape[-1] - 1)
+    onehot = jnp.arange(logits.shape[-1]) == tokens[..., None]
+    slope = g[0][..., None] * (onehot - probability)
+    if entropy:
+        slope += g[1][..., None] * probability * (mean[..., None] - logits)
+    return slope, None
+
+
+_softmax_terms.defvjp(_softmax_terms_forward, _softmax_terms_backward)
+
+
+def token_logprobs(
+    model: Model,
+    params: Any,
+    hidden: Float[Array, "b r d"],
+    tokens: Int[Array, "b r"],
+    spec: SamplingSpec | None = None,
+    entropy: bool = False,
+    block: int = 0,
+) -> tuple[Float[Array, "b r"], Float[Array, "b r"] | None]:
+    """Log-probs (and entropies) of response tokens under the policy `spec`, from the states that predict them.
+
+    `spec=None` is the plain softmax: temperature 1, no constraint. The logits exist for `block` positions of all rows at a
+    time (0: chosen by size) and are computed again in the backward pass, so that [B, R, V] never stands in memory.
+    """
+    b, r, _ = hidden.shape
+    # Few enough logits for the cache of a CPU; on an accelerator, few against its memory, many against its cores.
+    elements = 2**20 if jax.default_backend() == "cpu" else 2**28
+    blocks = -(-r // (block or max(1, elements // (b * model.vocab_size))))
+    block = -(-r // blocks)
+
+    def one(args):
+        hidden, tokens, position = args
+        logits = model.logits(params, hidden)
+        if spec is not None:
+            logits = policy_logits(logits, jnp.broadcast_to(position, tokens.shape), spec)
+        return logprobs_and_entropy(logits, tokens, entropy)
+
+    if blocks == 1:
+        return one((hidden, tokens, jnp.arange(r)))
+    # Split along positions, never along rows, which a mesh has already split.
+    hidden, tokens = (jnp.pad(x, ((0, 0), (0, blocks * block - r)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, tokens))
+    hidden, tokens = (x.reshape(b, blocks, block, *x.shape[2:]).swapaxes(0, 1) for x in (hidden, tokens))
+    out = jax.lax.map(
+        jax.checkpoint(one, prevent_cse=False), (hidden, tokens, jnp.arange(blocks * block).reshape(blocks, block))
+    )
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, blocks * block)[:, :r], out)
 
 
 def response_hidden(hidden: Float[Array, "b t d"], prompt_len: Int[Array, " b"], width: int) -> Float[Array, "b {width} d"]:

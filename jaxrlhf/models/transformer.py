@@ -243,8 +243,10 @@ def _matmul_backward(dtype, flipped, residual, g):
     x, weight = residual
     g = g.astype(dtype)
     dx = _dot(g, weight if flipped else _transpose(weight))
-    dweight = _dot(_transpose(x), g)
-    return dx, dweight.T if flipped else dweight
+    # One operand must be moved in memory: the narrower.
+    wide = x.shape[1] > g.shape[1]
+    dweight = _dot(_transpose(g), x) if wide else _dot(_transpose(x), g)
+    return dx, dweight if wide == flipped else dweight.T
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
