@@ -6,14 +6,18 @@ is more than half of a whole generation.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxrlhf.core.types import SamplingSpec
 from jaxrlhf.models.heads import IMPOSSIBLE
+
+TILE = 2**15  # weights, 128 KiB
 
 
 def apply(logits: Float[Array, "b v"], spec: SamplingSpec) -> Float[Array, "b v"]:
@@ -26,11 +30,11 @@ def apply(logits: Float[Array, "b v"], spec: SamplingSpec) -> Float[Array, "b v"
     at the border of top-p by position.
     """
     if 0 < spec.top_k < logits.shape[-1]:
-        logits = jnp.where(_top_k(logits, spec.top_k), logits, IMPOSSIBLE)
+        logits = jnp.where(_by_tile(functools.partial(_top_k, k=spec.top_k), logits), logits, IMPOSSIBLE)
     if spec.top_p == 1 and spec.min_p == 0:
         return logits
     weight = jnp.exp(logits - logits.max(-1, keepdims=True))  # probability over that of the first token, whose weight is 1
-    least = _top_p(weight, spec.top_p) if spec.top_p < 1 else jnp.zeros(logits.shape[0])
+    least = _by_tile(functools.partial(_top_p, p=spec.top_p), weight) if spec.top_p < 1 else jnp.zeros(logits.shape[0])
     return jnp.where(weight >= jnp.maximum(least, spec.min_p)[:, None], logits, IMPOSSIBLE)
 
 
@@ -66,3 +70,16 @@ def _largest(holds: Callable[[Int[Array, " b"]], Bool[Array, " b"]], start: Int[
         return jnp.where(holds(larger), larger, found)
 
     return jax.lax.fori_loop(0, 31, bit, start)
+
+
+def _by_tile(search: Callable[[jax.Array], jax.Array], rows: Float[Array, "b v"]) -> Shaped[Array, "b ..."]:
+    """`search` of all rows; on a single CPU device of a few at a time, so that its passes read one core's own cache.
+
+    At [256, 4096] that takes a third of the processor time.
+    """
+    count, vocab = rows.shape
+    tile = math.gcd(count, 1 << max(0, (TILE // vocab).bit_length() - 1))
+    if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+        return search(rows)
+    found = jax.lax.map(search, rows.reshape(-1, tile, vocab))
+    return found.reshape(count, *found.shape[2:])
