@@ -6,6 +6,8 @@ import html.parser
 import json
 import math
 import re
+import sys
+import types
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -325,6 +327,20 @@ def test_any_stage_may_be_the_only_one_and_bare(tmp_path, stage):
     _read(tmp_path / "alone")
     report.write(make_run(tmp_path / "bare", {stage: {}}))
     _read(tmp_path / "bare")
+
+
+def test_the_command_is_the_one_that_was_typed(tmp_path, monkeypatch):
+    main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name="experiments.rlhf"))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["/elsewhere/rlhf.py", "--out", "my runs/a"])
+    folder = make_run(tmp_path / "run", {"pretrain": {}})
+    assert report.write(folder)["about"]["command"] == "python -m experiments.rlhf --out 'my runs/a'"
+    main.__spec__ = None
+    assert report.write(folder)["about"]["command"] == "python /elsewhere/rlhf.py --out 'my runs/a'"
+    monkeypatch.setattr(sys, "argv", [""])
+    assert report.write(folder)["about"]["command"] is None
+    (folder / "config.yaml").write_text("out: x\nseed: -3\n")
+    assert report.write(folder)["about"]["seed"] == -3
 
 
 def test_unreadable_or_absent_results_are_named(tmp_path):

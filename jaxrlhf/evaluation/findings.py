@@ -26,6 +26,10 @@ def get(results: Any, *path: str | int) -> Any:
     return results
 
 
+def judge_name(judge: str) -> str:
+    return JUDGES.get(judge) or judge
+
+
 def percent(share: Number, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
@@ -131,7 +135,7 @@ def _policy_bars(results: Results, add: Any) -> None:
     add("PPO: responses that end by themselves", tuned["eos_rate"], 0.95, form=rate)
     for judge in ("vader", "textblob"):
         win, other = get(tuned, "win_rate", judge, 0), get(nbest, f"win_{judge}")
-        if win is not None and other is not None:
+        if nbest and win is not None and other is not None:
             kls = f"KL {tuned['kl']:.1f} against {nbest['kl']:.2f} nats"
             add(f"PPO over best-of-{nbest['n']}: {JUDGES[judge]} win rate ({kls})", win, other, form=rate)
     for judge in ("vader", "textblob"):

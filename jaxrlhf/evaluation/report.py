@@ -22,7 +22,7 @@ evaluate_2      as evaluate (best_of_n not needed)
 overoptimize    as ppo, trained without the KL penalty; optional samples
 ==============  ====================================================================================================
 
-`config.yaml` of the first stage found gives the seed.
+`config.yaml` of the run, or of its first stage, gives the seed.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _about(run_dir: Path, command: str | None) -> dict[str, Any]:
     """Command, seed, versions and machine."""
-    if command is None and sys.argv[0].endswith(".py"):
-        command = shlex.join(["python", *sys.argv])
+    if command is None:
+        command = _command()
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -140,6 +140,14 @@ def _about(run_dir: Path, command: str | None) -> dict[str, Any]:
     return {"command": command, "seed": _seed(run_dir), "versions": versions, "machine": machine}
 
 
+def _command() -> str | None:
+    """The command line of this process, where it runs a script or a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return shlex.join(["python", "-m", spec.name, *sys.argv[1:]])
+    return shlex.join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else None
+
+
 def _cpu() -> str:
     path = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.is_file() else None
@@ -147,8 +155,8 @@ def _cpu() -> str:
 
 
 def _seed(run_dir: Path) -> int | None:
-    for stage in STAGES:
-        path = run_dir / stage / "config.yaml"
+    for folder in ("", *STAGES):
+        path = run_dir / folder / "config.yaml"
         found = re.search(r"^seed: *(-?\d+)", path.read_text(encoding="utf-8"), re.MULTILINE) if path.is_file() else None
         if found:
             return int(found[1])

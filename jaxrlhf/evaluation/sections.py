@@ -50,7 +50,7 @@ def tiles(results: Results) -> list[Block]:
         if interval is None:
             continue
         note = f"95 %: {100 * interval[1]:.1f} to {100 * interval[2]:.1f}"
-        found.append(Tile(findings.percent(interval[0]), f"{JUDGES.get(judge, judge)} prefers PPO", note))
+        found.append(Tile(findings.percent(interval[0]), f"{findings.judge_name(judge)} prefers PPO", note))
     if tuned:
         found.append(Tile(f"{tuned['kl']:.1f} nats", "KL a response"))
     accuracy = get(results, "reward_model", "accuracy", "model")
@@ -180,7 +180,7 @@ def reward_model(results: Results) -> list[Block]:
         return []
     names = {"model": "reward model", "ridge": "ridge", "vader": "VADER", "model_and_ridge": "model + ridge"}
     domains = list(accuracy["model"])
-    groups = {domain: {names.get(who, who): by[domain] for who, by in accuracy.items() if domain in by} for domain in domains}
+    groups = {domain: {names.get(who) or who: by[domain] for who, by in accuracy.items() if domain in by} for domain in domains}
     floor = min(0.5, *(value for group in groups.values() for value in group.values()))
     drawn = [Figure("reward_accuracy", plots.bars("Human pairs ordered rightly, % (bars from 50)", groups, floor))]
     table = get(results, "reward_model", "calibration", "table") or []
@@ -280,7 +280,7 @@ def _columns(found: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 
     rows = [line("KL, nats a response", "{:.2f}", "kl"), line("reward model's score", "{:.2f}", "proxy")]
     for judge in found[0][1].get("judges", {}):
-        name = JUDGES.get(judge, judge)
+        name = findings.judge_name(judge)
         low, high = (line("%", "{:.1f}", "win_rate", judge, i) for i in (1, 2))
         ends = [f"{a}\u2013{b}" if a else "" for a, b in zip(low[1:], high[1:], strict=True)]
         rows += [line(f"{name}, mean", "{:.3f}", "judges", judge), line(f"{name} wins, %", "{:.1f}", "win_rate", judge, 0)]
@@ -347,7 +347,8 @@ def second_round(results: Results) -> list[Block]:
     if second and first:
         shown = {"first": first, "control": control, "second": second}
         groups = {
-            JUDGES.get(judge, judge): {name: by[judge] for name, by in shown.items() if by and judge in by} for judge in second
+            findings.judge_name(judge): {name: by[judge] for name, by in shown.items() if by and judge in by}
+            for judge in second
         }
         drawn = [Figures([Figure("second_round", plots.bars("Judges' mean after each round", groups, percent=False))])]
     note = "PPO starts from the fine-tuned model again, against the refreshed reward model. "

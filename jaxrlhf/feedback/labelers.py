@@ -21,7 +21,7 @@ def _uniform(*parts: str | int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: what a double holds below 1
 
 
-def left_response(pair: str, labeler: str) -> str:
+def left_response(pair: str, labeler: str) -> store.Side:
     """Which response of a pair stands at the left for a labeler: a fair coin, the same at every showing."""
     return "a" if _uniform("side", pair, labeler) < 0.5 else "b"
 
@@ -94,7 +94,7 @@ def read_key() -> str:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
 
-KEYS = {"1": "left", "2": "right", "t": "tie", "b": "both_bad", "s": "skip"}
+KEYS: dict[str, store.Word] = {"1": "left", "2": "right", "t": "tie", "b": "both_bad", "s": "skip"}
 HELP = "1 or 2: the better one   t: tie   b: both bad   s: skip   u: undo   q: stop (go on later)"
 
 

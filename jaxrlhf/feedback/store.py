@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 SCHEMA_VERSION = 1
-CHOICES = Literal["left", "right", "tie", "both_bad", "skip"]
+Side = Literal["a", "b"]
+Word = Literal["left", "right", "tie", "both_bad", "skip"]
 
 _SCHEMA = """
 CREATE TABLE pairs (
@@ -73,13 +74,13 @@ class Choice:
 
     pair: str
     labeler: str
-    choice: CHOICES
-    left_response: Literal["a", "b"]
+    choice: Word
+    left_response: Side
     time: float = 0.0  # seconds since 1970; 0: now, filled in by `record`
     sequence: int = 0  # filled in by the store
 
     @property
-    def preferred(self) -> Literal["a", "b"] | None:
+    def preferred(self) -> Side | None:
         """The response preferred, or None for a tie, two bad ones or a skip."""
         if self.choice not in ("left", "right"):
             return None
@@ -192,9 +193,9 @@ def record(db: sqlite3.Connection, choices: Sequence[Choice]) -> list[Choice]:
 
 
 def _record(db: sqlite3.Connection, choice: Choice) -> Choice:
-    if choice.choice not in get_args(CHOICES) or choice.left_response not in ("a", "b"):
+    if choice.choice not in get_args(Word) or choice.left_response not in ("a", "b"):
         raise ValueError(
-            f"choice {choice.choice!r} with {choice.left_response!r} at the left: one of {get_args(CHOICES)}, and a or b"
+            f"choice {choice.choice!r} with {choice.left_response!r} at the left: one of {get_args(Word)}, and a or b"
         )
     if db.execute("SELECT 1 FROM pairs WHERE id = ?", (choice.pair,)).fetchone() is None:
         raise ValueError(f"pair {choice.pair!r} is not in the store; add it before choosing")
@@ -206,10 +207,9 @@ def _record(db: sqlite3.Connection, choice: Choice) -> Choice:
 
 
 def _append(db: sqlite3.Connection, choice: Choice, word: str) -> int:
-    return db.execute(
-        "INSERT INTO events (pair, labeler, choice, left_response, time) VALUES (?, ?, ?, ?, ?)",
-        (choice.pair, choice.labeler, word, choice.left_response, choice.time),
-    ).lastrowid
+    row = (choice.pair, choice.labeler, word, choice.left_response, choice.time)
+    statement = "INSERT INTO events (pair, labeler, choice, left_response, time) VALUES (?, ?, ?, ?, ?) RETURNING sequence"
+    return db.execute(statement, row).fetchone()[0]
 
 
 def _last_event(db: sqlite3.Connection, pair: str, labeler: str) -> Choice | None:
