@@ -296,6 +296,14 @@ def test_the_verdict_follows_the_reward_model():
         assert f"The reward model {words} a bag-of-words ridge" in " ".join(findings.verdict(results))
 
 
+def test_best_of_n_is_called_cheaper_only_where_it_is():
+    results = _results()
+    assert "so per nat best-of-n is the cheaper way" in " ".join(findings.verdict(results))
+    results["evaluate"]["best_of_n"][2]["win_textblob"] = 0.51
+    text = " ".join(findings.verdict(results))
+    assert "51.0 % by TextBlob at 1.2 nats or less; PPO's KL is 5.1 times that." in text
+
+
 def test_the_verdict_says_when_over_optimisation_did_not_show():
     results = _results()
     results["overoptimize"]["curve"] = _curve(60, 0.2, lambda d: 0.1 * d)
@@ -380,7 +388,7 @@ def test_plots_of_hard_values():
         plots.lines("t", [plots.Series("s", [0.0], [math.nan])], "x")
     with pytest.raises(ValueError, match="no bar"):
         plots.bars("t", {})
-    ElementTree.fromstring(plots.bars("a & b", {"<g>": {"one": 0.0}, "h": {"two": 3.0}}, percent=False))
+    ElementTree.fromstring(plots.bars("a & b", {"<g>": {"one": -0.5}, "h": {"two": 3.0}}, percent=False))
 
 
 def test_inline_marks_after_escaping():

@@ -193,15 +193,13 @@ def _result(results: Results) -> str:
     if tuned is None or not tuned.get("win_rate"):
         return ""
     names = {**JUDGES, "ridge": "the ridge"}
-    wins = [f"{names.get(judge, judge)} in **{share(rate)}**" for judge, rate in tuned["win_rate"].items()]
+    wins = [f"{names.get(judge, judge)} **{share(rate)}**" for judge, rate in tuned["win_rate"].items()]
     text = (
-        f"On {tuned['prompts']} held-out prompts, judges that the training never saw prefer its text to the "
-        f"fine-tuned model's: {listed(wins)} (95 % intervals, ties half), at a KL of **{tuned['kl']:.1f} nats** a response."
+        f"How often judges that the training never saw find its text better than the fine-tuned model's, on {tuned['prompts']} "
+        f"held-out prompts: {listed(wins)} (95 % intervals, ties half), at a KL of **{tuned['kl']:.1f} nats** a response."
     )
     if tuned["prompts"] < ENOUGH:
-        return (
-            text + f" **This is a small run: with fewer than {ENOUGH} prompts its figures show that the loop runs, no more.**"
-        )
+        return f"{text} **This is a small run: with fewer than {ENOUGH} prompts its figures show that the loop runs, no more.**"
     judged = bars(results)
     missed = [bar.name for bar in judged if bar.met is False]
     if not missed:
@@ -211,16 +209,8 @@ def _result(results: Results) -> str:
 
 def _caution(results: Results) -> str:
     parts = [_against_ridge(results)]
-    tuned, nbest = get(results, "evaluate", "candidate"), best_of(results)
-    if tuned and nbest:
-        wins = " and ".join(
-            f"{percent(nbest[f'win_{j}'])} by {JUDGES[j]}" for j in ("vader", "textblob") if f"win_{j}" in nbest
-        )
-        parts.append(
-            f"Taking the best of {nbest['n']} of the fine-tuned model's answers wins {wins} for at most {nbest['kl']:.1f} "
-            f"nats and no training: per nat it is the cheaper way. PPO pays {tuned['kl'] / nbest['kl']:.1f} times that KL and "
-            "needs one sample an answer."
-        )
+    tuned = get(results, "evaluate", "candidate")
+    parts.append(_against_best_of(results))
     free = curve(results, "overoptimize")
     if free:
         peak = overoptimization.peak_and_drop(free, "textblob")
@@ -235,6 +225,23 @@ def _caution(results: Results) -> str:
         "grammar over a few words only."
     )
     return " ".join(part for part in parts if part) if tuned else ""
+
+
+def _against_best_of(results: Results) -> str:
+    tuned, nbest = get(results, "evaluate", "candidate"), best_of(results)
+    wins = {judge: rate for judge in ("vader", "textblob") if (rate := get(nbest, f"win_{judge}")) is not None}
+    if not tuned or not nbest or not wins or not tuned["kl"] > 0:
+        return ""
+    said = listed([f"{percent(rate)} by {JUDGES[judge]}" for judge, rate in wins.items()])
+    text = (
+        f"Taking the best of {nbest['n']} of the fine-tuned model's answers by the same reward model, without any training, "
+        f"wins {said} at {nbest['kl']:.1f} nats or less; PPO's KL is {tuned['kl'] / nbest['kl']:.1f} times that"
+    )
+    tuned_wins = {judge: get(tuned, "win_rate", judge, 0) for judge in wins}
+    cheaper = all(
+        win is not None and (wins[judge] - 0.5) / nbest["kl"] > (win - 0.5) / tuned["kl"] for judge, win in tuned_wins.items()
+    )
+    return text + (", so per nat best-of-n is the cheaper way." if cheaper else ".")
 
 
 def _against_ridge(results: Results) -> str:

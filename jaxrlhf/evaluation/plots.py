@@ -250,7 +250,7 @@ def _draw(one: Series, frame: _Frame) -> list[str]:
 
 
 def bars(title: str, groups: Mapping[str, Mapping[str, Number]], floor: Number = 0.0, percent: bool = True) -> str:
-    """Grouped bars: `groups[group][name]`, with the value over each bar; the axis begins at `floor`.
+    """Grouped bars: `groups[group][name]`, values over the bars. They stand on `floor`; from a floor of 0, lower ones hang.
 
     Raises:
         ValueError: nothing to draw.
@@ -259,8 +259,10 @@ def bars(title: str, groups: Mapping[str, Mapping[str, Number]], floor: Number =
     if not names:
         raise ValueError(f"plot '{title}': no bar to draw")
     rows = _legend_rows(names)
-    top = max(value for group in groups.values() for value in group.values())
-    frame = _Frame(14, 50 + 17 * len(rows), WIDTH - 14, HEIGHT - 30, (0, len(groups)), (floor, max(top, floor + 1e-9)))
+    values = [value for group in groups.values() for value in group.values()]
+    y_range = (min(floor, *values) if floor == 0 else floor, max(floor + 1e-9, *values))
+    frame = _Frame(14, 50 + 17 * len(rows), WIDTH - 14, HEIGHT - 30, (0, len(groups)), y_range)
+    _, ground = frame.at(0, floor)
     parts = [_open(WIDTH, HEIGHT, title), _text(14, 20, title, size=14, fill="ink", weight=600)]
     for i, name in enumerate(names):  # the legend's squares
         row = next(r for r, line in enumerate(rows) if name in line)
@@ -269,18 +271,18 @@ def bars(title: str, groups: Mapping[str, Mapping[str, Number]], floor: Number =
         parts.append(_text(x + 18, 38 + 17 * row, name, fill="ink"))
     slot = (frame.right - frame.left) / len(groups)
     wide = min(slot * 0.86 / len(names), 46)
-    for g, (group, values) in enumerate(groups.items()):
+    for g, (group, of) in enumerate(groups.items()):
         start = frame.left + slot * (g + 0.5) - wide * len(names) / 2
         for i, name in enumerate(names):
-            if name not in values:
+            if name not in of:
                 continue
-            x, (_, y) = start + i * wide, frame.at(0, max(values[name], floor))
-            tip = f"<title>{html.escape(f'{group}, {name}: {values[name]:.4g}')}</title>"
-            parts.append(_rect(x + 1.5, y, wide - 3, frame.bottom - y, f"series-{i % 4}", f'rx="2">{tip}</rect>'))
-            label = f"{100 * values[name]:.1f}" if percent else f"{values[name]:.3f}"
-            parts.append(_text(x + wide / 2, y - 4, label, "middle", min(11, wide / 2.7), "ink"))
+            x, (_, y) = start + i * wide, frame.at(0, max(of[name], y_range[0]))
+            tip = f"<title>{html.escape(f'{group}, {name}: {of[name]:.4g}')}</title>"
+            parts.append(_rect(x + 1.5, min(y, ground), wide - 3, abs(ground - y), f"series-{i % 4}", f'rx="2">{tip}</rect>'))
+            label = f"{100 * of[name]:.1f}" if percent else f"{of[name]:.3f}".replace("-", "\u2212")
+            parts.append(_text(x + wide / 2, min(y, ground) - 4, label, "middle", min(11, wide / 2.7), "ink"))
         parts.append(_text(frame.left + slot * (g + 0.5), frame.bottom + 18, group, "middle", 12, "ink"))
-    parts.append(_line((frame.left, frame.bottom), (frame.right, frame.bottom), "soft"))
+    parts.append(_line((frame.left, ground), (frame.right, ground), "soft"))
     return "".join([*parts, "</svg>"])
 
 

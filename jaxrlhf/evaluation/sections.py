@@ -220,7 +220,7 @@ def policy(results: Results, rows: Rows) -> list[Block]:
     blocks: list[Block] = [Figures(drawn)] if drawn else []
     curve = findings.curve(results, "ppo")
     if len(curve) > 1:
-        nbest = overoptimization.curve(get(results, "evaluate", "best_of_n") or [])
+        nbest = overoptimization.curve([row for row in get(results, "evaluate", "best_of_n") or [] if row["n"] > 1])
         caption = "Held-out prompts. " + (
             "Diamonds: best of n answers of the fine-tuned model, by the same reward model." if nbest else ""
         )
@@ -276,7 +276,13 @@ def _columns(found: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 
     def line(name: str, form: str, *path: str | int) -> list[str]:
         values = [get(row, *path) for _, row in found]
-        return [name, *("" if value is None else form.format(100 * value if "%" in name else value) for value in values)]
+        return [
+            name,
+            *(
+                "" if value is None else form.format(100 * value if "%" in name else value).replace("-", "\u2212")
+                for value in values
+            ),
+        ]
 
     rows = [line("KL, nats a response", "{:.2f}", "kl"), line("reward model's score", "{:.2f}", "proxy")]
     for judge in found[0][1].get("judges", {}):
@@ -340,7 +346,8 @@ def second_round(results: Results) -> list[Block]:
         choices = get(result, "choices", "accuracy") if name != "first" else before
         cells = [findings.percent(result["accuracy"]["model"][domain]) for domain in domains]
         rows.append([name, *cells, "" if choices is None else findings.percent(choices)])
-    table = Table(["reward model", *domains, "held-out choices"], rows)
+    count = get(results, "reward_model_2", "choices", "held_out")
+    table = Table(["reward model", *domains, "held-out choices" + (f" ({count})" if count else "")], rows)
     second, control = (get(results, stage, "candidate", "judges") for stage in ("evaluate_2", "evaluate_control"))
     first = get(results, "evaluate", "candidate", "judges")
     drawn = []
