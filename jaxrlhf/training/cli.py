@@ -9,16 +9,14 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 C = TypeVar("C")
 
 
-def parse(
-    cls: type[C], argv: Sequence[str] | None = None, presets: dict[str, C | Callable[[], C]] | None = None, about: str = ""
-) -> C:
+def parse(cls: type[C], argv: Sequence[str] | None = None, presets: Mapping[str, C] | None = None, about: str = "") -> C:
     """Settings of the dataclass `cls`: from `--preset NAME`, or all of them from `--config FILE`; flags override either.
 
     Without both, the preset called `default`, or else the defaults of `cls`.
@@ -59,13 +57,12 @@ def _take(argv: list[str], flag: str) -> str | None:
     return None
 
 
-def _preset(presets: dict[str, Any], name: str | None) -> Any:
+def _preset(presets: Mapping[str, Any], name: str | None) -> Any:
     if name is None:
         name = "default" if "default" in presets else None
     elif name not in presets:
         raise ValueError(f"unknown preset '{name}'{_meant(name, presets)}; there are: {', '.join(presets) or 'none'}")
-    preset = None if name is None else presets[name]
-    return preset() if callable(preset) else preset
+    return None if name is None else presets[name]
 
 
 def _meant(name: str, names: Any) -> str:
@@ -137,7 +134,7 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def main(run: Callable[[C], Any], cls: type[C], presets: dict[str, C | Callable[[], C]] | None = None, about: str = "") -> None:
+def main(run: Callable[[C], Any], cls: type[C], presets: Mapping[str, C] | None = None, about: str = "") -> None:
     """Parse the command line, `run(settings)`, and end the process as a shell expects.
 
     Bad input (a ValueError raised by this library or a script, or any operating-system error) is one line on stderr and

@@ -164,7 +164,7 @@ def _make_update(outputs_fn: OutputsFn, loss_fn: LossFn, config: Any, optimizer,
 
     def update(params, opt_state, frozen, batch, key):
         gradient, seen = _gradient(outputs_fn, loss_fn, config, microbatches, (params, frozen, batch, key))
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(_total(seen[0]))
         updates, inner = optimizer.update(gradient, opt_state.inner, params)
 

@@ -1,0 +1,156 @@
+"""The optimizers against their papers, and who updates which parameter."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.training import optimizer
+from jaxrlhf.training.optimizer import OptimizerConfig
+
+
+def tree(seed: int) -> dict:
+    """A small parameter tree with every kind of leaf."""
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "policy": {
+            "embed": (7, 4),
+            "layers": {"up": (2, 4, 6), "down": (2, 6, 4), "norm": (2, 4)},
+            "head": (4, 7),
+            "norm": (4,),
+        },
+        "value": {"weight": (4,), "bias": ()},
+    }
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s), jnp.float32), shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def constant(name: str, **changes) -> OptimizerConfig:
+    return OptimizerConfig(name=name, schedule="constant", warmup_fraction=0.0, clip_norm=None, **changes)
+
+
+def updates(config: OptimizerConfig, steps: int = 3) -> list:
+    params = tree(0)
+    made = optimizer.make(config, 10, params)
+    state, found = made.init(params), []
+    advance = jax.jit(made.update)
+    for i in range(steps):
+        update, state = advance(tree(i + 1), state, params)
+        found.append(update)
+    return found
+
+
+def test_adamw_is_the_papers():
+    config = constant("adamw", learning_rate=0.01, weight_decay=0.1, b1=0.8, b2=0.9, epsilon=1e-3)
+    found = updates(config)
+    for path in (("policy", "layers", "up"), ("policy", "norm"), ("value", "weight")):
+
+        def at(t, path=path):
+            for key in path:
+                t = t[key]
+            return np.asarray(t, np.float64)
+
+        m = v = 0.0
+        for i in range(3):
+            g = at(tree(i + 1))
+            m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+            step = (m / (1 - 0.8 ** (i + 1))) / (np.sqrt(v / (1 - 0.9 ** (i + 1))) + 1e-3)
+            decay = 0.1 * at(tree(0)) if path[-1] == "up" else 0.0  # weight matrices alone
+            np.testing.assert_allclose(at(found[i]), -0.01 * (step + decay), rtol=2e-5, atol=1e-8)  # float32 rounding
+
+
+def newton_schulz(x: np.ndarray) -> np.ndarray:
+    """Five quintic steps. Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon."""
+    flip = x.shape[0] > x.shape[1]
+    x = x.T if flip else x
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if flip else x
+
+
+def test_muon_orthogonalises_each_layer_by_itself():
+    found = updates(constant("muon", learning_rate=0.02, weight_decay=0.01))
+    for name, scale in (("up", np.sqrt(6 / 4)), ("down", 1.0)):
+        param = np.asarray(tree(0)["policy"]["layers"][name], np.float64)
+        momentum = 0.0
+        for i in range(3):
+            g = np.asarray(tree(i + 1)["policy"]["layers"][name], np.float64)
+            momentum = 0.95 * momentum + 0.05 * g
+            # optax corrects both parts for their bias before it mixes them (Nesterov)
+            mixed = 0.95 * momentum / (1 - 0.95 ** (i + 2)) + 0.05 * g / (1 - 0.95 ** (i + 1))
+            want = np.stack([newton_schulz(layer) for layer in mixed])
+            want = -0.02 * (scale * want + 0.01 * param)
+            np.testing.assert_allclose(found[i]["policy"]["layers"][name], want, rtol=1e-3, atol=2e-6)
+            singular = np.linalg.svd(np.asarray(found[i]["policy"]["layers"][name]) + 0.02 * 0.01 * param, compute_uv=False)
+            assert (singular / (0.02 * scale) > 0.3).all()
+            assert (singular / (0.02 * scale) < 1.3).all()
+
+
+def test_who_updates_what():
+    labels = optimizer.label(tree(0), "muon")
+    assert labels["policy"]["layers"] == {"up": "muon", "down": "muon", "norm": "plain"}
+    assert labels["policy"]["embed"] == labels["policy"]["head"] == labels["policy"]["norm"] == "plain"
+    assert labels["value"] == {"weight": "head", "bias": "head"}
+    labels = optimizer.label(tree(0), "adamw")
+    assert labels["policy"]["layers"] == {"up": "matrix", "down": "matrix", "norm": "plain"}
+    assert labels["policy"]["embed"] == "matrix"
+    # a language model's own output head is a matrix, not a scalar head
+    assert optimizer.label({"head": jnp.zeros((4, 7))}, "adamw") == {"head": "matrix"}
+
+
+def test_head_scale_and_adam_rate_under_muon():
+    config = constant("muon", learning_rate=0.02, adam_learning_rate=0.004, head_scale=2.5, epsilon=1e-12)
+    first = updates(config, 1)[0]
+    # Adam's first step is the learning rate times the sign of the gradient.
+    np.testing.assert_allclose(np.abs(first["policy"]["embed"]), 0.004, rtol=1e-5)
+    np.testing.assert_allclose(np.abs(first["value"]["weight"]), 0.01, rtol=1e-5)
+    frozen = updates(constant("adamw", head_scale=0.0), 1)[0]
+    assert not np.any(frozen["value"]["weight"])
+
+
+def test_clipping_bounds_the_whole_gradient():
+    params, gradient = tree(0), tree(1)
+    config = constant("adamw", epsilon=1.0)  # a large epsilon, so that the size of the gradient matters
+    norm = float(np.sqrt(sum(np.square(g).sum() for g in jax.tree.leaves(gradient))))
+    clipped = optimizer.make(OptimizerConfig(**{**vars(config), "clip_norm": norm / 4}), 10, params)
+    plain = optimizer.make(config, 10, params)
+    a, _ = jax.jit(clipped.update)(gradient, clipped.init(params), params)
+    b, _ = jax.jit(plain.update)(jax.tree.map(lambda g: g / 4, gradient), plain.init(params), params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-10), a, b)
+
+
+@pytest.mark.parametrize(("name", "middle", "last"), [("constant", 2.0, 2.0), ("linear", 1.1, 0.2), ("cosine", 1.1, 0.2)])
+def test_schedule(name, middle, last):
+    config = OptimizerConfig(schedule=name, warmup_fraction=0.1, final_fraction=0.1)
+    rate = jax.jit(optimizer.schedule(config, 100, 2.0))
+    np.testing.assert_allclose([rate(0), rate(4), rate(9)], [0.2, 1.0, 2.0], rtol=1e-6)  # 10 steps of warm-up
+    np.testing.assert_allclose(rate(54), middle, rtol=1e-6)
+    np.testing.assert_allclose([rate(99), rate(500)], [last, last], rtol=1e-5)
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="learning_rate=-1 must be > 0"):
+        OptimizerConfig(learning_rate=-1)
+    with pytest.raises(ValueError, match=r"warmup_fraction=2 must be in \[0, 1\]"):
+        OptimizerConfig(warmup_fraction=2)
+    with pytest.raises(ValueError, match="b2=1"):
+        OptimizerConfig(b2=1)
+    with pytest.raises(ValueError, match="clip_norm=0 must be > 0; None"):
+        OptimizerConfig(clip_norm=0)
+    with pytest.raises(ValueError, match="head_scale=-1"):
+        OptimizerConfig(head_scale=-1)
+    with pytest.raises(ValueError, match="total_steps=0"):
+        optimizer.make(OptimizerConfig(), 0, tree(0))
+    with pytest.raises(ValueError, match="no weight matrix"):
+        optimizer.make(OptimizerConfig(name="muon"), 5, {"kernel": jnp.zeros((3, 3))})
+
+
+def test_settings_import_nothing_heavy():
+    code = "import sys, jaxrlhf.training.optimizer, jaxrlhf.training.cli; print({'jax', 'optax'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
