@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sqlite3
 import subprocess
 import sys
@@ -30,6 +31,15 @@ def test_pairs_keep_their_order_and_are_added_once(db):
     assert store.add_pairs(db, [_pair(3), _pair(1)]) == 2
     assert store.add_pairs(db, [_pair(1), _pair(2)]) == 1
     assert store.pairs(db) == [_pair(3), _pair(1), _pair(2)]
+
+
+def test_a_pair_is_known_by_its_texts_alone():
+    elsewhere = dataclasses.replace(_pair(1), checkpoint_a="/another/folder", checkpoint_b="", sampling="{}")
+    assert elsewhere.id == _pair(1).id
+    ids = {
+        store.Pair(*texts).id for texts in [("a", "b", "c"), ("a", "c", "b"), ("ab", "", "c"), ("", "ab", "c"), ("a", "bc", "")]
+    }
+    assert len(ids) == 5
 
 
 def test_a_pair_of_equal_texts_is_refused(db):

@@ -2,7 +2,7 @@
 
 Nothing is ever changed or removed: a choice is an event, an undo is a later event, and the current state is a view over
 both. Events carry a sequence number, so a trainer that reads `upto=n` reads the same rows for ever. A call that returns
-has reached the disk (`synchronous=FULL`). Repeating a call changes nothing: a pair's id is a hash of its content, and a
+has reached the disk (`synchronous=FULL`). Repeating a call changes nothing: a pair's id is a hash of its texts, and a
 labeler has at most one standing choice a pair.
 """
 
@@ -63,8 +63,12 @@ class Pair:
 
     @property
     def id(self) -> str:
-        """Hash of the content, so that the same pair added twice is one pair."""
-        content = json.dumps(dataclasses.astuple(self), ensure_ascii=False).encode("utf-8", "surrogatepass")
+        """Hash of the three texts: the same pair added twice is one pair, and what is drawn by its id (the side shown, a
+        simulated person's errors) depends on no folder's name.
+        """
+        content = json.dumps([self.prompt, self.response_a, self.response_b], ensure_ascii=False).encode(
+            "utf-8", "surrogatepass"
+        )
         return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
