@@ -120,9 +120,7 @@ def _logprobs(
     index = jnp.minimum(masking.response_index(part.prompt_len, width), part.tokens.shape[1] - 1)
     tokens = jnp.take_along_axis(part.tokens, index, axis=1)
     states = heads.response_hidden(hidden, part.prompt_len, width)
-    position = jnp.broadcast_to(jnp.arange(width), tokens.shape)
-    logits = heads.policy_logits(model.logits(trunk, states), position, spec)
-    logprobs, entropies = heads.logprobs_and_entropy(logits, tokens, entropy)
+    logprobs, entropies = heads.token_logprobs(model, trunk, states, tokens, spec, entropy)
     mask = masking.response_mask(part.response_len, width)
     return masking.masked(logprobs, mask), None if entropies is None else masking.masked(entropies, mask)
 
