@@ -104,7 +104,8 @@ def choose(config: Config, db: sqlite3.Connection, spec: SamplingSpec, text: str
     if len(answers) < 2:
         print(f"{answers[0].strip()}   (every answer drawn was this one: nothing to choose)")
         return
-    pair = store.Pair(pipeline.clean(text), *answers, *(str(config.policy),) * 2, json.dumps(dataclasses.asdict(spec)))
+    writer = str(config.policy)
+    pair = store.Pair(pipeline.clean(text), answers[0], answers[1], writer, writer, json.dumps(dataclasses.asdict(spec)))
     store.add_pairs(db, [pair])
     labelers.label_at_terminal(db, config.name, limit=1, pair=pair)
 

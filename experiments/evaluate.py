@@ -80,9 +80,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def best_of_n(config: Config, setting: held_out.Setting, params: Any, start: dict, judging: dict, key: jax.Array) -> list:
     """Best-of-n of the baseline by the proxy: what choosing among samples buys without any training."""
-    few = setting.prompts.replace(
-        **{name: getattr(setting.prompts, name)[: config.best_of_prompts] for name in ("tokens", "length", "uid", "row")}
-    )
+    few = pipeline.take_prompts(setting.prompts, slice(config.best_of_prompts))
     most = max(config.best_of)
     drawn = generate.generate(setting.model, params, sharding.shard_batch(few, setting.mesh), setting.spec, key, most)
     texts = [prompt + response for prompt, response in zip(*stage.texts(drawn, setting.tokenizer), strict=True)]

@@ -94,8 +94,8 @@ def dataset(config: Config, tokenizer: tokenizers.Tokenizer, chat: list[str], re
         return {"tokens": tokens, "segments": segments}
 
     needed = pipeline.mixed_rows_read(config.batch, config.steps, config.review_share)
-    sources = (packed(lines, rows) for lines, rows in zip((chat, reviews), needed, strict=True))
-    return pipeline.mixed(*sources, config.batch, config.seed, config.steps, config.review_share)
+    first, second = packed(chat, needed[0]), packed(reviews, needed[1])
+    return pipeline.mixed(first, second, config.batch, config.seed, config.steps, config.review_share)
 
 
 def bits_per_character(outputs: objective.OutputsFn, params: Any, rows: dict[str, np.ndarray], size: int = 64) -> tuple:

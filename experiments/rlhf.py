@@ -26,8 +26,12 @@ from jaxrlhf.training import cli
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
-REFRESH = OptimizerConfig(
-    name="muon", learning_rate=0.002, adam_learning_rate=4e-4, head_scale=2.0, warmup_fraction=0.1, clip_norm=None
+REFRESH = reward_model.Config(
+    steps=120,
+    texts=48,
+    optimizer=OptimizerConfig(
+        name="muon", learning_rate=0.002, adam_learning_rate=4e-4, head_scale=2.0, warmup_fraction=0.1, clip_norm=None
+    ),
 )
 OVEROPTIMIZE = dataclasses.replace(
     ppo.Config(),
@@ -53,7 +57,7 @@ class Config:
     evaluate: evaluate.Config = evaluate.Config()
     sample_pairs: sample_pairs.Config = sample_pairs.Config()
     label: label.Config = label.Config()
-    refresh: reward_model.Config = reward_model.Config(steps=120, texts=48, optimizer=REFRESH)
+    refresh: reward_model.Config = REFRESH  # the second round: from the first reward model, on ratings and choices
     overoptimization: ppo.Config = OVEROPTIMIZE
 
 
@@ -130,7 +134,7 @@ SMOKE = Config(
     ppo=ppo.PRESETS["smoke"],
     evaluate=evaluate.PRESETS["smoke"],
     sample_pairs=sample_pairs.PRESETS["smoke"],
-    refresh=dataclasses.replace(reward_model.PRESETS["smoke"], steps=10, texts=24, pairs=8, optimizer=REFRESH),
+    refresh=dataclasses.replace(reward_model.PRESETS["smoke"], steps=10, texts=24, pairs=8, optimizer=REFRESH.optimizer),
     overoptimization=dataclasses.replace(OVEROPTIMIZE, iterations=4, batch=32, evaluate_every=2, held_out_prompts=48),
 )
 LARGE = dataclasses.replace(

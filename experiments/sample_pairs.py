@@ -60,14 +60,13 @@ def run(config: Config) -> dict[str, Any]:
             for i in run.steps(0, own + mixed, "sample pairs"):
                 batch, key = sharding.shard_batch(prompts[i], mesh), jax.random.key(config.seed)
                 if i < own:
-                    names = (str(config.policies[0]),) * 2
                     prompt, answers = answer(first, batch, spec, key, 2)
-                    a, b = answers[::2], answers[1::2]
+                    a, b, other = answers[::2], answers[1::2], config.policies[0]
                 else:
-                    names = tuple(str(folder) for folder in config.policies)
                     (prompt, a), (_, b) = (answer(writer, batch, spec, key, 1) for writer in (first, last))
+                    other = config.policies[-1]
                 pairs = [
-                    store.Pair(p, x, y, *names, json.dumps(dataclasses.asdict(spec)))
+                    store.Pair(p, x, y, str(config.policies[0]), str(other), json.dumps(dataclasses.asdict(spec)))
                     for p, x, y in zip(prompt, a, b, strict=True)
                     if x != y
                 ]

@@ -47,7 +47,7 @@ def run(config: Config) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.mesh)
         start = stage.load(config.init, mesh)
         replies, reviews, held_out = rows(start.tokenizer)
-        share = (config.review_share,) * 2
+        share = (config.review_share, config.review_share)
         data = pipeline.mixed(replies, reviews, config.batch, config.seed, config.steps, share)
         with jax.set_mesh(mesh):
             update = optimizer.make(config.optimizer, config.steps, start.params)

@@ -1,4 +1,4 @@
-"""The scripts as a person runs them: the whole loop in small, killed and started again, and what bad input gets for an answer."""
+"""The scripts as a person runs them: the whole loop in small, killed and started again, and what bad input is told."""
 
 from __future__ import annotations
 
