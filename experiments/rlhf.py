@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from experiments import evaluate, label, ppo, pretrain, reward_model, sample_pairs, sft, stage
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.evaluation import report
@@ -70,7 +68,6 @@ def run(config: Config) -> dict[str, Any]:
             print(f"[{number:2}/{len(steps)}] {name:<20}", end="", flush=True)
             result = fn(dataclasses.replace(settings, out=config.out / name, seed=config.seed))
             print(f" {result['seconds']:6.1f} s", flush=True)
-            jax.clear_caches()  # its programs are not needed again
         export(config.out / "ppo_2" / "model", config.out / "policy")
         report.write(config.out)
         print(f"open {config.out / 'report.html'}; talk to it: python -m experiments.chat --policy {config.out / 'policy'}")

@@ -9,6 +9,7 @@ import sys
 import traceback
 import types
 import typing
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -142,7 +143,9 @@ def main(run: Callable[[C], Any], cls: type[C], presets: Mapping[str, C] | None 
     under JAXRLHF_TRACEBACK=1.
     """
     try:
-        run(parse(cls, presets=presets, about=about or (sys.modules["__main__"].__doc__ or "").strip()))
+        config = parse(cls, presets=presets, about=about or (sys.modules["__main__"].__doc__ or "").strip())
+        keep_programs()
+        run(config)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:
@@ -150,6 +153,28 @@ def main(run: Callable[[C], Any], cls: type[C], presets: Mapping[str, C] | None 
             raise
         print(f"{Path(sys.argv[0]).name}: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def keep_programs() -> None:
+    """Let jax keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR says where or it is empty.
+
+    A later stage, a second round, a run that goes on: each finds what an earlier one compiled. The folder is one for each
+    kind of CPU, because a program for one kind may not run on another that shares the home directory.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    cpu = Path("/proc/cpuinfo")
+    flags = next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.is_file() else ""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "jaxrlhf" / f"xla-{zlib.crc32(flags.encode()):08x}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written: compile each time
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def _ours(error: BaseException) -> bool:
