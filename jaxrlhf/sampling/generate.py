@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -152,7 +153,8 @@ def _step(model: Model, spec: SamplingSpec, weights: Any, state: _State) -> _Sta
     def write(buffer, column):
         return jax.lax.dynamic_update_slice_in_dim(buffer, column[:, None], t, axis=1)
 
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         step=t + 1,
         hidden=hidden,
         cache=(),
