@@ -232,14 +232,10 @@ def test_only_pairs_are_mixed(rows, trained):
         comparisons.compared_sets(rows, three, (12, 1), 1, (64,))
 
 
-def test_the_reward_loss_takes_both_forms_and_agrees_on_ratings(rows, trained):
-    """The batches are `algorithms.reward.Batch`, and its own reading of the ratings is the same."""
+def test_the_reward_loss_takes_both_forms(rows, trained):
+    """The batches are `algorithms.reward.Batch`."""
     from jaxrlhf.algorithms import reward
 
-    index = np.arange(40)
-    preferred = comparisons.preferred_by_rating(rows["rating"][None, index], rows["domain"][None, index], 0.5)
-    theirs = reward.from_ratings(*(rows[n][None, index] for n in ("tokens", "length", "rating", "domain")), min_gap=0.5)
-    assert (np.asarray(theirs.preferred) == preferred).all()
     pairs = comparisons.preference_rows(PAIRS, trained, 24)
     for dataset in (
         comparisons.rated_sets(rows, 12, 1, (64,)),

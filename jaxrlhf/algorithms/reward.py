@@ -10,9 +10,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxrlhf.algorithms import pairwise
 from jaxrlhf.core import masking
@@ -59,27 +58,6 @@ def from_preferences(preferences: Preferences) -> Batch:
     margin = jnp.stack([zero, preferences.margin, -preferences.margin, zero], axis=-1).reshape(-1, 2, 2)
     preferred = jnp.stack([zero, forward, backward, zero], axis=-1).reshape(-1, 2, 2)
     return Batch(preferences.tokens, preferences.prompt_len, preferences.response_len, preferred, margin)
-
-
-def rated_pairs(rating: Float[Array, "b n"], domain: Int[Array, "b n"], min_gap: float) -> Float[Array, "b n n"]:
-    """1 where text i was rated at least `min_gap` above text j of the same domain, else 0. Domain < 0 joins no pair."""
-    gap = rating[:, :, None] - rating[:, None, :]
-    same = (domain[:, :, None] == domain[:, None, :]) & (domain[:, :, None] >= 0)
-    # Means of thirds and fifths: a gap of exactly min_gap may come out one rounding below it.
-    return ((gap >= min_gap - 1e-5) & (gap > 0) & same).astype(jnp.float32)
-
-
-def from_ratings(
-    tokens: Int[Array | np.ndarray, "b n t"],
-    length: Int[Array | np.ndarray, "b n"],
-    rating: Float[Array | np.ndarray, "b n"],
-    domain: Int[Array | np.ndarray, "b n"],
-    min_gap: float,
-) -> Batch:
-    """Whole texts, each rated by people on its own: all pairs of one domain and set whose ratings differ enough."""
-    length = jnp.asarray(length)
-    preferred = rated_pairs(jnp.asarray(rating, jnp.float32), jnp.asarray(domain), min_gap)
-    return Batch(jnp.asarray(tokens), jnp.zeros_like(length), length, preferred)
 
 
 def _differences(scores: Float[Array, "b n"], pair: Bool[Array, "b n n"]) -> Float[Array, "b n n"]:
