@@ -22,7 +22,7 @@ from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import heads
 from jaxrlhf.rewards import model as rewards
-from jaxrlhf.sampling.rollout import collect
+from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
@@ -61,7 +61,7 @@ def run(config: Config) -> dict[str, Any]:
             setting = held_out.Setting(
                 model=start.model,
                 reference=start.params,
-                reward=lambda rollout: reward(judged.params, rollout),
+                reward=lambda answers: reward(judged.params, answers),
                 prompts=held_out.prompts(start.tokenizer, config.held_out_prompts),
                 spec=spec,
                 tokenizer=start.tokenizer,
@@ -83,17 +83,18 @@ def run(config: Config) -> dict[str, Any]:
             run_epochs = step.make_epochs(
                 outputs, ppo.loss, config.algorithm, update, config.algorithm.epochs, config.algorithm.minibatches
             )
-            prepare = jax.jit(ppo.prepare, static_argnames="config")
+            prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
 
             for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
                 judged_now = {} if i % config.evaluate_every else judge(state.params["policy"])
                 batch = sharding.shard_batch(prompts[i], mesh)
                 key = jax.random.fold_in(keys[1], i)
-                experience = collect(start.model, state.params, frozen, batch, spec, key, version=i)
+                experience = rollout.collect(start.model, state.params, frozen, batch, spec, key, version=i)
                 experience = dataclasses.replace(experience, score=reward(judged.params, experience.rollout))
+                drawn = describe(experience)
                 batch, algorithm, stats = prepare(experience, state.algorithm, config=config.algorithm)
                 state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
-                run.log(i, judged_now | stats | metrics)
+                run.log(i, judged_now | drawn | stats | metrics)
                 run.maybe_save(i, state)
             run.maybe_save(config.iterations - 1, state, last=True)
             run.log(config.iterations, judge(state.params["policy"]))

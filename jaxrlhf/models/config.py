@@ -27,7 +27,7 @@ class TransformerConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of weight products; sums and all else are float32
     scan: bool = True  # one compiled layer run in a loop, in place of L copies of it; a matter of speed only
     remat: bool = True  # recompute activations in the backward pass instead of storing them; a matter of speed only
-    dropout: float = 0.0  # on the residual branches, only where a dropout key is passed
+    dropout: float = 0.0  # on the residual branches, to the next 1/256; only where a dropout key is passed
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "max_length"):
