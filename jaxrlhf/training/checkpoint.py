@@ -24,20 +24,20 @@ from jaxrlhf.training.metrics import write_atomic
 MANIFEST = "manifest.json"
 
 
-def steps(directory: Path) -> list[int]:
+def steps(directory: str | Path) -> list[int]:
     """Steps of the complete checkpoints in a directory, ascending."""
     directory = Path(directory)
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted(int(p.name) for p in found if p.name.isdigit() and (p / MANIFEST).is_file())
 
 
-def latest(directory: Path) -> int | None:
+def latest(directory: str | Path) -> int | None:
     """The newest complete step, or None."""
     found = steps(directory)
     return found[-1] if found else None
 
 
-def save(directory: Path, step: int, state: Any, keep: int = 2) -> None:
+def save(directory: str | Path, step: int, state: Any, keep: int = 2) -> None:
     """Write `state`, a pytree of arrays, as checkpoint `step`; then remove all but the newest `keep`.
 
     Nothing older is touched before the new one is complete. A step that exists already is left as it is.
@@ -67,15 +67,15 @@ def save(directory: Path, step: int, state: Any, keep: int = 2) -> None:
         shutil.rmtree(_folder(directory, old))
 
 
-def restore(directory: Path, like: Any, step: int | None = None) -> tuple[Any, int]:
+def restore(directory: str | Path, like: Any, step: int | None = None) -> tuple[Any, int]:
     """The state of checkpoint `step` (default: the newest), and the step.
 
-    `like` is a pytree of arrays or `ShapeDtypeStruct`s that gives structure, shapes, types and shardings; the mesh may
-    differ from the one that saved.
+    `like` is a pytree of arrays or `ShapeDtypeStruct`s that gives structure, shapes, types and shardings (none: the first
+    device); the mesh may differ from the one that saved.
 
     Raises:
         FileNotFoundError: no complete checkpoint there.
-        ValueError: it does not fit `like` (naming leaf and both shapes or types), or it is damaged (naming file and leaf).
+        ValueError: it does not fit `like` (naming leaf and both shapes or types), or it is damaged (naming file or leaf).
     """
     directory = Path(directory).resolve()
     step = latest(directory) if step is None else step
@@ -85,24 +85,21 @@ def restore(directory: Path, like: Any, step: int | None = None) -> tuple[Any, i
     manifest = _manifest(folder)
     wanted = _leaves(like)
     _check_fit(folder, manifest["leaves"], wanted)
-    changed = [name for name, digest in _file_hashes(folder / "state").items() if manifest["files"].get(name) != digest]
-    changed += [f"{name} (gone)" for name in manifest["files"] if not (folder / "state" / name).is_file()]
-    try:
-        found = _orbax().load(folder / "state", {name: _abstract(x) for name, x in wanted.items()})
-    except Exception as error:
-        raise _damaged(directory, step, changed, [], error) from error
-    leaves = {name: x for name, x in found.items() if _hash(x) != manifest["leaves"][name]["blake2b"]}
-    if changed or leaves:
-        raise _damaged(directory, step, changed, list(leaves), None)
+    hashes = _file_hashes(folder / "state")
+    changed = [name for name, digest in manifest["files"].items() if hashes.get(name) != digest]
+    if changed:  # Orbax may restore such files without a word
+        raise _damaged(directory, step, "file", changed)
+    found = _orbax().load(folder / "state", {name: _abstract(x) for name, x in wanted.items()})
+    changed = [name for name, x in found.items() if _hash(x) != manifest["leaves"][name]["blake2b"]]
+    if changed:
+        raise _damaged(directory, step, "leaf", changed)
     return _unflatten(like, found), step
 
 
-def _damaged(directory: Path, step: int, files: list[str], leaves: list[str], cause: Exception | None) -> ValueError:
-    named = [f"file {name}" for name in files] + [f"leaf {name}" for name in leaves]
-    what = ", ".join(named) or " ".join(str(cause).split())[:200]
-    older = [s for s in steps(directory) if s < step]
-    fix = f"remove {_folder(directory, step)} to go on from step {older[-1]}" if older else "no older one is left"
-    return ValueError(f"checkpoint {_folder(directory, step)} is damaged: {what} not as written; {fix}")
+def _damaged(directory: Path, step: int, kind: str, names: list[str]) -> ValueError:
+    folder, older = _folder(directory, step), [s for s in steps(directory) if s < step]
+    fix = f"remove {folder} to go on from step {older[-1]}" if older else "there is no older one: start in a new --out"
+    return ValueError(f"checkpoint {folder} is damaged: {kind} {', '.join(names[:3])} is not as it was written; {fix}")
 
 
 def _folder(directory: Path, step: int) -> Path:
@@ -115,12 +112,13 @@ def _orbax() -> Any:
     return v1
 
 
-def _leaves(state: Any) -> dict[str, jax.Array]:
-    """{path: array}, with `.` for `/`, which Orbax would read as folders; random keys as their data."""
-    found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        found[path_name(path).replace("/", ".")] = _key_data(leaf)
-    return found
+def _leaves(state: Any) -> dict[str, Any]:
+    """{name: array, or its shape}; random keys as their data."""
+    return {_name(path): _key_data(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _name(path: tuple) -> str:
+    return path_name(path).replace("/", ".")  # Orbax would read `/` as a folder
 
 
 def _is_key(x: Any) -> bool:
@@ -137,16 +135,21 @@ def _key_data(x: Any) -> Any:
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    # Without a sharding Orbax would take the saved one, of devices that may not be here.
+    placed = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
 
 
 def _unflatten(like: Any, found: dict[str, jax.Array]) -> Any:
-    leaves, treedef = jax.tree.flatten(like)
-    values = [
-        jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else value
-        for leaf, value in zip(leaves, found.values(), strict=True)
-    ]
-    return jax.tree.unflatten(treedef, values)
+    def one(path, leaf):
+        value = found[_name(path)]
+        return jax.random.wrap_key_data(value, impl=_key_impl(leaf)) if _is_key(leaf) else value
+
+    return jax.tree_util.tree_map_with_path(one, like)
+
+
+def _key_impl(x: Any) -> Any:
+    return jax.random.key_impl(jax.random.key(0)) if isinstance(x, jax.ShapeDtypeStruct) else jax.random.key_impl(x)
 
 
 def _describe(x: Any) -> dict[str, Any]:

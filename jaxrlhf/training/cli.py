@@ -30,6 +30,9 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, presets: Mapping[str,
 
     argv = list(sys.argv[1:] if argv is None else argv)
     preset, file = _take(argv, "--preset"), _take(argv, "--config")
+    for word in (w for w in argv if w[2:].partition("=")[0].replace("-", "_") not in _names(cls)):
+        if close := difflib.get_close_matches(word.partition("=")[0], ("--preset", "--config"), 1, 0.75):
+            raise ValueError(f"unknown flag {word} (did you mean '{close[0]}'?)")
     if preset is not None and file is not None:
         raise ValueError("--preset and --config both choose all settings: give one of them, and flags for what differs")
     notes = [about] if about else []
@@ -41,6 +44,10 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, presets: Mapping[str,
     if default is None:
         return tyro.cli(cls, args=argv, description=description, config=(tyro.conf.CascadeSubcommandArgs,))
     return tyro.cli(cls, args=argv, description=description, default=default, config=(tyro.conf.CascadeSubcommandArgs,))
+
+
+def _names(cls: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
 
 
 def _take(argv: list[str], flag: str) -> str | None:
@@ -101,7 +108,7 @@ def load(cls: type[C], path: Path) -> C:
         raise ValueError(f"{path}: {where}: {first['msg']} (got {first['input']!r})") from error
 
 
-def _unknown(cls: Any, data: dict, prefix: str) -> typing.Iterator[str]:
+def _unknown(cls: Any, data: dict, prefix: str) -> Iterator[str]:
     """Names in `data`, and in what it nests, that no dataclass there has."""
     hints = typing.get_type_hints(cls)
     known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -167,11 +174,11 @@ def keep_programs() -> None:
 
     cpu = Path("/proc/cpuinfo")
     flags = next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.is_file() else ""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "jaxrlhf" / f"xla-{zlib.crc32(flags.encode()):08x}"
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = base / "jaxrlhf" / f"xla-{zlib.crc32(flags.encode()):08x}"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written: compile each time
+    except (OSError, RuntimeError):  # no home, or one that cannot be written: compile each time
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -47,7 +47,7 @@ class OptimizerConfig:
             raise ValueError(f"optimizer clip_norm={self.clip_norm} must be > 0; None turns clipping off")
 
 
-def schedule(config: OptimizerConfig, total_steps: int, peak: float) -> Callable[[Any], jax.Array]:
+def schedule(config: OptimizerConfig, total_steps: int, peak: int | float) -> Callable[[Any], jax.Array]:
     """(number of updates done) -> learning rate of the next one.
 
     The first step has 1/warmup of the peak (not 0, which would waste it); the last has `final_fraction` of it.

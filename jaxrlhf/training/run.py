@@ -36,7 +36,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Run:
     """A run in its own directory. Made by `Run.open`, used as a context manager."""
 
-    def __init__(self, out: Path, lock: int, save_seconds: float, tensorboard: bool):
+    def __init__(self, out: Path, lock: int, save_seconds: int | float, tensorboard: bool):
         self.out = out
         self.start = 0  # number of steps already done, set by `restore`
         self.result: dict[str, Any] | None = _read_json(out / "result.json")  # of a run that is done, else None
@@ -56,7 +56,7 @@ class Run:
         cls,
         out: str | Path,
         config: Any,
-        save_seconds: float = 30.0,
+        save_seconds: int | float = 30,
         tensorboard: bool = True,
         free: tuple[str, ...] = ("out", "mesh"),
     ) -> Run:
@@ -213,7 +213,7 @@ class _Progress:
 
     def __init__(self, name: str, start: int, total: int):
         self.name, self.start, self.total = name, start, total
-        self.first = self.shown = 0.0
+        self.first, self.shown = 0.0, -1.0
 
     def show(self, step: int, metrics: dict[str, Any]) -> None:
         now = time.monotonic()
@@ -234,7 +234,7 @@ class _Progress:
         print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: int | float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,322 @@
+"""Checkpoints: bit-exact, complete or absent, and damage is found and named."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrlhf.core import sharding
+from jaxrlhf.core.types import Outputs, Term, TrainState
+from jaxrlhf.training import checkpoint, optimizer, step
+from jaxrlhf.training.optimizer import OptimizerConfig
+
+
+def train_state(seed: int = 0) -> TrainState:
+    """A state with every kind of leaf: stacked and narrow weights, moments of two optimizers, counters, a random key."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "embed": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
+        "layers": {"up": jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32)},
+        "half": jnp.asarray(rng.normal(size=(4,)), jnp.bfloat16),
+    }
+    made = optimizer.make(OptimizerConfig(name="muon"), 10, params)
+    return step.init_state(params, made, jax.random.key(seed), {"kl_coef": jnp.float32(0.1)})
+
+
+def on_host(state) -> list[np.ndarray]:
+    return [
+        np.array(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x) for x in jax.tree.leaves(state)
+    ]
+
+
+def assert_same_bits(a, b) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(on_host(a), on_host(b), strict=True):
+        assert x.dtype == y.dtype
+        assert x.tobytes() == y.tobytes()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with checkpoint 7, and what is in it. Copy it before changing it."""
+    directory = tmp_path_factory.mktemp("saved")
+    state = train_state()
+    checkpoint.save(directory, 7, state)
+    return directory, state
+
+
+def test_what_is_restored_is_what_was_saved(saved):
+    directory, state = saved
+    restored, at = checkpoint.restore(directory, train_state(1))
+    assert at == 7
+    assert_same_bits(restored, state)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, state)
+
+
+def test_a_relative_directory_is_as_good(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save("here", 1, {"w": jnp.ones(2)})
+    assert checkpoint.restore("here", {"w": jnp.zeros(2)})[0]["w"].tolist() == [1, 1]
+
+
+def test_only_the_newest_two_stay(tmp_path):
+    for at in range(1, 5):
+        checkpoint.save(tmp_path, at, {"w": jnp.full(2, at)})
+    assert checkpoint.steps(tmp_path) == [3, 4]
+    assert checkpoint.latest(tmp_path) == 4
+    assert checkpoint.restore(tmp_path, {"w": jnp.zeros(2, jnp.int32)}, step=3)[0]["w"].tolist() == [3, 3]
+    checkpoint.save(tmp_path, 4, {"w": jnp.full(2, 9)})  # exists: left as it is
+    assert checkpoint.restore(tmp_path, {"w": jnp.zeros(2, jnp.int32)})[0]["w"].tolist() == [4, 4]
+
+
+def test_incomplete_steps_are_not_there(tmp_path):
+    checkpoint.save(tmp_path, 3, {"w": jnp.ones(2)})
+    shutil.copytree(tmp_path / "00000003", tmp_path / "00000009")
+    (tmp_path / "00000009" / checkpoint.MANIFEST).unlink()
+    (tmp_path / ".tmp-00000008").mkdir()
+    assert checkpoint.latest(tmp_path) == 3
+    checkpoint.save(tmp_path, 9, {"w": jnp.full(2, 2.0)})
+    assert checkpoint.restore(tmp_path, {"w": jnp.zeros(2)})[0]["w"].tolist() == [2, 2]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000009"]
+
+
+def test_nothing_to_restore_is_said(tmp_path):
+    assert checkpoint.latest(tmp_path / "none") is None
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint in"):
+        checkpoint.restore(tmp_path / "none", {"w": jnp.zeros(2)})
+    checkpoint.save(tmp_path, 3, {"w": jnp.ones(2)})
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint of step 4"):
+        checkpoint.restore(tmp_path, {"w": jnp.zeros(2)}, step=4)
+
+
+def misfit(state, kind):
+    params = dict(state.params)
+    if kind == "shape":
+        params["embed"] = jnp.zeros((7, 4))
+    elif kind == "dtype":
+        params["embed"] = params["embed"].astype(jnp.float16)
+    elif kind == "rank":
+        params["half"] = params["half"].reshape(2, 2)
+    elif kind == "missing":
+        params["head"] = jnp.zeros(4)
+    elif kind == "extra":
+        del params["half"]
+    return state.replace(params=params)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("shape", r"params\.embed is float32\[6, 4\] there, float32\[7, 4\] here"),
+        ("dtype", r"params\.embed is float32\[6, 4\] there, float16\[6, 4\] here"),
+        ("rank", r"params\.half is bfloat16\[4\] there, bfloat16\[2, 2\] here"),
+        ("missing", r"params\.head is missing in it"),
+        ("extra", r"params\.half is only in it"),
+    ],
+)
+def test_another_model_is_refused_by_name(saved, kind, message):
+    directory, state = saved
+    with pytest.raises(ValueError, match=message):
+        checkpoint.restore(directory, misfit(state, kind))
+
+
+def test_another_optimizer_is_refused(saved):
+    directory, state = saved
+    made = optimizer.make(OptimizerConfig(name="adamw"), 10, state.params)
+    with pytest.raises(ValueError, match="of another model or optimizer"):
+        checkpoint.restore(directory, step.init_state(state.params, made, state.key, state.algorithm))
+
+
+def flip(path, at: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def data_files(directory):
+    return sorted(p for p in (directory / "00000007").rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def check_flip(saved, tmp_path, rng: random.Random) -> None:
+    shutil.copytree(saved[0], tmp_path / "copy")
+    path = rng.choice(data_files(tmp_path / "copy"))
+    flip(path, rng.randrange(path.stat().st_size), rng.randrange(8))
+    try:
+        restored, _ = checkpoint.restore(tmp_path / "copy", train_state(1))
+    except ValueError as error:
+        assert "00000007" in str(error)  # noqa: PT017
+        assert path.name in str(error) or path.name == checkpoint.MANIFEST  # noqa: PT017
+    else:  # in white space or the step number of the manifest
+        assert path.name == checkpoint.MANIFEST
+        assert_same_bits(restored, saved[1])
+    shutil.rmtree(tmp_path / "copy")
+
+
+def test_flipped_bits_are_found_and_named(saved, tmp_path):
+    rng = random.Random(0)
+    for _ in range(4):
+        check_flip(saved, tmp_path, rng)
+
+
+@pytest.mark.full
+def test_a_hundred_flipped_bits_are_found_and_named(saved, tmp_path):
+    rng = random.Random(1)
+    for _ in range(100):
+        check_flip(saved, tmp_path, rng)
+
+
+def test_a_changed_value_is_named_by_its_leaf(saved, tmp_path):
+    """Files as they were written, but other values in them: the hash of the values speaks."""
+    shutil.copytree(saved[0], tmp_path / "copy")
+    changed = saved[1].replace(params=saved[1].params | {"embed": saved[1].params["embed"].at[2, 1].add(1e-3)})
+    checkpoint.save(tmp_path / "other", 7, changed)
+    mine, theirs = (tmp_path / name / "00000007" for name in ("copy", "other"))
+    shutil.rmtree(mine / "state")
+    shutil.move(theirs / "state", mine / "state")
+    manifest = json.loads((mine / checkpoint.MANIFEST).read_text())
+    manifest["files"] = json.loads((theirs / checkpoint.MANIFEST).read_text())["files"]
+    (mine / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"is damaged: leaf params\.embed is not as it was written; there is no older one"):
+        checkpoint.restore(tmp_path / "copy", train_state(1))
+
+
+def test_a_cut_or_absent_file_is_named_with_the_way_out(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "copy")
+    checkpoint.save(tmp_path / "copy", 5, saved[1])
+    path = max(data_files(tmp_path / "copy"), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"file .*{path.name}.*remove .*00000007 to go on from step 5"):
+        checkpoint.restore(tmp_path / "copy", train_state(1))
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"file .*{path.name} is not as it was written"):
+        checkpoint.restore(tmp_path / "copy", train_state(1))
+    assert checkpoint.restore(tmp_path / "copy", train_state(1), step=5)[1] == 5
+
+
+def test_a_broken_manifest_is_said(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "copy")
+    (tmp_path / "copy" / "00000007" / checkpoint.MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is not readable"):
+        checkpoint.restore(tmp_path / "copy", train_state(1))
+
+
+def test_a_save_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"w": jnp.ones(2)})
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, 2, {"w": jnp.zeros(2)}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["00000001"]
+    assert checkpoint.restore(tmp_path, {"w": jnp.zeros(2)})[0]["w"].tolist() == [1, 1]
+
+
+def test_another_mesh_reads_the_same_values(tmp_path):
+    specs = {"w": sharding.ParamSpec((8, 4), ("embed", "mlp"), sharding.normal(1.0))}
+    values = sharding.init_params(specs, jax.random.key(0))
+    wide = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    checkpoint.save(tmp_path, 1, jax.device_put(values, sharding.shardings(specs, wide)))
+    narrow = sharding.make_mesh(sharding.MeshConfig(fsdp=4), jax.devices()[:4])
+    restored, _ = checkpoint.restore(tmp_path, sharding.abstract(specs, narrow))
+    np.testing.assert_array_equal(restored["w"], values["w"])
+    assert restored["w"].sharding == sharding.shardings(specs, narrow)["w"]
+
+
+def toy_outputs(params, frozen, batch, key):
+    del frozen
+    return Outputs(scores=batch @ params["w"] + 0.01 * jax.random.normal(key))
+
+
+def toy_loss(outputs, batch, config):
+    del batch, config
+    return {"loss/toy": Term(jnp.square(outputs.scores - 1).sum(), jnp.float32(outputs.scores.shape[0]))}, {}
+
+
+def test_resuming_at_every_step_is_the_unbroken_run_bit_for_bit(tmp_path):
+    made = optax.adam(0.1)
+    train_step = step.make_train_step(toy_outputs, toy_loss, None, made)
+
+    def start():
+        return step.init_state({"w": jnp.arange(3.0)}, made, jax.random.key(0))
+
+    def batch(i):  # a function of the step alone
+        return jax.random.normal(jax.random.fold_in(jax.random.key(1), i), (4, 3))
+
+    state, total = start(), 6
+    for i in range(total):
+        checkpoint.save(tmp_path, i, state, keep=total)
+        state, _ = train_step(state, (), batch(i))
+    for stop in range(total):
+        resumed, at = checkpoint.restore(tmp_path, start(), step=stop)
+        assert at == int(resumed.step) == stop
+        for i in range(stop, total):
+            resumed, _ = train_step(resumed, (), batch(i))
+        assert_same_bits(resumed, state)
+    assert train_step.programs() == 1  # a restored state is placed as a new one
+
+
+SAVER = """
+    import os, sys
+    import jax.numpy as jnp
+    from jaxrlhf.training import checkpoint
+    step = checkpoint.latest(sys.argv[1]) or 0
+    print("ready", flush=True)
+    while True:
+        step += 1
+        checkpoint.save(sys.argv[1], step, {"w": jnp.full((500, 500), step), "v": jnp.full(3, 2 * step)})
+"""
+
+
+def kill_in_saves(directory, kills: int, rng: random.Random) -> None:
+    """SIGKILL a process that does nothing but save, at random moments; what is left must be whole."""
+    last = 0
+    for _ in range(kills):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SAVER), str(directory)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(rng.uniform(1.0, 3.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        like = {"w": jnp.zeros((500, 500), jnp.int32), "v": jnp.zeros(3, jnp.int32)}
+        if checkpoint.latest(directory) is None:
+            continue
+        state, at = checkpoint.restore(directory, like)
+        assert at >= last
+        assert (np.asarray(state["w"]) == at).all()
+        assert state["v"].tolist() == [2 * at] * 3
+        last = at
+    assert last > 0
+
+
+def test_killed_in_a_save(tmp_path):
+    kill_in_saves(tmp_path, 2, random.Random(0))
+
+
+@pytest.mark.full
+def test_killed_in_fifty_saves(tmp_path):
+    kill_in_saves(tmp_path, 50, random.Random(1))
+
+
+def test_manifest_says_what_is_inside(saved):
+    manifest = json.loads((saved[0] / "00000007" / checkpoint.MANIFEST).read_text())
+    assert manifest["leaves"]["params.embed"].keys() == {"shape", "dtype", "blake2b"}
+    assert manifest["leaves"]["params.half"]["dtype"] == "bfloat16"
+    on_disk = {os.path.relpath(p, saved[0] / "00000007" / "state") for p in data_files(saved[0])} - {"../manifest.json"}
+    assert on_disk == {name for name in manifest["files"] if (saved[0] / "00000007" / "state" / name).stat().st_size}

@@ -1,0 +1,92 @@
+"""metrics.jsonl and the TensorBoard files."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from jaxrlhf.training import metrics
+from jaxrlhf.training.metrics import Metrics
+
+
+def test_rows_are_written_one_step_late_and_in_full_at_the_end(tmp_path):
+    log = Metrics(tmp_path, tensorboard=False)
+    log.log(0, {"loss/lm": jnp.float32(0.5), "time/step": 0.25, "note": "first"})
+    assert metrics.read(tmp_path) == []
+    log.log(1, {"loss/lm": jnp.float32(0.25), "optimizer/skipped": jnp.int32(2)})
+    assert metrics.read(tmp_path) == [{"step": 0, "loss/lm": 0.5, "time/step": 0.25, "note": "first"}]
+    assert log.last["loss/lm"] == 0.5
+    log.close()
+    assert metrics.read(tmp_path)[1] == {"step": 1, "loss/lm": 0.25, "optimizer/skipped": 2}
+
+
+def test_going_on_drops_the_rows_that_come_again_and_a_line_cut_short(tmp_path):
+    log = Metrics(tmp_path, tensorboard=False)
+    for step in range(5):
+        log.log(step, {"x": step})
+    log.close()
+    with open(tmp_path / metrics.FILE, "a") as file:
+        file.write('{"step": 5, "x"')  # killed while it wrote
+    log = Metrics(tmp_path, start=3, tensorboard=False)
+    for step in range(3, 6):
+        log.log(step, {"x": 10 * step})
+    log.close()
+    rows = metrics.read(tmp_path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["x"] for row in rows] == [0, 1, 2, 30, 40, 50]
+
+
+def test_every_line_is_json_even_with_numbers_that_json_lacks(tmp_path):
+    log = Metrics(tmp_path, tensorboard=False)
+    log.log(0, {"a": jnp.float32("nan"), "b": float("-inf")})
+    log.close()
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    json.loads((tmp_path / metrics.FILE).read_text(), parse_constant=refuse)
+    row = metrics.read(tmp_path)[0]
+    assert math.isnan(row["a"])
+    assert row["b"] == -math.inf
+    Metrics(tmp_path, start=1, tensorboard=False).close()  # kept as they were
+    assert math.isnan(metrics.read(tmp_path)[0]["a"])
+
+
+def test_a_damaged_file_is_named_with_its_line(tmp_path):
+    (tmp_path / metrics.FILE).write_text('{"step": 0}\nrubbish\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a JSON object"):
+        metrics.read(tmp_path)
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path):
+    log = Metrics(tmp_path)
+    for step in range(3):
+        log.log(step, {"loss/lm": jnp.float32(step) / 2, "note": "text is not plotted"})
+    log.close()
+    from tensorboardX.proto import event_pb2
+
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, found, at = file.read_bytes(), {}, 0
+    while at < len(data):  # each record: length, its checksum, the event, its checksum
+        size = int.from_bytes(data[at : at + 8], "little")
+        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
+        found.update({(v.tag, event.step): v.simple_value for v in event.summary.value})
+        at += size + 16
+    assert found == {("loss/lm", 0): 0.0, ("loss/lm", 1): 0.5, ("loss/lm", 2): 1.0}
+
+
+def test_without_tensorboardx_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
+    with pytest.raises(ValueError, match=r"jaxrlhf\[loop\].*tensorboard=False"):
+        Metrics(tmp_path)
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "a.json"
+    metrics.write_atomic(path, "old")
+    metrics.write_atomic(path, "new")
+    assert path.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

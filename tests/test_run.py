@@ -1,0 +1,342 @@
+"""The run's directory: whose it is, what survives a kill, how signals end it, what a person sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.training import checkpoint, cli, metrics
+from jaxrlhf.training import run as run_module
+from jaxrlhf.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    out: Path = Path("x")
+    steps: int = 4
+    inner: Inner = Inner()
+
+
+def open_run(out, config=None, **options) -> Run:
+    return Run.open(out, Config() if config is None else config, tensorboard=False, **options)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def test_a_new_run_writes_its_settings_and_its_result(tmp_path):
+    with open_run(tmp_path / "a" / "b") as run:
+        assert run.result is None
+        run.done({"accuracy": jnp.float32(0.5), "n": np.int64(3)})
+    assert cli.load(Config, tmp_path / "a" / "b" / "config.yaml") == Config()
+    result = json.loads((tmp_path / "a" / "b" / "result.json").read_text())
+    assert result["accuracy"] == 0.5
+    assert result["n"] == 3
+    assert 0 <= result["seconds"] < 60
+    with open_run(tmp_path / "a" / "b") as run:
+        assert run.result == result
+
+
+def test_seconds_add_up_over_sessions(tmp_path):
+    for _ in range(2):
+        with open_run(tmp_path):
+            time.sleep(0.1)
+    with open_run(tmp_path) as run:
+        assert 0.2 <= run.done({})["seconds"] < 10
+
+
+def test_a_second_run_in_the_same_directory_is_refused_at_once(tmp_path):
+    with open_run(tmp_path):
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=rf"in use by another run \(pid {os.getpid()} on .*\)"):
+            open_run(tmp_path)
+        assert time.monotonic() - start < 2
+    with open_run(tmp_path):  # free again
+        pass
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
+    with open_run(tmp_path):
+        pass
+    (tmp_path / ".lock").write_text("pid 1 on here\n")
+    with open_run(tmp_path):
+        assert f"pid {os.getpid()} " in (tmp_path / ".lock").read_text()
+
+
+def test_a_foreign_directory_is_refused_and_untouched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"is not empty and was not made by this program \(no run\.json\)"):
+        open_run(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file: --out must name a directory"):
+        open_run(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"cannot write to the run directory .*; choose another --out"):
+        open_run(tmp_path / "file" / "below")
+    with pytest.raises(ValueError, match="cannot write to the run directory /proc/no/such"):
+        open_run("/proc/no/such")
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    with open_run(tmp_path):
+        pass
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"other settings \(steps: 4 there, 5 here, inner\.rate: 0\.1 there, 0\.2 here\)"):
+        open_run(tmp_path, Config(steps=5, inner=Inner(0.2)))
+    assert contents(tmp_path) == before
+    with open_run(tmp_path, Config(out=Path("moved"))):  # where it lies is no setting of the run
+        pass
+    with open_run(tmp_path, Config(steps=9), free=("out", "steps")):
+        pass
+    assert cli.load(Config, tmp_path / "config.yaml").steps == 9
+
+
+def test_damaged_json_is_named(tmp_path):
+    with open_run(tmp_path):
+        pass
+    (tmp_path / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"result\.json is not readable JSON"):
+        open_run(tmp_path)
+    (tmp_path / "result.json").unlink()
+    with open_run(tmp_path):  # the failed one gave the lock back
+        pass
+
+
+def train(out: Path, total: int, stop_after: int | None = None, save_seconds: float = 0.0) -> np.ndarray:
+    """A toy run: each step adds its own random number."""
+    with open_run(out, save_seconds=save_seconds) as run:
+        state = run.restore({"sum": jnp.zeros(2), "key": jax.random.key(0)})
+        for step in run.steps(run.start, total, "toy"):
+            noise = jax.random.normal(jax.random.fold_in(state["key"], step), (2,))
+            state = state | {"sum": state["sum"] + noise}
+            run.log(step, {"sum": state["sum"].sum()})
+            if step == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            run.maybe_save(step, state)
+        return np.asarray(state["sum"])
+
+
+def test_resuming_at_every_step_is_the_unbroken_run(tmp_path):
+    want = train(tmp_path / "whole", 4)
+    rows = metrics.read(tmp_path / "whole")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    for stop in range(4):
+        with pytest.raises(SystemExit):
+            train(tmp_path / str(stop), 4, stop_after=stop)
+        assert checkpoint.latest(tmp_path / str(stop) / "checkpoints") == stop + 1
+        np.testing.assert_array_equal(train(tmp_path / str(stop), 4), want)
+        assert metrics.read(tmp_path / str(stop)) == rows
+
+
+def signalled(out: Path, number: int, times: int = 1, save: bool = True) -> None:
+    """A run that gets a signal in its third step."""
+    with open_run(out) as run:
+        for step in run.steps(0, 9, "toy"):
+            for _ in range(times if step == 2 else 0):
+                os.kill(os.getpid(), number)
+            if save:
+                run.maybe_save(step, {"w": jnp.full(2, step)})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_run_after_its_step_and_a_save(tmp_path, number, capsys):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        signalled(tmp_path, number)
+    assert ended.value.code == 128 + number
+    assert checkpoint.latest(tmp_path / "checkpoints") == 3
+    assert signal.getsignal(number) == before
+    assert "finishing this step and saving" in capsys.readouterr().err
+
+
+def test_a_loop_without_saves_ends_too(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        signalled(tmp_path, signal.SIGTERM, save=False)
+    assert ended.value.code == 143
+
+
+def test_the_second_signal_does_not_wait(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        signalled(tmp_path, signal.SIGINT, times=2)
+    assert ended.value.code == 130
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+
+
+def test_a_signal_between_loops_does_not_wait(tmp_path):
+    went_on = []
+
+    def run():
+        with open_run(tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            went_on.append(True)
+
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == 143
+    assert not went_on
+
+
+def test_saves_are_spaced_by_time_and_the_last_one_is_asked_for(tmp_path):
+    with open_run(tmp_path, save_seconds=1000.0) as run:
+        for step in run.steps(0, 3, "toy"):
+            run.maybe_save(step, {"w": jnp.ones(1)}, last=step == 2)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [3]
+
+
+def test_a_run_outside_the_main_thread_leaves_signals_alone(tmp_path):
+    failed = []
+
+    def work():
+        try:
+            with open_run(tmp_path) as run:
+                assert list(run.steps(0, 2, "toy")) == [0, 1]
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed
+
+
+def test_gradients_that_stay_bad_stop_the_run(tmp_path):
+    steps = []
+
+    def run():
+        with open_run(tmp_path) as run:
+            for step in run.steps(0, 9, "toy"):
+                steps.append(step)
+                run.log(step, {"optimizer/skipped_in_a_row": jnp.int32(step + 1)})
+
+    with pytest.raises(ValueError, match="step 2: the gradient was not finite for 3 updates in a row"):
+        run()
+    assert steps == [0, 1, 2, 3]  # a row is read when the next one comes
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_on_a_terminal(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with open_run(tmp_path) as run:
+        for step in run.steps(0, 100, "ppo", show=("policy/kl_ref",)):
+            now[0] += 20.0 if step == 0 else 2.0  # the first one compiles
+            run.log(step, {"policy/kl_ref": 1.23456 + step})
+    lines = terminal.getvalue().split("\r\x1b[2K")
+    assert lines[1] == "ppo 0/100"
+    assert lines[11] == "ppo 10/100  2.00 s/step  3:00 left  policy/kl_ref 9.235"
+    assert lines[-1] == ""  # wiped
+
+
+def test_quiet_where_there_is_no_terminal(tmp_path, capsys):
+    with open_run(tmp_path) as run:
+        list(run.steps(0, 3, "ppo"))
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65, "1:05"), (3725, "1:02:05")])
+def test_durations(seconds, text):
+    assert run_module._duration(seconds) == text
+
+
+SCRIPT = """
+    from __future__ import annotations
+    import dataclasses, os, signal
+    from pathlib import Path
+    from jaxrlhf.training import cli
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        out: Path
+        steps: int = 6
+
+    def run(config):
+        from jaxrlhf.training.run import Run
+        import jax, jax.numpy as jnp, optax
+        from jaxrlhf.core.types import Outputs, Term
+        from jaxrlhf.training import step as train
+        outputs = lambda params, frozen, batch, key: Outputs(scores=batch @ params["w"] + 0.01 * jax.random.normal(key))
+        loss = lambda outputs, batch, config: ({"loss/toy": Term(jnp.square(outputs.scores - 1).sum(), jnp.float32(4))}, {})
+        with Run.open(config.out, config, save_seconds=0.0, tensorboard=False) as run:
+            if run.result is None:
+                made = optax.adam(0.1)
+                train_step = train.make_train_step(outputs, loss, None, made)
+                state = run.restore(train.init_state({"w": jnp.arange(3.0)}, made, jax.random.key(0)))
+                for step in run.steps(run.start, config.steps, "toy"):
+                    batch = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (4, 3))
+                    state, metrics = train_step(state, (), batch)
+                    run.log(step, metrics)
+                    if os.environ.get("DIE") == f"{step} before":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    run.maybe_save(step, state)
+                    if os.environ.get("DIE") == f"{step} after":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                run.done({"w": state.params["w"].tolist()})
+            print(run.result["w"])
+
+    if __name__ == "__main__":
+        cli.main(run, Config)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "toy.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+    return path
+
+
+def call(script, out, die=""):
+    command = [sys.executable, str(script), "--out", str(out)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"DIE": die})
+
+
+def test_killed_between_steps_and_started_again_is_the_unbroken_run(script, tmp_path):
+    whole = call(script, tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    for die in ("2 before", "4 after"):
+        assert call(script, tmp_path / "killed", die).returncode == -signal.SIGKILL
+    again = call(script, tmp_path / "killed")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == whole.stdout
+    assert again.stderr == ""
+    rows = metrics.read(tmp_path / "killed")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert rows == metrics.read(tmp_path / "whole")
+
+
+def test_an_unwritable_directory_is_one_line_and_exit_2(script):
+    done = call(script, "/proc/no/such")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("toy.py: cannot write to the run directory /proc/no/such: ")
+    assert done.stderr.count("\n") == 1
