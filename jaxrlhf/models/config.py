@@ -39,8 +39,8 @@ class TransformerConfig:
             )
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(f"head_width={self.head_width} must be even with positions='rope', which rotates pairs")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        if not 0 <= self.dropout < 0.998:  # in steps of 1/256, 1 excluded
+            raise ValueError(f"dropout={self.dropout} must be in [0, 0.998)")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}='{getattr(self, name)}' must be one of {', '.join(choices)}")

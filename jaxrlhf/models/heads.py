@@ -64,20 +64,23 @@ def _softmax_terms(entropy, logits, tokens):
 def _softmax_terms_forward(entropy, logits, tokens):
     total = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1, mode="clip")[..., 0]
-    # p log p of an impossible token is 0 * -1e30 = 0.
-    mean = (jnp.exp(logits - total[..., None]) * logits).sum(-1) if entropy else jnp.zeros_like(total)
-    return (picked - total, total - mean), (logits, tokens, total, mean)
+    uncertainty = jnp.zeros_like(total)
+    if entropy:
+        probability = jnp.exp(logits - total[..., None])
+        uncertainty = total - (probability * logits).sum(-1)  # an impossible token adds 0 * -1e30 = 0
+    return (picked - total, uncertainty), (logits, tokens, total, uncertainty)
 
 
 def _softmax_terms_backward(entropy, residual, g):
-    """In one pass over [..., V] and without a scatter: d logprob = onehot - p, d entropy = p (mean - logit)."""
-    logits, tokens, total, mean = residual
-    probability = jnp.exp(logits - total[..., None])
+    """In one pass over [..., V] and without a scatter: d logprob = onehot - p, d entropy = -p (log p + entropy)."""
+    logits, tokens, total, uncertainty = residual
+    logprobs = logits - total[..., None]
+    probability = jnp.exp(logprobs)
     tokens = jnp.clip(tokens, 0, logits.shape[-1] - 1)
     onehot = jnp.arange(logits.shape[-1]) == tokens[..., None]
     slope = g[0][..., None] * (onehot - probability)
     if entropy:
-        slope += g[1][..., None] * probability * (mean[..., None] - logits)
+        slope -= g[1][..., None] * probability * (logprobs + uncertainty[..., None])
     return slope, None
 
 

@@ -5,6 +5,7 @@ What a finished stage hands to the next, and all that serving reads: no optimize
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,25 +19,34 @@ from flax import traverse_util
 PARAMS, CONFIG = "params.safetensors", "config.json"
 
 
-def save(path: Path | str, params: dict[str, Any], config: dict[str, Any]) -> None:
-    """Write the folder `path`, replacing an earlier one as a whole: a reader sees the old model or the new one.
+def save(path: Path | str, params: dict[str, Any], config: dict[str, Any] | Any) -> None:
+    """Write the folder `path`; `config` is a dataclass or a dict of what JSON can hold. An earlier model is replaced as a
+    whole: a reader sees the old model or the new one, and a crash leaves one of them.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder holds something else, or a name cannot be flattened.
+        TypeError: the configuration holds what JSON cannot.
     """
     from safetensors.numpy import save_file
 
     path = Path(path)
-    if path.exists() and not (path / CONFIG).is_file():
+    values = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    text = json.dumps(values, indent=1) + "\n"  # before anything is written
+    if path.exists() and not (path / CONFIG).is_file() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} exists and holds no model ({CONFIG} is missing): choose another folder")
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if traverse_util.unflatten_dict(flat, sep="/").keys() != params.keys():
+        raise ValueError(f"parameters {sorted(params)} have '/' in a name, which separates levels in the file: rename them")
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    for left in (temporary, old):
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, temporary / PARAMS)
-    (temporary / CONFIG).write_text(json.dumps(config, indent=1, default=str) + "\n", encoding="utf-8")
-    shutil.rmtree(path, ignore_errors=True)
+    (temporary / CONFIG).write_text(text, encoding="utf-8")
+    if path.exists():
+        os.replace(path, old)
     os.replace(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,6 +69,8 @@ def load(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path / CONFIG}: not readable JSON ({error}); export the model again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / CONFIG}: holds {type(config).__name__}, not the settings of a model; export it again")
     try:
         flat = load_file(path / PARAMS)
     except (SafetensorError, ValueError) as error:
