@@ -67,11 +67,8 @@ def make_outputs(
         predicted, states = _shifted(batch, hidden, width) if packed else _gathered(batch, hidden, width)
         outputs = Outputs()
         if logprobs or entropy:
-            logits = model.logits(params if trunk is None else params[trunk], states)
-            if spec is not None:
-                position = jnp.broadcast_to(jnp.arange(width), predicted.shape)
-                logits = heads.policy_logits(logits, position, spec)
-            logps, entropies = heads.logprobs_and_entropy(logits, predicted, entropy)
+            tree = params if trunk is None else params[trunk]
+            logps, entropies = heads.token_logprobs(model, tree, states, predicted, spec, entropy)
             outputs = outputs.replace(logprobs=logps if logprobs else None, entropy=entropies)
         return outputs.replace(values=heads.values(params["value"], states)) if values else outputs
 
