@@ -2,81 +2,39 @@
 
 from __future__ import annotations
 
-import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
 
 from jaxrlhf.algorithms import lm
 from jaxrlhf.core.types import Prompts, SamplingSpec
-from jaxrlhf.models import flax_adapter, heads
+from jaxrlhf.models import heads
 from jaxrlhf.sampling import generate
 from jaxrlhf.training import objective, step
 
-VOCAB, WIDTH, CONTEXT = 13, 16, 24
+VOCAB = 13
 
 
-class LinenPolicy(linen.Module):
-    """A one-layer decoder."""
-
-    def setup(self):
-        self.embed = linen.Embed(VOCAB, WIDTH)
-        self.place = linen.Embed(CONTEXT, WIDTH)
-        self.attention = linen.MultiHeadDotProductAttention(num_heads=2, qkv_features=WIDTH)
-        self.norm = linen.LayerNorm()
-
-    def __call__(self, tokens):
-        x = self.embed(tokens) + self.place(jnp.arange(tokens.shape[1]))
-        return self.norm(x + self.attention(x, mask=linen.make_causal_mask(tokens)))
-
-    def logits(self, states):
-        return self.embed.attend(states)
+@pytest.fixture(scope="module")
+def page():
+    """What docs/flax_modules.md defines, all its code run."""
+    path = pathlib.Path(__file__).parent.parent / "docs" / "flax_modules.md"
+    code = "\n".join(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL))
+    names = {}
+    exec(compile(code, str(path), "exec"), names)
+    return names
 
 
-class NnxPolicy(nnx.Module):
-    """A causal convolution: no attention, and a head of its own."""
-
-    def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
-        self.mix = nnx.Conv(WIDTH, WIDTH, kernel_size=(5,), padding="CAUSAL", rngs=rngs)
-        self.head = nnx.Linear(WIDTH, VOCAB, rngs=rngs)
-
-    def __call__(self, tokens):
-        x = self.embed(tokens)
-        return x + nnx.gelu(self.mix(x))
+@pytest.fixture(params=["linen_model", "nnx_model"])
+def model(request, page):
+    return page[request.param]
 
 
-@functools.cache
-def linen_model():
-    module = LinenPolicy()
-    return flax_adapter.from_flax(
-        hidden=lambda params, tokens: module.apply({"params": params}, tokens),
-        logits=lambda params, states: module.apply({"params": params}, states, method="logits"),
-        init=lambda key: module.init(key, jnp.zeros((1, CONTEXT), jnp.int32))["params"],
-        vocab_size=VOCAB,
-        width=WIDTH,
-        max_length=CONTEXT,
-    )
-
-
-@functools.cache
-def nnx_model():
-    graph, _ = nnx.split(nnx.eval_shape(lambda: NnxPolicy(nnx.Rngs(0))))
-    return flax_adapter.from_flax(
-        hidden=lambda params, tokens: nnx.merge(graph, params)(tokens),
-        logits=lambda params, states: nnx.merge(graph, params).head(states),
-        init=lambda key: nnx.split(NnxPolicy(nnx.Rngs(key)))[1],
-        vocab_size=VOCAB,
-        width=WIDTH,
-        max_length=CONTEXT,
-    )
-
-
-KINDS = pytest.mark.parametrize("make", [linen_model, nnx_model], ids=["linen", "nnx"])
 SPEC = SamplingSpec(temperature=0.8, max_tokens=7, stop=(2,), min_tokens=2, forbidden=(0, 1))
 
 
@@ -90,9 +48,7 @@ def prompts(count: int = 6) -> Prompts:
     )
 
 
-@KINDS
-def test_sampled_logprobs_equal_teacher_forced_ones(make):
-    model = make()
+def test_sampled_logprobs_equal_teacher_forced_ones(model):
     params = model.init(jax.random.key(0))
     rollout = generate.generate(model, params, prompts(), SPEC, jax.random.key(1), n=2)
     states = heads.response_hidden(model.hidden(params, rollout.tokens), rollout.prompt_len, SPEC.max_tokens)
@@ -105,9 +61,8 @@ def test_sampled_logprobs_equal_teacher_forced_ones(make):
     assert not np.isin(np.asarray(tokens)[mask], SPEC.forbidden).any()
 
 
-@KINDS
-def test_prompts_padding_is_not_read(make):
-    model, given = make(), prompts()
+def test_prompts_padding_is_not_read(model):
+    given = prompts()
     params = model.init(jax.random.key(0))
     garbage = jnp.where(jnp.arange(5) < given.length[:, None], given.tokens, 12)
     a, b = (
@@ -117,10 +72,8 @@ def test_prompts_padding_is_not_read(make):
     np.testing.assert_array_equal(a.tokens, b.tokens)
 
 
-@KINDS
-def test_the_train_step_learns(make):
+def test_the_train_step_learns(model):
     """Fine-tuning on one response to each prompt until it is the likely one."""
-    model = make()
     random = np.random.default_rng(1)
     tokens = random.integers(3, VOCAB, (8, 10), dtype=np.int32)
     batch = lm.responses(jnp.asarray(tokens), jnp.full(8, 3), jnp.full(8, 7), 7)
@@ -135,8 +88,7 @@ def test_the_train_step_learns(make):
     assert train.programs() == 1
 
 
-def test_packed_rows_and_long_ones_are_refused():
-    model = linen_model()
+def test_packed_rows_and_long_ones_are_refused(model):
     params = model.init(jax.random.key(0))
     with pytest.raises(ValueError, match="one text a row, without segments"):
         model.hidden(params, jnp.zeros((1, 4), int), jnp.ones((1, 4), int))
