@@ -261,3 +261,10 @@ def _metrics(seen: Seen, report: Metrics) -> Metrics:
 def _check_split(rows: int, parts: int, name: str) -> None:
     if rows % parts:
         raise ValueError(f"a batch of {rows} rows cannot be split into {name}={parts} equal parts: choose a divisor of {rows}")
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows // parts % ways:
+        raise ValueError(
+            f"{name}={parts} parts of {rows // parts} rows cannot be shared by data x fsdp = {ways} devices: "
+            f"choose fewer parts, or a batch whose parts are a multiple of {ways}"
+        )
