@@ -39,7 +39,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, presets: Mapping[str,
     if presets:
         notes.append(f"--preset NAME starts from one of: {', '.join(presets)}.")
     notes.append("--config FILE starts from the settings of an earlier run (its config.yaml). Flags override either.")
-    description = " ".join(notes)
+    description = "\n\n".join(notes)
     default = _preset(presets or {}, preset) if file is None else load(cls, Path(file))
     if default is None:
         return tyro.cli(cls, args=argv, description=description, config=(tyro.conf.CascadeSubcommandArgs,))
