@@ -312,6 +312,8 @@ def prefill(
     empty = sharding.constrain(empty, "batch", "kv_heads", None, None)  # else every device would hold all of it
     cache = {
         "length": length,
+        # Angles of all places, looked up by each step: a sine costs a CPU more than the product it turns.
+        "rotation": _rotation(config, jnp.arange(prompt_width + width)),
         "prompt": tuple(cached),
         "response": ((empty, empty),) * config.layers,
     }
@@ -324,7 +326,7 @@ def decode(
     """Read response token number `step` (0, 1, ...) of every row; its hidden state and the grown cache."""
     n = token.shape[0] // cache["length"].shape[0]
     position = jnp.repeat(cache["length"], n) + step
-    rotation = _rotation(config, position)
+    rotation = jax.tree.map(lambda table: jnp.take(table, position, axis=0, mode="clip"), cache["rotation"])
     x = _embed(config, params, token, position)
     grown = []
     for i in range(config.layers):
@@ -346,13 +348,25 @@ def _decode_attention(query, prompt, response, length, step):
     """Attention [B, H*E] of one query a row over its prompt's keys and its own response's, with one softmax over both."""
     b, h, e = query.shape
     prompts, k, p, _ = prompt[0].shape
-    n, group, r = b // prompts, h // k, response[0].shape[2]
-    query = query.reshape(prompts, n, k, group, e) / math.sqrt(e)
-    at_prompt = jnp.einsum("pnkge,pkse->pnkgs", query, prompt[0])
-    at_response = jnp.einsum("pnkge,pnkse->pnkgs", query, response[0].reshape(prompts, n, k, r, e))
-    at_prompt = jnp.where((jnp.arange(p) < length[:, None])[:, None, None, None], at_prompt, MASKED)
+    n, r = b // prompts, response[0].shape[2]
+    query = query.reshape(b, k, h // k, e) / math.sqrt(e)
+    # A prompt's samples are rows of one product. The responses keep their shape: another one would copy the cache.
+    at_prompt = _apart(jnp.matmul(_together(query, n), prompt[0].swapaxes(2, 3)), n)
+    at_prompt = jnp.where((jnp.arange(p) < length[:, None]).repeat(n, 0)[:, None, None], at_prompt, MASKED)
+    at_response = jnp.matmul(query, response[0].swapaxes(2, 3))
     at_response = jnp.where(jnp.arange(r) <= step, at_response, MASKED)
     weights = jax.nn.softmax(jnp.concatenate([at_prompt, at_response], axis=-1), axis=-1)
-    mixed = jnp.einsum("pnkgs,pkse->pnkge", weights[..., :p], prompt[1])
-    mixed += jnp.einsum("pnkgs,pnkse->pnkge", weights[..., p:], response[1].reshape(prompts, n, k, r, e))
+    mixed = _apart(jnp.matmul(_together(weights[..., :p], n), prompt[1]), n) + jnp.matmul(weights[..., p:], response[1])
     return mixed.reshape(b, h * e)
+
+
+def _together(x, n):
+    """[prompts * n, K, G, ...] as [prompts, K, n * G, ...]."""
+    b, k, g, width = x.shape
+    return x.reshape(b // n, n, k, g, width).swapaxes(1, 2).reshape(b // n, k, n * g, width)
+
+
+def _apart(x, n):
+    """The reverse."""
+    prompts, k, rows, width = x.shape
+    return x.reshape(prompts, k, n, rows // n, width).swapaxes(1, 2).reshape(prompts * n, k, rows // n, width)
