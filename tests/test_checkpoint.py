@@ -206,9 +206,10 @@ def test_a_cut_or_absent_file_is_named_with_the_way_out(saved, tmp_path):
     assert checkpoint.restore(tmp_path / "copy", train_state(1), step=5)[1] == 5
 
 
-def test_a_broken_manifest_is_said(saved, tmp_path):
+@pytest.mark.parametrize("text", ["{", "[]", '{"leaves": {}}'])
+def test_a_broken_manifest_is_said(saved, tmp_path, text):
     shutil.copytree(saved[0], tmp_path / "copy")
-    (tmp_path / "copy" / "00000007" / checkpoint.MANIFEST).write_text("{")
+    (tmp_path / "copy" / "00000007" / checkpoint.MANIFEST).write_text(text)
     with pytest.raises(ValueError, match=r"manifest\.json is not readable"):
         checkpoint.restore(tmp_path / "copy", train_state(1))
 

@@ -188,7 +188,7 @@ def _hash(x: jax.Array) -> str:
         from jax.experimental import multihost_utils
 
         x = multihost_utils.process_allgather(x, tiled=True)
-    return hashlib.blake2b(np.ascontiguousarray(x).view(np.uint8), digest_size=16).hexdigest()
+    return hashlib.blake2b(np.asarray(x).tobytes(), digest_size=16).hexdigest()
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:

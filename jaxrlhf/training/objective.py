@@ -53,24 +53,28 @@ def make_outputs(
             return model.hidden(tree, tokens, segments, dropout_key=key)
         return model.hidden(tree, tokens, segments)
 
+    pooling = scores or "last"
+
     def score_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
         del frozen
         rows = batch.tokens.reshape(-1, batch.tokens.shape[-1])  # [B*N, T]
         length = (batch.prompt_len + batch.response_len).reshape(-1)
         hidden = run(params, sharding.constrain(rows, "batch", None), None, key)
-        return Outputs(scores=heads.score(params["head"], hidden, length, scores).reshape(batch.tokens.shape[:-1]))
+        return Outputs(scores=heads.score(params["head"], hidden, length, pooling).reshape(batch.tokens.shape[:-1]))
 
     def token_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
         del frozen
         hidden = run(params, batch.tokens, getattr(batch, "segments", None), key)
         width = batch.mask.shape[1] if spec is None else spec.max_tokens
         predicted, states = _shifted(batch, hidden, width) if packed else _gathered(batch, hidden, width)
-        outputs = Outputs()
+        found: dict[str, Any] = {}
         if logprobs or entropy:
             tree = params if trunk is None else params[trunk]
             logps, entropies = heads.token_logprobs(model, tree, states, predicted, spec, entropy)
-            outputs = outputs.replace(logprobs=logps if logprobs else None, entropy=entropies)
-        return outputs.replace(values=heads.values(params["value"], states)) if values else outputs
+            found = {"logprobs": logps if logprobs else None, "entropy": entropies}
+        if values:
+            found["values"] = heads.values(params["value"], states)
+        return Outputs(**found)
 
     return token_outputs if scores is None else score_outputs
 

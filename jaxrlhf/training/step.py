@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,8 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Ar
     Parameters are copied, because the step donates its state: the arrays passed in may serve on as a frozen reference.
     """
     # device_put commits: a call with uncommitted arrays would be another program than the calls that follow it.
-    params = jax.tree.map(lambda x: jax.device_put(jnp.copy(x), x.sharding), params)
+    params = jax.tree.map(jnp.copy, params)
+    params = jax.tree.map(lambda x: jax.device_put(x, x.sharding), params)
     placed = state_shardings(jax.eval_shape(optimizer.init, params), params)
     inner = jax.jit(optimizer.init, out_shardings=placed)(params)
     everywhere = _replicated(params)
@@ -149,7 +151,7 @@ def _jit(fn: Callable) -> StepFn:
     def call(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         args = (state.params, state.opt_state, state.step, state.key, frozen, batch)
         params, opt_state, step, metrics = of(state)(*args)
-        return state.replace(params=params, opt_state=opt_state, step=step), metrics
+        return dataclasses.replace(state, params=params, opt_state=opt_state, step=step), metrics
 
     def lower(state: TrainState, frozen: Any, batch: Any) -> jax.stages.Lowered:
         return of(state).lower(state.params, state.opt_state, state.step, state.key, frozen, batch)
@@ -195,7 +197,7 @@ def _gradient(outputs_fn, loss_fn, config, microbatches: int, data: tuple) -> tu
         """This part's share of the loss: its SUMs over the whole batch's COUNTs."""
         terms, metrics = loss_fn(outputs_fn(params, frozen, part, part_key), part, config)
         counts = {name: term.count for name, term in terms.items()} if counts is None else counts
-        total = sum(term.coefficient * _mean(term, counts[name]) for name, term in terms.items())
+        total = _total({name: term._replace(count=counts[name]) for name, term in terms.items()})
         return total, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (terms, metrics))
 
     grad = jax.value_and_grad(part_loss, has_aux=True)
@@ -243,14 +245,13 @@ def _pooled(seen: Seen) -> Seen:
     )
 
 
-def _mean(term: Term, count: jax.Array | None = None) -> jax.Array:
-    count = term.count if count is None else count
+def _mean(term: Term) -> jax.Array:
     # Where there is nothing to learn from, the sum is 0 too, and 0 / 0 would poison the rest.
-    return term.sum / jnp.where(count > 0, count, 1.0)
+    return term.sum / jnp.where(term.count > 0, term.count, 1.0)
 
 
 def _total(terms: dict[str, Term]) -> jax.Array:
-    return sum(term.coefficient * _mean(term) for term in terms.values())
+    return jnp.stack([term.coefficient * _mean(term) for term in terms.values()]).sum()
 
 
 def _metrics(seen: Seen, report: Metrics) -> Metrics:
