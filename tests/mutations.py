@@ -415,15 +415,15 @@ MUTATIONS = (
     Mutation(
         "each-microbatch-divides-by-its-own-count",
         "training/step.py",
-        "total = sum(term.coefficient * _mean(term, counts[name]) for",
-        "total = sum(term.coefficient * _mean(term) for",
-        "test_step.py::test_loss_and_gradient_do_not_depend_on_the_split[2]",
+        "total = _total({name: term._replace(count=counts[name]) for",
+        "total = _total({name: term for",
+        "test_step.py::test_loss_and_gradient_do_not_depend_on_the_split",
     ),
     Mutation(
         "coefficients-of-terms-forgotten",
         "training/step.py",
-        "total = sum(term.coefficient * _mean(term, counts[name]) for",
-        "total = sum(_mean(term, counts[name]) for",
+        "return jnp.stack([term.coefficient * _mean(term) for",
+        "return jnp.stack([_mean(term) for",
         "test_step.py::test_it_minimises_coefficient_times_sum_over_count",
     ),
     Mutation(
