@@ -73,6 +73,7 @@ def outcomes(request, tmp_path_factory):
 
 def test_the_list_is_long_distinct_and_names_tests_that_exist():
     assert len(MUTATIONS) >= 20
+    assert len(FIRST) >= 20
     assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
     for mutation in MUTATIONS:
         file, name = mutation.test.split("[")[0].split("::")
@@ -85,7 +86,15 @@ def test_fits_the_source(mutation):
     ast.parse(mutated(mutation))
 
 
-@pytest.mark.parametrize("mutation", [None, *MUTATIONS], ids=lambda mutation: mutation.name if mutation else "unchanged")
+# Plain pytest plants the first mistake of each source file and the first that each test file must catch.
+FIRST = {mutation.file: mutation for mutation in reversed(MUTATIONS)}
+FIRST |= {mutation.test.split("::")[0]: mutation for mutation in reversed(MUTATIONS)}
+FIRST = set(FIRST.values())
+CASES = [pytest.param(None, marks=pytest.mark.full)]  # plain pytest runs these tests unchanged as it is
+CASES += [pytest.param(mutation, marks=() if mutation in FIRST else pytest.mark.full) for mutation in MUTATIONS]
+
+
+@pytest.mark.parametrize("mutation", CASES, ids=lambda mutation: mutation.name if mutation else "unchanged")
 def test_is_caught(mutation, outcomes):
     code, output = outcomes(mutation)
     if mutation is None:
