@@ -52,8 +52,8 @@ def logprobs_and_entropy(
 
     Tokens at places that no loss reads may be any integer: one outside the vocabulary gives a finite, meaningless number.
     """
-    logprob, uncertainty = _softmax_terms(entropy, logits.astype(jnp.float32), tokens)
-    return logprob, uncertainty if entropy else None
+    terms: Any = _softmax_terms(entropy, logits.astype(jnp.float32), tokens)
+    return terms[0], terms[1] if entropy else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

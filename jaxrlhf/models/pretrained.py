@@ -30,7 +30,7 @@ def save(path: Path | str, params: dict[str, Any], config: dict[str, Any] | Any)
     from safetensors.numpy import save_file
 
     path = Path(path)
-    values = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    values = config if isinstance(config, dict) else dataclasses.asdict(config)
     text = json.dumps(values, indent=1) + "\n"  # before anything is written
     if path.exists() and not (path / CONFIG).is_file() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"{path} exists and holds no model ({CONFIG} is missing): choose another folder")

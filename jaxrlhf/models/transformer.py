@@ -227,7 +227,8 @@ def _product(config: TransformerConfig, x: jax.Array, weight: jax.Array, flipped
     """x [..., in] @ weight [in, out] (`flipped`: [out, in]) -> float32 [..., out], operands of the type `config.dtype`."""
     # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
     rows = x.reshape(-1, x.shape[-1])
-    return _matmul(jnp.dtype(config.dtype), flipped, rows, weight).reshape(*x.shape[:-1], weight.shape[0 if flipped else 1])
+    product: Any = _matmul(jnp.dtype(config.dtype), flipped, rows, weight)
+    return product.reshape(*x.shape[:-1], weight.shape[0 if flipped else 1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

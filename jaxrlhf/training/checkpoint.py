@@ -176,7 +176,7 @@ def _text(leaf: dict[str, Any]) -> str:
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        manifest["leaves"], manifest["files"]
+        _ = manifest["leaves"], manifest["files"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {folder} is damaged: {MANIFEST} is not readable; remove the folder") from error
     return manifest
