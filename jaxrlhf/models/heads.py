@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxrlhf.core import masking, sharding
@@ -62,12 +63,13 @@ def _softmax_terms(entropy, logits, tokens):
 
 
 def _softmax_terms_forward(entropy, logits, tokens):
-    total = jax.nn.logsumexp(logits, axis=-1)
+    total = checkpoint_name(jax.nn.logsumexp(logits, axis=-1), "softmax_terms")
     picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1, mode="clip")[..., 0]
     uncertainty = jnp.zeros_like(total)
     if entropy:
         probability = jnp.exp(logits - total[..., None])
         uncertainty = total - (probability * logits).sum(-1)  # an impossible token adds 0 * -1e30 = 0
+        uncertainty = checkpoint_name(uncertainty, "softmax_terms")
     return (picked - total, uncertainty), (logits, tokens, total, uncertainty)
 
 
@@ -119,9 +121,9 @@ def token_logprobs(
     # Split along positions, never along rows, which a mesh has already split.
     hidden, tokens = (jnp.pad(x, ((0, 0), (0, blocks * block - r)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, tokens))
     hidden, tokens = (x.reshape(b, blocks, block, *x.shape[2:]).swapaxes(0, 1) for x in (hidden, tokens))
-    out = jax.lax.map(
-        jax.checkpoint(one, prevent_cse=False), (hidden, tokens, jnp.arange(blocks * block).reshape(blocks, block))
-    )
+    place = jnp.arange(blocks * block).reshape(blocks, block)
+    keep = jax.checkpoint_policies.save_only_these_names("softmax_terms")  # two numbers a token; the logits are not kept
+    out = jax.lax.map(jax.checkpoint(one, prevent_cse=False, policy=keep), (hidden, tokens, place))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, blocks * block)[:, :r], out)
 
 

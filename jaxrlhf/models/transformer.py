@@ -256,9 +256,10 @@ _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _dot(a, b):
+    product = jnp.matmul(a, b, preferred_element_type=jnp.float32)
     # The barrier keeps a later transposition of the result from being folded into the product, which XLA's CPU backend
     # does to narrow operands too and then cannot run (jax 0.10.2 and 0.12: "Unsupported element type for DotThunk").
-    return jax.lax.optimization_barrier(jnp.matmul(a, b, preferred_element_type=jnp.float32))
+    return jax.lax.optimization_barrier(product) if jax.default_backend() == "cpu" else product
 
 
 def _transpose(x: jax.Array) -> jax.Array:
