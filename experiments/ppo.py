@@ -20,6 +20,7 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.evaluation import policy
 from jaxrlhf.models import heads
 from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import rollout
@@ -69,8 +70,8 @@ def run(config: Config) -> dict[str, Any]:
             )
             before = held_out.sample(setting, start.params, jax.random.key(0))
 
-            def judge(policy: Any) -> dict[str, float]:  # other draws than the baseline's, so that equals win half
-                return held_out.flat(held_out.report(held_out.sample(setting, policy, jax.random.key(1)), before))
+            def answers(params: Any) -> policy.Samples:  # other draws than the baseline's, so that equals win half
+                return held_out.sample(setting, params, jax.random.key(1))
 
             value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
             params = {"policy": start.params, "value": jax.device_put(value, sharding.replicated(mesh))}
@@ -86,7 +87,7 @@ def run(config: Config) -> dict[str, Any]:
             prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
 
             for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
-                judged_now = {} if i % config.evaluate_every else judge(state.params["policy"])
+                now = None if i % config.evaluate_every else answers(state.params["policy"])
                 batch = sharding.shard_batch(prompts[i], mesh)
                 key = jax.random.fold_in(keys[1], i)
                 experience = rollout.collect(start.model, state.params, frozen, batch, spec, key, version=i)
@@ -94,12 +95,15 @@ def run(config: Config) -> dict[str, Any]:
                 drawn = describe(experience)
                 batch, algorithm, stats = prepare(experience, state.algorithm, config=config.algorithm)
                 state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
-                run.log(i, judged_now | drawn | stats | metrics)
+                judgement = {} if now is None else held_out.flat(held_out.report(now, before))
+                run.log(i, judgement | drawn | stats | metrics)
                 run.maybe_save(i, state)
             run.maybe_save(config.iterations - 1, state, last=True)
-            run.log(config.iterations, judge(state.params["policy"]))
+            after = answers(state.params["policy"])
+            run.log(config.iterations, held_out.flat(held_out.report(after, before)))
         stage.save(config.out / "model", "policy", jax.device_get(state.params["policy"]), start.config, start.tokenizer)
-        return run.done({"curve": [row for row in run.metrics() if "held_out/kl" in row]})
+        curve = [row for row in run.metrics() if "held_out/kl" in row]
+        return run.done({"curve": curve, "samples": policy.side_by_side(before, after)})
 
 
 def prompt_batches(tokenizer: Tokenizer, batch: int, seed: int) -> Any:

@@ -27,6 +27,7 @@ from jaxrlhf.training.run import Run
 REFRESH = reward_model.Config(
     steps=120,
     texts=48,
+    width=44,  # an answer has at most 37
     optimizer=OptimizerConfig(
         name="muon", learning_rate=0.002, adam_learning_rate=4e-4, head_scale=2.0, warmup_fraction=0.1, clip_norm=None
     ),

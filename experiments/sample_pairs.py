@@ -36,7 +36,7 @@ class Config:
     count: int = 2048  # prompts answered twice by the first policy
     against: int = 1024  # prompts answered by the first and by the second
     batch: int = 256  # prompts at a time
-    sampling: stage.Sampling = stage.Sampling(top_p=0.9)
+    sampling: stage.Sampling = stage.Sampling(temperature=1.0, top_p=0.9)  # pairs that differ are worth asking about
 
 
 def run(config: Config) -> dict[str, Any]:
