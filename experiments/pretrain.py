@@ -45,7 +45,7 @@ class Config:
     width: int = 64  # tokens a row
     review_share: tuple[float, float] = (0.35, 0.95)  # of a batch, at the first and at the last step
     optimizer: OptimizerConfig = OptimizerConfig(
-        name="muon", learning_rate=0.02, adam_learning_rate=4e-3, weight_decay=0.01, clip_norm=None
+        name="muon", muon_dtype="bfloat16", learning_rate=0.02, adam_learning_rate=4e-3, weight_decay=0.01, clip_norm=None
     )
 
 

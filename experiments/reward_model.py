@@ -56,7 +56,13 @@ class Config:
     pooling: rewards.Pooling = "mean"
     algorithm: algorithm.Config = algorithm.Config()
     optimizer: OptimizerConfig = OptimizerConfig(
-        name="muon", learning_rate=0.005, adam_learning_rate=1e-3, head_scale=2.0, warmup_fraction=0.1, clip_norm=None
+        name="muon",
+        muon_dtype="bfloat16",
+        learning_rate=0.005,
+        adam_learning_rate=1e-3,
+        head_scale=2.0,
+        warmup_fraction=0.1,
+        clip_norm=None,
     )
     sampling: stage.Sampling = stage.Sampling()
     reference_samples: int = 512

@@ -29,7 +29,13 @@ REFRESH = reward_model.Config(
     texts=48,
     width=44,  # an answer has at most 37
     optimizer=OptimizerConfig(
-        name="muon", learning_rate=0.002, adam_learning_rate=4e-4, head_scale=2.0, warmup_fraction=0.1, clip_norm=None
+        name="muon",
+        muon_dtype="bfloat16",
+        learning_rate=0.002,
+        adam_learning_rate=4e-4,
+        head_scale=2.0,
+        warmup_fraction=0.1,
+        clip_norm=None,
     ),
 )
 OVEROPTIMIZE = dataclasses.replace(

@@ -35,7 +35,7 @@ class Config:
     batch: int = 64  # rows
     review_share: float = 0.75  # of a batch; the rest are chat turns with their replies
     optimizer: OptimizerConfig = OptimizerConfig(
-        name="muon", learning_rate=0.002, adam_learning_rate=4e-4, warmup_fraction=0.1, clip_norm=None
+        name="muon", muon_dtype="bfloat16", learning_rate=0.002, adam_learning_rate=4e-4, warmup_fraction=0.1, clip_norm=None
     )
 
 

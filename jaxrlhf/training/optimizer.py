@@ -29,6 +29,7 @@ class OptimizerConfig:
     b2: float = 0.95
     epsilon: float = 1e-8
     momentum: float = 0.95  # muon's
+    muon_dtype: Literal["float32", "bfloat16"] = "float32"  # operands of its products; Jordan et al. take bfloat16
 
     def __post_init__(self):
         for name in ("learning_rate", "adam_learning_rate", "epsilon"):
@@ -74,8 +75,8 @@ def schedule(config: OptimizerConfig, total_steps: int, peak: int | float) -> Ca
 def make(config: OptimizerConfig, total_steps: int, params: Any) -> optax.GradientTransformation:
     """The optimizer for `params`, whose leaves' names and ranks decide who updates them. `total_steps`: optimizer updates.
 
-    Source: Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon), as `optax.contrib.scale_by_muon`: Nesterov
-    momentum, five Newton-Schulz steps, each layer of a stacked weight by itself, times sqrt(max(1, out / in)).
+    Source: Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon): Nesterov momentum, five Newton-Schulz steps, each
+    layer of a stacked weight by itself, times sqrt(max(1, out / in)); as `optax.contrib.muon` where `muon_dtype` is float32.
     AdamW: Loshchilov and Hutter 2019, with the decay times the learning rate.
 
     Raises:
@@ -146,9 +147,46 @@ def _muon(config: OptimizerConfig, rate: Callable) -> optax.GradientTransformati
     def by_shape(updates):
         return jax.tree.map(lambda u: u * jnp.sqrt(max(1.0, u.shape[2] / u.shape[1])), updates)
 
+    def orthogonal(updates):
+        return jax.tree.map(orthogonalise, updates)
+
+    if config.muon_dtype == "float32":
+        direction = contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=dimensions)
+    else:  # the scale of a momentum does not matter to its direction, so a plain trace does
+        direction = optax.chain(
+            optax.trace(config.momentum, nesterov=True), optax.stateless(lambda updates, _: orthogonal(updates))
+        )
     return optax.chain(
-        contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=dimensions),
+        direction,
         optax.stateless(lambda updates, _: by_shape(updates)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(rate),
     )
+
+
+def orthogonalise(stack: jax.Array) -> jax.Array:
+    """Of each matrix of a stack [L, in, out] the nearest with orthonormal rows or columns, roughly: five quintic
+    Newton-Schulz steps with bfloat16 products and float32 sums.
+
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon, `zeropower_via_newtonschulz5`.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = stack.shape[1] > stack.shape[2]
+
+    def product(x, y, axis):  # of y's axis: contracting the last of both needs no transpose, which a CPU would write out
+        narrow = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+        return jax.lax.dot_general(*narrow, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def one(x):
+        x = x.T if tall else x
+        x = x / (jnp.linalg.norm(x) + 1e-8)
+        for _ in range(5):
+            square = product(x, x, 1)
+            x = a * x + product(b * square + c * product(square, square, 0), x, 0)
+        return x.T if tall else x
+
+    # A CPU runs products of two matrices narrow, but not those of stacks.
+    return jax.lax.map(one, stack) if jax.default_backend() == "cpu" else jax.vmap(one)(stack)
