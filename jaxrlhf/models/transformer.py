@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import ParamSpec
+from jaxrlhf.models import products
 from jaxrlhf.models.attention import MASKED, attention
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.model import Model
@@ -123,8 +123,8 @@ def hidden(
 def logits(config: TransformerConfig, params: Params, hidden: Float[Array, "*s d"]) -> Float[Array, "*s v"]:
     """Unnormalised log-probabilities of the next token, from the head or, where there is none, the embedding table."""
     if "head" in params:
-        return _product(config, hidden, params["head"])
-    return _product(config, hidden, params["embed"], flipped=True)
+        return products.product(config.dtype, hidden, params["head"])
+    return products.product(config.dtype, hidden, params["embed"], flipped=True)
 
 
 def segment_positions(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:
@@ -161,7 +161,7 @@ def _layer(config, weights, x, rotation, segments, key):
     query, k, v = _heads(config, weights, _norm(config, weights["attention_norm"], x), rotation)
     mixed = attention(query, k, v, segments).reshape(b, t, -1)
     keys = (None, None) if key is None else jax.random.split(key)
-    x = x + _dropout(config, keys[0], _product(config, mixed, weights["output"]))
+    x = x + _dropout(config, keys[0], products.product(config.dtype, mixed, weights["output"]))
     x = x + _dropout(config, keys[1], _mlp(config, weights, _norm(config, weights["mlp_norm"], x)))
     return sharding.constrain(x, "batch", "length", "residual"), (k, v)
 
@@ -169,19 +169,20 @@ def _layer(config, weights, x, rotation, segments, key):
 def _heads(config, weights, x, rotation):
     """Query [..., H, E], key and value [..., K, E] of normalised states [..., D]."""
     query, key, value = (
-        _product(config, x, weights[name]).reshape(*x.shape[:-1], -1, config.head_width) for name in ("query", "key", "value")
+        products.product(config.dtype, x, weights[name]).reshape(*x.shape[:-1], -1, config.head_width)
+        for name in ("query", "key", "value")
     )
     return _rotate(query, rotation), _rotate(key, rotation), value
 
 
 def _mlp(config, weights, x):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202) or GELU in its tanh form, as in GPT-2."""
-    up = _product(config, x, weights["up"])
+    up = products.product(config.dtype, x, weights["up"])
     if config.mlp == "swiglu":
-        inner = jax.nn.silu(_product(config, x, weights["gate"])) * up
+        inner = jax.nn.silu(products.product(config.dtype, x, weights["gate"])) * up
     else:
         inner = jax.nn.gelu(up, approximate=True)
-    return _product(config, inner, weights["down"])
+    return products.product(config.dtype, inner, weights["down"])
 
 
 def _norm(config, weights, x):
@@ -220,58 +221,6 @@ def _dropout(config, key, x):
     return jnp.where(keep, x * (256 / (256 - dropped)), 0)
 
 
-# ------------------------------------------------------------------------------------------------ weight products
-
-
-def _product(config: TransformerConfig, x: jax.Array, weight: jax.Array, flipped: bool = False) -> jax.Array:
-    """x [..., in] @ weight [in, out] (`flipped`: [out, in]) -> float32 [..., out], operands of the type `config.dtype`."""
-    # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
-    rows = x.reshape(-1, x.shape[-1])
-    product: Any = _matmul(jnp.dtype(config.dtype), flipped, rows, weight)
-    return product.reshape(*x.shape[:-1], weight.shape[0 if flipped else 1])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(dtype, flipped, x, weight):
-    return _matmul_forward(dtype, flipped, x, weight)[0]
-
-
-def _matmul_forward(dtype, flipped, x, weight):
-    x, weight = x.astype(dtype), weight.astype(dtype)
-    return _dot(x, _transpose(weight) if flipped else weight), (x, weight)
-
-
-def _matmul_backward(dtype, flipped, residual, g):
-    # The rule that autodiff derives would multiply a float32 gradient with narrow operands, in float32.
-    x, weight = residual
-    g = g.astype(dtype)
-    dx = _dot(g, weight if flipped else _transpose(weight))
-    # One operand must be moved in memory: the narrower.
-    wide = x.shape[1] > g.shape[1]
-    dweight = _dot(_transpose(g), x) if wide else _dot(_transpose(x), g)
-    return dx, dweight if wide == flipped else dweight.T
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _dot(a, b):
-    product = jnp.matmul(a, b, preferred_element_type=jnp.float32)
-    # The barrier keeps a later transposition of the result from being folded into the product, which XLA's CPU backend
-    # does to narrow operands too and then cannot run (jax 0.10.2 and 0.12: "Unsupported element type for DotThunk").
-    return jax.lax.optimization_barrier(product) if jax.default_backend() == "cpu" else product
-
-
-def _transpose(x: jax.Array) -> jax.Array:
-    """x.T, on a single CPU device really moved in memory."""
-    # Under a mesh of several devices the partitioner of jax 0.10 would gather the whole operand of a layout constraint.
-    if jax.default_backend() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
-        return x.T
-    # A CPU product of bfloat16 is fast for row-major operands only: XLA widens all others to float32, four times slower,
-    # and decides that before it would insert this copy itself.
-    return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
-
-
 # ------------------------------------------------------------------------------------------------ sampling
 
 
@@ -285,7 +234,7 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
     layers = {name: w if isinstance(w, dict) else w.astype(dtype) for name, w in params["layers"].items()}
     if jax.default_backend() == "cpu":
         layers = tuple(_at(layers, i) for i in range(config.layers))
-    head = _transpose(params["embed"].astype(dtype)) if config.tied_head else params["head"].astype(dtype)
+    head = products.transpose(params["embed"].astype(dtype)) if config.tied_head else params["head"].astype(dtype)
     return params | {"layers": layers, "head": head}
 
 
@@ -339,7 +288,7 @@ def decode(
             for old, new in zip(cache["response"][i], (k, v), strict=True)
         )
         mixed = _decode_attention(query, cache["prompt"][i], response, cache["length"], step)
-        x = x + _product(config, mixed, weights["output"])
+        x = x + products.product(config.dtype, mixed, weights["output"])
         x = x + _mlp(config, weights, _norm(config, weights["mlp_norm"], x))
         x = sharding.constrain(x, "batch", "residual")
         grown.append(response)

@@ -1,0 +1,100 @@
+"""The product of activations and a weight with narrow operands and float32 sums, its gradient, and what a CPU needs for it.
+
+On a CPU the backward pass of a language model is 2 to 3 times slower if left to autodiff and XLA: see the comments here.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+
+def product(dtype: str, x: Float[Array, "*s i"], weight: Float[Array, "a b"], flipped: bool = False) -> Float[Array, "*s o"]:
+    """x [..., in] @ weight [in, out] (`flipped`: [out, in]), operands rounded to `dtype`, sums and result float32."""
+    # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
+    rows = x.reshape(-1, x.shape[-1])
+    return _matmul(jnp.dtype(dtype), flipped, rows, weight).reshape(*x.shape[:-1], weight.shape[0 if flipped else 1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul(dtype, flipped, x, weight):
+    return _matmul_forward(dtype, flipped, x, weight)[0]
+
+
+def _matmul_forward(dtype, flipped, x, weight):
+    x, weight = x.astype(dtype), weight.astype(dtype)
+    return _dot(x, transpose(weight) if flipped else weight), (x, weight)
+
+
+def _matmul_backward(dtype, flipped, residual, g):
+    # The rule that autodiff derives would multiply a float32 gradient with narrow operands, in float32.
+    x, weight = residual
+    g = g.astype(dtype)
+    dx = _dot(g, weight if flipped else transpose(weight))
+    # One operand must be moved in memory: the narrower.
+    wide = x.shape[1] > g.shape[1]
+    dweight = _dot(transpose(g), x) if wide else _dot(transpose(x), g)
+    return dx, dweight if wide == flipped else dweight.T
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _dot(a, b):
+    result = jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    # The barrier keeps a later transposition of the result from being folded into the product, which XLA's CPU backend
+    # does to narrow operands too and then cannot run (jax 0.10.2 and 0.12: "Unsupported element type for DotThunk").
+    return jax.lax.optimization_barrier(result) if jax.default_backend() == "cpu" else result
+
+
+def transpose(x: Float[Array, "a b"]) -> Float[Array, "b a"]:
+    """x.T, on a CPU really moved in memory.
+
+    A CPU product of bfloat16 is fast for row-major operands only: XLA widens all others to float32, four times slower, and
+    decides that before it would insert this copy itself.
+    """
+    if jax.default_backend() != "cpu":
+        return x.T
+    return _moved(x) if jax.sharding.get_abstract_mesh().size <= 1 else _moved_on_mesh(x)
+
+
+def _moved(x):
+    return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
+
+
+@custom_vmap
+def _moved_on_mesh(x):
+    return _moved_in_parts(x)
+
+
+@_moved_on_mesh.def_vmap
+def _(size, batched, x):
+    """Under vmap, which the partitioned form does not know, without the copy."""
+    del size, batched
+    return x.swapaxes(-1, -2), True
+
+
+# The partitioner of jax 0.10 would gather the operand of a layout constraint on every device: told how it is split.
+@custom_partitioning
+def _moved_in_parts(x):
+    return _moved(x)
+
+
+def _flipped_sharding(mesh, operands, result):
+    del result
+    spec = (*operands[0].sharding.spec, None, None)
+    return NamedSharding(mesh, PartitionSpec(spec[1], spec[0]))
+
+
+def _partition(mesh, operands, result):
+    return mesh, _moved, _flipped_sharding(mesh, operands, result), (operands[0].sharding,)
+
+
+_moved_in_parts.def_partition(partition=_partition, infer_sharding_from_operands=_flipped_sharding, sharding_rule="i j -> j i")
