@@ -66,7 +66,9 @@ def transpose(x: Float[Array, "a b"]) -> Float[Array, "b a"]:
 
 
 def _moved(x):
-    return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
+    rows = Layout(major_to_minor=(0, 1))
+    # Both sides pinned: else x itself may be computed by columns, so that nothing need be moved, and that slowly.
+    return with_layout_constraint(with_layout_constraint(x, rows).T, rows)
 
 
 @custom_vmap
