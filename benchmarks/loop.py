@@ -22,6 +22,7 @@ MAIN = 10  # stages of the default run; control and over-optimisation come on to
 
 
 def main() -> None:
+    """Run or read every seed and print one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))

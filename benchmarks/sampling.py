@@ -31,6 +31,7 @@ from jaxrlhf.sampling import filters, generate, nucleus
 
 
 def main() -> None:
+    """Run every comparison and print one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=4096)
@@ -130,6 +131,7 @@ def time_generate(config: argparse.Namespace, rates: dict[str, float]) -> dict[s
 
 
 def rules(config: argparse.Namespace, top_p: float) -> SamplingSpec:
+    """A distribution without a stop id: every row writes all its tokens."""
     return SamplingSpec(temperature=0.8, max_tokens=config.new, stop=(), forbidden=(0, 1, 2), top_p=top_p)
 
 
@@ -166,6 +168,7 @@ def machine(repeats: int) -> dict[str, float]:
 
 
 def commit() -> str:
+    """The checkout's commit, short."""
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
 

@@ -27,10 +27,12 @@ def get(results: Any, *path: str | int) -> Any:
 
 
 def judge_name(judge: str) -> str:
+    """The name of a judge as a reader knows it."""
     return JUDGES.get(judge) or judge
 
 
 def percent(share: Number, digits: int = 1) -> str:
+    """A share in [0, 1] as text in percent."""
     return f"{100 * share:.{digits}f} %"
 
 
@@ -45,6 +47,7 @@ def listed(parts: Sequence[str], last: str = " and ") -> str:
 
 
 def duration(seconds: Number) -> str:
+    """Seconds as text, in minutes from two minutes on."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 

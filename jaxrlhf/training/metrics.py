@@ -88,6 +88,7 @@ class Metrics:
             self._board.flush()
 
     def close(self) -> None:
+        """Write what is pending and close the files."""
         self.sync()
         self._file.close()
         if self._board is not None:
