@@ -88,8 +88,8 @@ def answer(config: Config, policy: stage.Trained, spec: SamplingSpec, text: str,
     room = policy.model.max_length - spec.max_tokens
     if len(ids) > room:
         raise ValueError(
-            f"the prompt has {len(ids)} tokens, but the model's context is {policy.model.max_length} with {spec.max_tokens} of them "
-            f"kept for the answer: shorten it to {room} tokens, or lower --sampling.max-tokens"
+            f"the prompt has {len(ids)} tokens, but the model's context is {policy.model.max_length}, with "
+            f"{spec.max_tokens} kept for the answer: shorten it to {room} tokens, or lower --sampling.max-tokens"
         )
     width = min(-(-len(ids) // 8) * 8, room)  # few widths, few programs
     tokens, length = pipeline.pad_rows([ids], width)
