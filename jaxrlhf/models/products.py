@@ -20,7 +20,8 @@ def product(dtype: str, x: Float[Array, "*s i"], weight: Float[Array, "a b"], fl
     """x [..., in] @ weight [in, out] (`flipped`: [out, in]), operands rounded to `dtype`, sums and result float32."""
     # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
     rows = x.reshape(-1, x.shape[-1])
-    return _matmul(jnp.dtype(dtype), flipped, rows, weight).reshape(*x.shape[:-1], weight.shape[0 if flipped else 1])
+    result: jax.Array = _matmul(jnp.dtype(dtype), flipped, rows, weight)
+    return result.reshape(*x.shape[:-1], weight.shape[0 if flipped else 1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
