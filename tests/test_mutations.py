@@ -41,7 +41,7 @@ def run_tests(folder: pathlib.Path, mutation: Mutation | None) -> tuple[int, str
     if mutation is not None:
         (folder / "jaxrlhf" / mutation.file).write_text(mutated(mutation))
     # The working directory stands first in the path, before the installed package.
-    arguments = ["-m", "pytest", "-q", "-x", "-rf", "--tb=line", "-p", "no:cacheprovider"]
+    arguments = ["-m", "pytest", "-q", "-x", "-rf", "--tb=line", "-p", "no:cacheprovider", "-o", "addopts="]
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_"))}
     # Nearly all of a run is compiling what the other runs compile too.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
