@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
     parser.add_argument("--preset", default="default")
+    parser.add_argument("--plain", action="store_true", help="without the control and without over-optimisation")
     parser.add_argument("--result", type=Path, help="also write the JSON document here")
     config = parser.parse_args()
     document = {
@@ -45,7 +46,8 @@ def main() -> None:
 def one(seed: int, config: argparse.Namespace) -> dict[str, Any]:
     """Run the loop with one seed, and read its summary."""
     out = (config.out / f"seed{seed}").resolve()
-    flags = ["--preset", config.preset, "--seed", str(seed), "--out", str(out), "--control", "--overoptimize"]
+    flags = ["--preset", config.preset, "--seed", str(seed), "--out", str(out)]
+    flags += [] if config.plain else ["--control", "--overoptimize"]
     subprocess.run([sys.executable, "-m", "experiments.rlhf", *flags], cwd=ROOT, check=True, stdout=sys.stderr)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     stages = list(summary["times"].items())[:MAIN]
