@@ -30,6 +30,7 @@ class Config:
     noise: float = 0.1  # share of wrong choices of the simulated person
     seed: int = 1
     limit: int | None = None  # pairs a person is asked about in one sitting
+    least: int = 0  # choices without which the stage is not done: the same command then goes on
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -45,6 +46,9 @@ def run(config: Config) -> dict[str, Any]:
             else:
                 labelers.label_simulated(db, judges.vader, config.name, config.noise, seed=config.seed)
             mine = [choice for choice in store.choices(db) if choice.labeler == config.name]
+        decided = sum(choice.preferred is not None for choice in mine)
+        if decided < config.least:
+            raise ValueError(f"{decided} choices so far, {config.least} are needed; all are kept: the same command goes on")
         counts = Counter(choice.choice for choice in mine)
         return run.done({"labeler": config.labeler, "name": config.name, "noise": config.noise, "choices": dict(counts)})
 

@@ -107,7 +107,11 @@ def plan(config: Config) -> list[tuple[str, Callable[[Any], dict[str, Any]], Any
             sample_pairs.run,
             dataclasses.replace(c.sample_pairs, policies=(folder("ppo"), start), **feedback, **mesh),
         ),
-        ("label", label.run, dataclasses.replace(c.label, labeler=c.labeler, name=name, **feedback)),
+        (
+            "label",
+            label.run,
+            dataclasses.replace(c.label, labeler=c.labeler, name=name, least=2 * c.refresh.pairs * (name == "you"), **feedback),
+        ),
         ("reward_model_2", reward_model.run, dataclasses.replace(c.refresh, choices=feedback["store"], **again)),
         *tuned("_2"),
     ]

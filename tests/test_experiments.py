@@ -165,6 +165,20 @@ def test_a_person_labels_at_the_terminal(loop, tmp_path):
     assert sum(choices.values()) == 4, choices  # the tie was taken back
 
 
+def test_a_sitting_that_ends_early_goes_on_with_the_same_command(loop, tmp_path):
+    import shutil
+
+    shutil.copy(loop / "feedback.sqlite", tmp_path / "feedback.sqlite")
+    flags = ("--store", tmp_path / "feedback.sqlite", "--labeler", "human", "--name", "bob")
+    flags += ("--least", 4, "--out", tmp_path / "label")
+    first = script("label", *flags, stdin="1\n2\nq\n")
+    assert first.returncode == 2, "too few choices: not done"
+    assert "2 choices so far, 4 are needed" in first.stderr
+    second = script("label", *flags, stdin="1\n2\nq\n")
+    assert second.returncode == 0, second.stderr
+    assert sum(json.loads((tmp_path / "label" / "result.json").read_text())["choices"].values()) == 4
+
+
 def test_eight_devices_learn_what_one_learns(loop, tmp_path):
     """The same script on 8 host devices: data 2 x fsdp 2 x tensor 2."""
     mesh = ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2)
