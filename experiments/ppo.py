@@ -36,14 +36,14 @@ class Config:
     out: Path = Path("runs/demo/ppo")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
-    iterations: int = 25
+    iterations: int = 24
     batch: int = 256  # answers an iteration, each to its own prompt
     sampling: stage.Sampling = stage.Sampling()
     algorithm: ppo.Config = ppo.Config(kl_coef=0.12)
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
-    evaluate_every: int = 5  # iterations; also before the first and after the last
+    evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
 
 

@@ -25,7 +25,7 @@ from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
 REFRESH = reward_model.Config(
-    steps=120,
+    steps=100,
     texts=48,
     width=44,  # an answer has at most 37
     optimizer=OptimizerConfig(
