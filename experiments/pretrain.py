@@ -40,7 +40,7 @@ class Config:
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
     model: TransformerConfig = MODEL
-    steps: int = 690
+    steps: int = 700
     batch: int = 32  # rows
     width: int = 64  # tokens a row
     review_share: tuple[float, float] = (0.35, 0.95)  # of a batch, at the first and at the last step

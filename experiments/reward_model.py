@@ -46,7 +46,7 @@ class Config:
     out: Path = Path("runs/demo/reward_model")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
-    steps: int = 340
+    steps: int = 380
     texts: int = 64  # rated texts a set
     pairs: int = 32  # chosen pairs a set, where there are choices
     held_out_pairs: float = 0.15  # of the choices
