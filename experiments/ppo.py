@@ -62,38 +62,43 @@ def run(config: Config) -> dict[str, Any]:
                 config.seed,
                 config.held_out_prompts,
             )
-            start = task.start
-            value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
-            params = {"policy": start.params, "value": jax.device_put(value, sharding.replicated(mesh))}
-            frozen = {"reference": start.params}
-            updates = config.iterations * config.algorithm.epochs * config.algorithm.minibatches
-            update = optimizer.make(config.optimizer, updates, params)
-            keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-            state = run.restore(step.init_state(params, update, keys[0], ppo.init(config.algorithm)))
-            outputs = objective.make_outputs(start.model, task.spec, entropy=True, values=True, trunk="policy")
-            run_epochs = step.make_epochs(
-                outputs, ppo.loss, config.algorithm, update, config.algorithm.epochs, config.algorithm.minibatches
-            )
-            prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
+            return train(run, config, task, mesh)
 
-            for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
-                judged = {} if i % config.evaluate_every else task.judge(state.params["policy"])[0]
-                prompts = sharding.shard_batch(task.prompts[i], mesh)
-                key = jax.random.fold_in(keys[1], i)
-                experience = rollout.collect(start.model, state.params, frozen, prompts, task.spec, key, version=i)
-                score, weight, rewarded = task.score(experience.rollout, prompts)
-                experience = dataclasses.replace(experience, score=score, weight=weight)
-                drawn = describe(experience)
-                batch, algorithm, stats = prepare(experience, state.algorithm, config=config.algorithm)
-                state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
-                run.log(i, judged | rewarded | drawn | stats | metrics)
-                run.maybe_save(i, state)
-            run.maybe_save(config.iterations - 1, state, last=True)
-            judged, samples = task.judge(state.params["policy"])
-            run.log(config.iterations, judged)
-        stage.save(config.out / "model", "policy", jax.device_get(state.params["policy"]), start.config, start.tokenizer)
-        curve = [row for row in run.metrics() if "held_out/kl" in row]
-        return run.done({"curve": curve, "samples": samples})
+
+def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Train the task's policy, whatever the task is."""
+    start = task.start
+    value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
+    params = {"policy": start.params, "value": jax.device_put(value, sharding.replicated(mesh))}
+    frozen = {"reference": start.params}
+    updates = config.iterations * config.algorithm.epochs * config.algorithm.minibatches
+    update = optimizer.make(config.optimizer, updates, params)
+    keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
+    state = run.restore(step.init_state(params, update, keys[0], ppo.init(config.algorithm)))
+    outputs = objective.make_outputs(start.model, task.spec, entropy=True, values=True, trunk="policy")
+    run_epochs = step.make_epochs(
+        outputs, ppo.loss, config.algorithm, update, config.algorithm.epochs, config.algorithm.minibatches
+    )
+    prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
+
+    for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
+        judged = {} if i % config.evaluate_every else task.judge(state.params["policy"])[0]
+        prompts = sharding.shard_batch(task.prompts[i], mesh)
+        key = jax.random.fold_in(keys[1], i)
+        experience = rollout.collect(start.model, state.params, frozen, prompts, task.spec, key, version=i)
+        score, weight, rewarded = task.score(experience.rollout, prompts)
+        experience = dataclasses.replace(experience, score=score, weight=weight)
+        drawn = describe(experience)
+        batch, algorithm, stats = prepare(experience, state.algorithm, config=config.algorithm)
+        state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
+        run.log(i, judged | rewarded | drawn | stats | metrics)
+        run.maybe_save(i, state)
+    run.maybe_save(config.iterations - 1, state, last=True)
+    judged, samples = task.judge(state.params["policy"])
+    run.log(config.iterations, judged)
+    stage.save(config.out / "model", "policy", jax.device_get(state.params["policy"]), start.config, start.tokenizer)
+    curve = [row for row in run.metrics() if "held_out/kl" in row]
+    return run.done({"curve": curve, "samples": samples})
 
 
 ARITHMETIC = Config(
