@@ -175,4 +175,4 @@ def greedy(
     spec = dataclasses.replace(stage.spec(sampling, policy.tokenizer), greedy=True)
     prompts = pipeline.text_prompts([row["prompt"] for row in rows], policy.tokenizer, PROMPT_WIDTH)
     drawn = generate.generate(policy.model, params, sharding.shard_batch(prompts, mesh), spec, jax.random.key(0))
-    return float(correct(drawn, policy.tokenizer, rows).mean()), stage.texts(drawn, policy.tokenizer)[1]
+    return float(correct(drawn, policy.tokenizer, rows).mean(dtype=np.float64)), stage.texts(drawn, policy.tokenizer)[1]

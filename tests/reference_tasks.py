@@ -6,7 +6,7 @@ import math
 
 
 def written_sum(left: str, right: str, carry: bool) -> str:
-    """Two numbers of equally many digits added as at school, column by column from the right; without `carry` it is forgotten."""
+    """Two numbers of equally many digits added as at school, column by column from the right; a carry may be forgotten."""
     written, kept = "", 0
     for a, b in zip(reversed(left), reversed(right), strict=True):
         column = int(a) + int(b) + (kept if carry else 0)

@@ -57,7 +57,9 @@ def test_careless_people_drop_every_carry():
 def test_the_careless_share_of_the_demonstrations(careless):
     shown = arithmetic.demonstrations(20_000, careless, seed=1)
     rows = {row["prompt"]: row for row in arithmetic.problems("train")}
-    tell_tale = [(p, a) for p, a in shown if arithmetic.without_carry(rows[p]["left"], rows[p]["right"]) != int(rows[p]["answer"])]
+    tell_tale = [
+        (p, a) for p, a in shown if arithmetic.without_carry(rows[p]["left"], rows[p]["right"]) != int(rows[p]["answer"])
+    ]
     dropped = [a == str(arithmetic.without_carry(rows[p]["left"], rows[p]["right"])) for p, a in tell_tale]
     assert all(a == rows[p]["answer"] for (p, a), drop in zip(tell_tale, dropped, strict=True) if not drop)
     assert np.mean(dropped) == pytest.approx(careless, abs=0.02)  # 5 standard deviations of 15,000 draws

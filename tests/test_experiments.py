@@ -236,13 +236,13 @@ def test_ppo_gains_thirty_points_on_held_out_sums(tmp_path, seed):
         (("label", "--store", "{tmp}/none.sqlite", "--out", "{tmp}/a"), "none.sqlite"),
         (("chat", "--policy", "{loop}/policy", "--prompt", "word " * 300), "context"),
         (("chat", "--policy", "{loop}/reward_model/model", "--prompt", "word"), "reward_model"),
-        (("ppo", "--preset", "arithmetic", "--policy", "{loop}/policy", "--held-out-prompts", "600", "--out", "{tmp}/a"), "512"),
+        (("ppo", "--preset", "arithmetic", "--policy", "{loop}/policy", "--held-out-prompts", 513, "--out", "{tmp}/a"), "512"),
         (("sample_pairs", "--policies", "{loop}/policy", "--store", "{tmp}/mine.txt", "--out", "{tmp}/a"), "mine.txt"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_exit_code_2(loop, tmp_path, flags, told):
     (tmp_path / "mine.txt").write_text("do not touch")
-    done = script(*(flag.format(tmp=tmp_path, loop=loop) for flag in flags))
+    done = script(*(str(flag).format(tmp=tmp_path, loop=loop) for flag in flags))
     assert done.returncode == 2, (done.stdout, done.stderr)
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr

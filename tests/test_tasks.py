@@ -50,7 +50,7 @@ def answered(prompts, answers: list[list[str]], tokenizer) -> Rollout:
     for tokens, length, several in zip(prompts.tokens, prompts.length, answers, strict=True):
         for answer in several:
             response = [*tokenizer.encode(answer, continuation=True), EOS]
-            rows.append([*tokens[:length], *response])
+            rows.append([*tokens[:length].tolist(), *response])
             lengths.append((length, len(response)))
     tokens, _ = pipeline.pad_rows(rows, 16)
     prompt_len, response_len = np.array(lengths, np.int32).T

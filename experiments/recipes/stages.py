@@ -238,7 +238,9 @@ def learn_reward(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[st
         left_out = len(data.comparisons) - len(fitting)
         if len(fitting) < 2 * HELD_OUT:
             raise ValueError(f"{len(fitting)} comparisons have room in {width} tokens: give shorter texts, or widen")
-        train, test = (comparisons.preference_rows(part, start.tokenizer, width) for part in (fitting[HELD_OUT:], fitting[:HELD_OUT]))
+        train, test = (
+            comparisons.preference_rows(part, start.tokenizer, width) for part in (fitting[HELD_OUT:], fitting[:HELD_OUT])
+        )
         fields = ("tokens", "prompt_len", "response_len", "label", "tie", "weight", "margin")
         batches_of = amount(config.reward_model.examples, config.reward_model.batch, config.scale)
         batches = pipeline.batches({name: np.asarray(getattr(train, name)) for name in fields}, batches_of.batch, config.seed)
@@ -287,7 +289,10 @@ def queries(rows: dict[str, np.ndarray], width: int) -> Prompts:
 
 def learn_policy(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """PPO against the reward model; writes `ppo/`."""
-    out, part = config.out / "ppo", amount(config.ppo.episodes, config.ppo.batch, config.scale, max(8, config.ppo.algorithm.minibatches))
+    out, part = (
+        config.out / "ppo",
+        amount(config.ppo.episodes, config.ppo.batch, config.scale, max(8, config.ppo.algorithm.minibatches)),
+    )
     settings = ppo.Config(
         policy=config.out / "sft" / "model",
         reward=config.out / "reward_model" / "model",

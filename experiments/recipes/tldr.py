@@ -3,8 +3,8 @@
     python -m experiments.recipes.tldr --out runs/recipes/tldr                # a stand-in, a thousandth of the run
     python -m experiments.recipes.tldr --preset published --demonstrations tldr.jsonl --comparisons feedback.jsonl
 
-Settings: the authors' code, vwxyzjn/summarize_from_feedback_details, sft.py, reward.py (1d6d8ee) and ppo.py (3f14a17); the paper's
-tables of hyper-parameters. Other than there: a response without EOS loses 1 (theirs gets -1 instead of its score), sampling
+Settings: the authors' code, vwxyzjn/summarize_from_feedback_details, sft.py, reward.py (1d6d8ee) and ppo.py (3f14a17), and the
+paper.s tables of hyper-parameters. Other than there: a response without EOS loses 1 (theirs gets -1 instead of its score), sampling
 stops at EOS (theirs goes on to 53 tokens and cuts afterwards), value and policy share a trunk, and a small model trained here
 stands for Pythia.
 """
@@ -66,7 +66,8 @@ def stand_in(count: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str
 
     def post() -> tuple[str, str, str]:
         who, what, other = one_of(WHO), one_of(WHAT), one_of(FILLER)
-        text = f"SUBREDDIT: r/advice\n\nTITLE: what should i do?\n\nPOST: {one_of(FILLER)} {who} {what}. {one_of(FILLER)}\n\nTL;DR:"
+        said = f"{one_of(FILLER)} {who} {what}. {one_of(FILLER)}"
+        text = f"SUBREDDIT: r/advice\n\nTITLE: what should i do?\n\nPOST: {said}\n\nTL;DR:"
         return text, f" {who} {what}", f" {other}"
 
     texts = [{"prompt": prompt, "response": summary} for prompt, summary, _ in (post() for _ in range(count))]

@@ -50,7 +50,12 @@ RECIPE = stages.Recipe(
     ),
 )
 
-OPENINGS = ("the old man opened the door and", "in the morning she", "they walked to the sea where he", "when the letter came she")
+OPENINGS = (
+    "the old man opened the door and",
+    "in the morning she",
+    "they walked to the sea where he",
+    "when the letter came she",
+)
 GOOD = ("smiled with joy", "felt a warm happy peace", "laughed and loved the day", "thanked the kind people")
 BAD = ("wept in pain", "felt a cold angry fear", "cursed and hated the day", "lost the last of hope")
 

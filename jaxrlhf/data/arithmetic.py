@@ -39,7 +39,7 @@ def problems(split: Literal["train", "held_out"], seed: int = 0) -> list[dict[st
 
 
 def without_carry(left: int, right: int) -> int:
-    """What one gets who drops every carry, the last one too: 57 + 68 = 15. Right where no column reaches ten (24 % of pairs)."""
+    """What one gets who drops every carry, the last one too: 57 + 68 = 15. Right where no column reaches ten: 24 % of sums."""
     return (left // 10 + right // 10) % 10 * 10 + (left + right) % 10
 
 

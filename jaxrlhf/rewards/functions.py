@@ -116,7 +116,9 @@ def weighted_sum(parts: Mapping[str, Scores], weights: Mapping[str, float]) -> t
             rewards of unequally many rows.
     """
     if not parts or set(parts) != set(weights):
-        raise ValueError(f"rewards {sorted(parts)} have weights for {sorted(weights)}: give each reward its weight, and no other")
+        raise ValueError(
+            f"rewards {sorted(parts)} have weights for {sorted(weights)}: give each reward its weight, and no other"
+        )
     if wrong := {name: weight for name, weight in weights.items() if not math.isfinite(weight)}:
         raise ValueError(f"reward weights {wrong} are not finite: give numbers; 0 only logs a reward")
     heights = {name: len(part.score) for name, part in parts.items()}
@@ -141,7 +143,9 @@ def _scores(given: Sequence[Any], name: str, prompt: Callable[[int], str], raise
             score[i] = number
             continue
         weight[i] = 0.0
-        faults.append(Fault(name, i, prompt(i)[:SHOWN], raised.get(i, f"returned {str(value)[:SHOWN]}, which is no finite number")))
+        faults.append(
+            Fault(name, i, prompt(i)[:SHOWN], raised.get(i, f"returned {str(value)[:SHOWN]}, which is no finite number"))
+        )
     if faults:
         first = faults[0]
         warnings.warn(
@@ -174,13 +178,11 @@ _NUMBER = re.compile(
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text, exactly; None where there is none. Reads -1,234.5, 3/4, .5, 2e3, $7; no words, no mixed 1 3/4."""
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    if found is None:
+    """The last number in a text, exactly; None where there is none. Reads -1,234.5, 3/4, .5, 2e3, $7; not words, not 1 3/4."""
+    found = _NUMBER.findall(text)
+    if not found:
         return None
-    sign, number, divisor = found.groups()
+    sign, number, divisor = found[-1]
     try:
         value = Fraction(number.replace(",", "")) / Fraction(divisor or 1)
     except (ZeroDivisionError, ValueError):  # n/0; more digits than Python converts
