@@ -200,7 +200,7 @@ def fine_tune(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[str, 
         published = amount(config.sft.examples, config.sft.batch, config.scale)
         warm = Amount(config.warm_up, 32)
         ours = OptimizerConfig(name="muon", learning_rate=0.01, adam_learning_rate=3e-3)
-        figures = {"left_out": left_out}
+        figures: dict[str, float] = {"left_out": left_out}
         first = 0
         for name, part, settings in (("warm_up", warm, ours), ("sft", published, faster(config, config.sft))):
             if part.steps == 0:
