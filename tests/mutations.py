@@ -44,8 +44,8 @@ MUTATIONS = (
     Mutation(
         "whitening-uses-the-deviation-of-all-places",
         "core/masking.py",
-        "variance = masked_mean(jnp.square(values - mean), mask)",
-        "variance = jnp.square(values - mean).mean()",
+        "return masked_mean(jnp.square(values - masked_mean(values, mask)), mask)",
+        "return jnp.square(values - masked_mean(values, mask)).mean()",
         "test_masking.py::test_whiten_equals_numpy",
     ),
     # ------------------------------------------------------------------------------------------------------- KL
@@ -110,8 +110,8 @@ MUTATIONS = (
     Mutation(
         "clip-takes-the-lower-loss",
         "algorithms/surrogate.py",
-        "masking.masked(jnp.maximum(free, limited), mask)",
-        "masking.masked(jnp.minimum(free, limited), mask)",
+        "loss, clipped = jnp.maximum(free, limited), limited > free",
+        "loss, clipped = jnp.minimum(free, limited), limited > free",
         "test_ppo.py::test_which_side_the_ratio_is_clipped_on",
     ),
     Mutation(
@@ -144,28 +144,28 @@ MUTATIONS = (
     ),
     Mutation(
         "score-at-the-last-column",
-        "algorithms/ppo.py",
+        "algorithms/shaping.py",
         "last = mask & (jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1)",
         "last = mask & (jnp.arange(mask.shape[1]) == mask.shape[1] - 1)",
         "test_ppo.py::test_the_score_stands_at_the_last_real_token",
     ),
     Mutation(
         "score-at-the-first-token",
-        "algorithms/ppo.py",
+        "algorithms/shaping.py",
         "jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]",
         "jnp.cumsum(mask, axis=1)",
         "test_ppo.py::test_the_score_stands_at_the_last_real_token",
     ),
     Mutation(
         "penalty-for-ending-instead-of-for-being-cut",
-        "algorithms/ppo.py",
-        "config.missing_eos_penalty * ~experience.rollout.finished",
-        "config.missing_eos_penalty * experience.rollout.finished",
+        "algorithms/shaping.py",
+        "jnp.where(finished, limited, replaced - config.missing_eos_penalty)",
+        "jnp.where(finished, replaced - config.missing_eos_penalty, limited)",
         "test_ppo.py::test_missing_eos_penalty_and_score_clip",
     ),
     Mutation(
         "kl-to-the-reference-left-out",
-        "algorithms/ppo.py",
+        "algorithms/shaping.py",
         "- kl_coef * token_kl, mask)",
         "- 0.0 * token_kl, mask)",
         "test_ppo.py::test_reaches_the_closed_form_optimum_of_the_regularised_bandit",
@@ -194,8 +194,8 @@ MUTATIONS = (
     Mutation(
         "entropy-bonus-lowers-entropy",
         "algorithms/ppo.py",
-        "mean(-outputs.entropy, config.entropy_coef)",
-        "mean(outputs.entropy, config.entropy_coef)",
+        "mean(-outputs.entropy * on, config.entropy_coef)",
+        "mean(outputs.entropy * on, config.entropy_coef)",
         "test_ppo.py::test_entropy_bonus_raises_entropy",
     ),
     # ------------------------------------------------------------------------------------- language model, reward
@@ -386,7 +386,7 @@ MUTATIONS = (
     Mutation(
         "scorer-forgets-the-constraints",
         "sampling/rollout.py",
-        "token_logprobs(model, trunk, states, tokens, spec, entropy)",
+        "token_logprobs(model, trunk, states, tokens, spec, entropy, kept=kept)",
         "token_logprobs(model, trunk, states, tokens, SamplingSpec(spec.temperature, spec.max_tokens, spec.stop), entropy)",
         "test_rollout.py::test_sampler_and_learner_agree_so_that_the_first_ratio_is_one",
     ),
@@ -408,8 +408,8 @@ MUTATIONS = (
     Mutation(
         "packed-rows-predict-the-token-just-read",
         "training/objective.py",
-        "return batch.tokens[:, 1:], hidden[:, :-1]",
-        "return batch.tokens[:, 1:], hidden[:, 1:]",
+        "return tokens[:, 1:], hidden[:, :-1]",
+        "return tokens[:, 1:], hidden[:, 1:]",
         "test_objective.py::test_packed_rows_need_no_gather_and_give_the_same",
     ),
     Mutation(
@@ -454,6 +454,84 @@ MUTATIONS = (
         "z2 / (4 * n)",
         "z2 / n",
         "test_win_rate.py::test_wilson_published_figures",
+    ),
+    # -------------------------------------------------------------------------------- algorithms without a value function
+    Mutation(
+        "group-mean-over-all-groups",
+        "algorithms/advantages.py",
+        "same = (group[:, None] == group[None, :]) & counted[None, :]",
+        "same = (group[:, None] == group[:, None]) & counted[None, :]",
+        "test_policy_gradient.py::test_advantages_equal_the_reference",
+    ),
+    Mutation(
+        "rloo-baseline-holds-the-response-itself",
+        "algorithms/rloo.py",
+        "counted, leave_out=True)",
+        "counted, leave_out=False)",
+        "test_policy_gradient.py::test_advantages_equal_the_reference",
+    ),
+    Mutation(
+        "excluded-rows-stay-in-their-groups-mean",
+        "algorithms/grpo.py",
+        "advantages.group_normalised(score, rollout.group, counted,",
+        "advantages.group_normalised(score, rollout.group, counted | True,",
+        "test_policy_gradient.py::test_masked_places_are_not_read",
+    ),
+    Mutation(
+        "gspo-sums-instead-of-averaging",
+        "algorithms/surrogate.py",
+        'ratio = total if level == "response" else total',
+        'ratio = total if level != "token" else total',
+        "test_policy_gradient.py::test_loss_equals_the_reference_and_its_gradient_finite_differences",
+    ),
+    Mutation(
+        "sequence-mean-divides-by-the-batch",
+        "algorithms/surrogate.py",
+        "responses = (tokens > 0).sum().astype(jnp.float32)",
+        "responses = jnp.float32(len(tokens))",
+        "test_policy_gradient.py::test_loss_equals_the_reference_and_its_gradient_finite_differences",
+    ),
+    Mutation(
+        "kl-in-the-loss-with-the-sign-turned",
+        "algorithms/policy.py",
+        "surrogate.reduce(token_kl, mask, reduction, kl_coef)",
+        "surrogate.reduce(-token_kl, mask, reduction, kl_coef)",
+        "test_policy_gradient.py::test_the_bandit_reaches_its_known_optimum",
+    ),
+    Mutation(
+        "importance-weight-upside-down",
+        "algorithms/offpolicy.py",
+        "surrogate.log_ratio(logprobs, sampled_logprobs, mask)",
+        "surrogate.log_ratio(sampled_logprobs, logprobs, mask)",
+        "test_policy_gradient.py::test_importance_weights_by_hand",
+    ),
+    Mutation(
+        "raft-learns-the-worst",
+        "algorithms/raft.py",
+        "(score[None, :] > score[:, None])",
+        "(score[None, :] < score[:, None])",
+        "test_policy_gradient.py::test_raft_learns_the_best_response_of_each_group",
+    ),
+    Mutation(
+        "replay-forgets-the-filter",
+        "models/heads.py",
+        "jnp.where(masking.unpack_bits(kept, model.vocab_size), logits, IMPOSSIBLE)",
+        "logits + 0.0 * masking.unpack_bits(kept, model.vocab_size)",
+        "test_sampler_agreement.py::test_replayed_over_the_kept_set_the_learner_has_the_distribution_drawn_from",
+    ),
+    Mutation(
+        "scorer-forgets-the-temperature",
+        "models/heads.py",
+        "return logits if spec is None else policy_logits(",
+        "return logits if spec is None else spec.temperature * policy_logits(",
+        "test_sampler_agreement.py::test_learner_and_sampler_agree_on_the_full_softmax",
+    ),
+    Mutation(
+        "scorer-reads-one-position-too-late",
+        "models/heads.py",
+        "index = jnp.clip(masking.response_index(prompt_len, width) - 1, 0",
+        "index = jnp.clip(masking.response_index(prompt_len, width), 0",
+        "test_sampler_agreement.py::test_the_first_ratio_is_one_and_nothing_is_clipped",
     ),
     # ------------------------------------------------------------------------------- reward functions, arithmetic
     Mutation(
