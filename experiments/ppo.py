@@ -105,11 +105,11 @@ ARITHMETIC = Config(
     task="arithmetic",
     policy=tasks.ARITHMETIC_POLICY,
     out=Path("runs/arithmetic/ppo"),
-    iterations=60,
+    iterations=100,
     sampling=tasks.ARITHMETIC,
-    algorithm=ppo.Config(kl_coef=0.01, gamma=1.0, lam=1.0),
-    optimizer=dataclasses.replace(Config().optimizer, learning_rate=1e-3),
-    evaluate_every=20,
+    algorithm=ppo.Config(kl_coef=0.01, lam=1.0),
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=7e-4),
+    evaluate_every=25,
     held_out_prompts=500,
 )
 PRESETS = {

@@ -208,6 +208,20 @@ def test_sums_from_the_start_to_ppo(tmp_path):
         assert row["reward/score"] == pytest.approx(row["reward/correct"] + 0.1 * row["reward/digits"], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name", ["ziegler_sentiment", pytest.param("tldr", marks=pytest.mark.full), pytest.param("hh", marks=pytest.mark.full)]
+)
+def test_recipes_run_in_small(tmp_path, name):
+    done = script(f"recipes.{name}", "--preset", "smoke", "--out", tmp_path / name)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / name / "result.json").read_text())
+    assert result["reward_model"]["accuracy"] > 0.5
+    assert abs(result["ppo"]["curve"][0]["held_out/kl"]) < 1e-5
+    assert result["ppo"]["curve"][-1]["held_out/kl"] != 0, "the policy was trained"
+    for part in ("sft", "reward_model", "ppo"):
+        assert (tmp_path / name / part / "model" / "params.safetensors").is_file()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_ppo_gains_thirty_points_on_held_out_sums(tmp_path, seed):
