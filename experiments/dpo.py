@@ -89,7 +89,8 @@ def run(config: Config) -> dict[str, Any]:
             test_batch, _, counts = prepare(test, (), config=config.algorithm)
 
             def judgement(params: Any) -> tuple[policy.Samples, dict[str, Any]]:
-                # Other draws than the baseline's, so that equals win half.
+                # Other draws than the baseline's, so that equals win half. At step 0 the accuracy on pairs says nothing: all
+                # implicit rewards are 0 up to rounding.
                 samples = held_out.sample(setting, params, jax.random.key(1))
                 of_pairs = judge_pairs(params, test_batch)[1]
                 accuracy = {"held_out/pair_accuracy": mean(of_pairs["reward/accuracy"])}

@@ -123,7 +123,7 @@ def test_the_number_of_devices_changes_nothing():
 
 
 def test_what_makes_no_sense_is_refused():
-    with pytest.raises(ValueError, match="odds_coef=-0.1"):
+    with pytest.raises(ValueError, match=r"odds_coef=-0\.1"):
         orpo.Config(odds_coef=-0.1)
     with pytest.raises(ValueError, match=r"Outputs\.logprobs"):
         orpo.loss(Outputs(), prepared(7)[0], CONFIG)
