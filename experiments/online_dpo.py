@@ -1,7 +1,7 @@
-"""Train the policy by online DPO: it answers each prompt several times, and the answers that the reward model finds best and
-worst are a pair.
+"""Train the policy by online DPO: it answers each prompt several times; the answers that score best and worst are a pair.
 
     python -m experiments.online_dpo --policy runs/demo/sft/model --reward runs/demo/reward_model/model
+    python -m experiments.online_dpo --preset arithmetic  # sums: the right answer scores
 
 Log-probs of policy and reference are those of the sampling policy: at its temperature, with its constraints. The pairs and the
 loss are in jaxrlhf/algorithms/dpo.py; to change the algorithm, copy it and this page.
@@ -15,13 +15,10 @@ from typing import Any
 
 import jax
 
-from experiments import held_out, ppo, stage
+from experiments import stage, tasks
 from jaxrlhf.algorithms import dpo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.core.types import Experience
-from jaxrlhf.evaluation import policy
-from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
@@ -30,8 +27,9 @@ from jaxrlhf.training.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    task: tasks.Name = "sentiment"
     policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
-    reward: Path = Path("runs/demo/reward_model/model")  # the judge
+    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task
     out: Path = Path("runs/demo/online_dpo")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
@@ -50,73 +48,78 @@ class Config:
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
 
-    def __post_init__(self):
-        if self.n < 2:
-            raise ValueError(f"n={self.n} must be at least 2: one answer is no pair")
-
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
+    if config.n < 2:
+        raise ValueError(f"n={config.n} must be at least 2: one answer is no pair")
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            start = stage.load(config.policy, mesh)
-            judged = stage.load(config.reward, mesh, "reward_model")
-            reward = rewards.reward(judged.model, judged.settings["pooling"])
-            spec = stage.spec(config.sampling, start.tokenizer)
-            prompts = ppo.prompt_batches(start.tokenizer, config.batch, config.seed)
-            setting = held_out.Setting(
-                model=start.model,
-                reference=start.params,
-                reward=lambda answers: reward(judged.params, answers),
-                prompts=held_out.prompts(start.tokenizer, config.held_out_prompts),
-                spec=spec,
-                tokenizer=start.tokenizer,
-                mesh=mesh,
+            task = tasks.make(
+                config.task,
+                mesh,
+                config.policy,
+                config.reward,
+                config.sampling,
+                config.batch,
+                config.seed,
+                config.held_out_prompts,
             )
-            before = held_out.sample(setting, start.params, jax.random.key(0))
-
-            def answers(params: Any) -> policy.Samples:  # other draws than the baseline's, so that equals win half
-                return held_out.sample(setting, params, jax.random.key(1))
-
-            def experience(params: Any, i: int, key: jax.Array) -> Experience:
-                """Answers with the judge's scores; the sampler's log-probs do, as a pair needs the reference's alone."""
-                batch, options = sharding.shard_batch(prompts[i], mesh), rollout.Options(reuse_sampler_logprobs=True)
-                parts = {"policy": params}, {"reference": start.params}
-                drawn = rollout.collect(start.model, *parts, batch, spec, key, config.n, version=i, options=options)
-                cut = config.missing_eos_penalty * ~drawn.rollout.finished
-                return dataclasses.replace(drawn, score=reward(judged.params, drawn.rollout) - cut)
-
-            updates = config.iterations * config.epochs * config.minibatches
-            update = optimizer.make(config.optimizer, updates, start.params)
-            keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-            state = run.restore(step.init_state(start.params, update, keys[0]))
-            outputs = objective.make_outputs(start.model, spec)
-            run_epochs = step.make_epochs(outputs, dpo.loss, config.algorithm, update, config.epochs, config.minibatches)
-            pairs = jax.jit(dpo.from_experience, static_argnames=("n", "soft"))
-            prepare, describe = jax.jit(dpo.prepare, static_argnames="config"), jax.jit(rollout.stats)
-
-            for i in run.steps(run.start, config.iterations, "online dpo", show=("reward/score", "reward/accuracy")):
-                now = None if i % config.evaluate_every else answers(state.params)
-                drawn = experience(state.params, i, jax.random.fold_in(keys[1], i))
-                chosen = pairs(drawn, n=config.n, soft=config.soft)
-                batch, algorithm, stats = prepare(chosen, state.algorithm, config=config.algorithm)
-                state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), None, batch)
-                judgement = {} if now is None else held_out.flat(held_out.report(now, before))
-                run.log(i, judgement | describe(drawn) | {"reward/score": drawn.score.mean()} | stats | metrics)
-                run.maybe_save(i, state)
-            run.maybe_save(config.iterations - 1, state, last=True)
-            after = answers(state.params)
-            run.log(config.iterations, held_out.flat(held_out.report(after, before)))
-        stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
-        curve = [row for row in run.metrics() if "held_out/kl" in row]
-        return run.done({"curve": curve, "samples": policy.side_by_side(before, after)})
+            return train(run, config, task, mesh)
 
 
+def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Train the task's policy on its own answers."""
+    start = task.start
+    frozen = {"reference": start.params}
+    updates = config.iterations * config.epochs * config.minibatches
+    update = optimizer.make(config.optimizer, updates, start.params)
+    keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
+    state = run.restore(step.init_state(start.params, update, keys[0]))
+    outputs = objective.make_outputs(start.model, task.spec)
+    run_epochs = step.make_epochs(outputs, dpo.loss, config.algorithm, update, config.epochs, config.minibatches)
+    choose = jax.jit(dpo.from_experience, static_argnames=("n", "soft"))
+    prepare, describe = jax.jit(dpo.prepare, static_argnames="config"), jax.jit(rollout.stats)
+    options = rollout.Options(reuse_sampler_logprobs=True)  # a pair needs the reference's log-probs alone
+
+    for i in run.steps(run.start, config.iterations, "online dpo", show=("reward/score", "reward/accuracy")):
+        judged = {} if i % config.evaluate_every else task.judge(state.params)[0]
+        prompts, key = sharding.shard_batch(task.prompts[i], mesh), jax.random.fold_in(keys[1], i)
+        policy = {"policy": state.params}
+        experience = rollout.collect(start.model, policy, frozen, prompts, task.spec, key, config.n, version=i, options=options)
+        score, weight, rewarded = task.score(experience.rollout, prompts)
+        kept = score - config.missing_eos_penalty * ~experience.rollout.finished
+        pairs = choose(dataclasses.replace(experience, score=kept, weight=weight), n=config.n, soft=config.soft)
+        batch, algorithm, stats = prepare(pairs, state.algorithm, config=config.algorithm)
+        state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), None, batch)
+        run.log(i, judged | {"reward/score": score.mean()} | rewarded | describe(experience) | stats | metrics)
+        run.maybe_save(i, state)
+    run.maybe_save(config.iterations - 1, state, last=True)
+    judged, samples = task.judge(state.params)
+    run.log(config.iterations, judged)
+    stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
+    curve = [row for row in run.metrics() if "held_out/kl" in row]
+    return run.done({"curve": curve, "samples": samples})
+
+
+ARITHMETIC = Config(
+    task="arithmetic",
+    policy=tasks.ARITHMETIC_POLICY,
+    out=Path("runs/arithmetic/online_dpo"),
+    iterations=60,
+    batch=64,
+    n=4,
+    sampling=tasks.ARITHMETIC,
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
+    evaluate_every=20,
+    held_out_prompts=500,
+)
 PRESETS = {
     "default": Config(),
+    "arithmetic": ARITHMETIC,
     "smoke": Config(iterations=4, batch=16, evaluate_every=2, held_out_prompts=48),
 }
 

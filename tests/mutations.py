@@ -546,6 +546,7 @@ MUTATIONS = (
         "predicted = jnp.take_along_axis(tokens, index, axis=1)",
         "predicted = jnp.take_along_axis(tokens, jnp.maximum(index - 1, 0), axis=1)",
         "test_batch_logprobs.py::test_plain_softmax_of_pairs",
+    ),
     # ------------------------------------------------------------------------------- reward functions, arithmetic
     Mutation(
         "a-reward-that-raises-ends-the-run",
