@@ -39,10 +39,10 @@ class Config:
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
     model: TransformerConfig = MODEL
-    steps: int = 1500
-    batch: int = 256  # demonstrations
+    steps: int = 600
+    batch: int = 128  # demonstrations
     demonstrations: int = 100_000
-    careless: float = 0.6  # share of the demonstrations that drop every carry
+    careless: float = 0.7  # share of the demonstrations that drop every carry
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon", learning_rate=0.01, adam_learning_rate=3e-3, weight_decay=0.01, clip_norm=1.0
     )

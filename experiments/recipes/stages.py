@@ -272,13 +272,14 @@ def normalised(config: Recipe, data: Data, start: stage.Trained, params: Any, me
         scores = jax.jit(lambda p, t, n: rewards.score(start.model, p, t, n, "last"))(params, rows["tokens"], length)
         return params | {"bias": params["bias"] - jnp.mean(scores)}
     spec = stage.spec(config.ppo.sampling, start.tokenizer)
-    prompts = sharding.shard_batch(queries(rows, config.query), mesh)
+    prompts = sharding.shard_batch(queries(rows), mesh)
     drawn = tasks.generate.generate(start.model, start.params, prompts, spec, jax.random.key(config.seed))
     return rewards.normalise(params, rewards.reward(start.model, "last")(params, drawn))
 
 
-def queries(rows: dict[str, np.ndarray], width: int) -> Prompts:
+def queries(rows: dict[str, np.ndarray]) -> Prompts:
     """The prompts of demonstration rows."""
+    width = int(rows["prompt_len"].max())
     index = np.arange(len(rows["prompt_len"]), dtype=np.int32)
     inside = np.arange(width) < rows["prompt_len"][:, None]
     return Prompts(np.where(inside, rows["tokens"][:, :width], 0).astype(np.int32), rows["prompt_len"], index, index)
@@ -318,7 +319,7 @@ def task(config: Recipe, settings: ppo.Config, data: Data, mesh: jax.sharding.Me
     start, judged = stage.load(settings.policy, mesh), stage.load(settings.reward, mesh, "reward_model")
     value, spec = rewards.reward(judged.model, "last"), stage.spec(settings.sampling, start.tokenizer)
     rows, _ = demonstration_rows(data, start.tokenizer, config.query, settings.sampling.max_tokens)
-    every = queries(rows, config.query)
+    every = queries(rows)
     setting = held_out.Setting(
         model=start.model,
         reference=start.params,

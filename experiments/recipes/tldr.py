@@ -4,7 +4,7 @@
     python -m experiments.recipes.tldr --preset published --demonstrations tldr.jsonl --comparisons feedback.jsonl
 
 Settings: the authors' code, vwxyzjn/summarize_from_feedback_details, sft.py, reward.py (1d6d8ee) and ppo.py (3f14a17), and the
-paper.s tables of hyper-parameters. Other than there: a response without EOS loses 1 (theirs gets -1 instead of its score), sampling
+tables of the paper. Other than there: a response without EOS loses 1 (theirs gets -1 instead of its score), sampling
 stops at EOS (theirs goes on to 53 tokens and cuts afterwards), value and policy share a trunk, and a small model trained here
 stands for Pythia.
 """
