@@ -38,6 +38,8 @@ REFRESH = reward_model.Config(
         clip_norm=None,
     ),
 )
+# A refreshed reward model scores more steeply: a higher price keeps the policy about as near as in the first round.
+AGAIN = dataclasses.replace(ppo.Config(), algorithm=dataclasses.replace(ppo.Config().algorithm, kl_coef=0.15))
 OVEROPTIMIZE = dataclasses.replace(
     ppo.Config(),
     iterations=60,
@@ -63,6 +65,7 @@ class Config:
     sample_pairs: sample_pairs.Config = sample_pairs.Config()
     label: label.Config = label.Config()
     refresh: reward_model.Config = REFRESH  # the second round: from the first reward model, on ratings and choices
+    ppo_again: ppo.Config = AGAIN
     overoptimization: ppo.Config = OVEROPTIMIZE
 
 
@@ -93,7 +96,7 @@ def plan(config: Config) -> list[tuple[str, Callable[[Any], dict[str, Any]], Any
         reward, policy = {"reward": folder("reward_model" + suffix)} | mesh, folder("ppo" + suffix)
         judged = dataclasses.replace(c.evaluate, baseline=start, candidate=policy, **reward)
         return [
-            ("ppo" + suffix, ppo.run, dataclasses.replace(c.ppo, policy=start, **reward)),
+            ("ppo" + suffix, ppo.run, dataclasses.replace(c.ppo_again if suffix else c.ppo, policy=start, **reward)),
             ("evaluate" + suffix, evaluate.run, judged if not suffix else dataclasses.replace(judged, best_of=())),
         ]
 
@@ -143,6 +146,7 @@ SMOKE = Config(
     evaluate=evaluate.PRESETS["smoke"],
     sample_pairs=sample_pairs.PRESETS["smoke"],
     refresh=dataclasses.replace(reward_model.PRESETS["smoke"], steps=10, texts=24, pairs=8, optimizer=REFRESH.optimizer),
+    ppo_again=ppo.PRESETS["smoke"],
     overoptimization=dataclasses.replace(OVEROPTIMIZE, iterations=4, batch=32, evaluate_every=2, held_out_prompts=48),
 )
 LARGE = dataclasses.replace(
