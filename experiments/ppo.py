@@ -22,7 +22,6 @@ from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import policy
 from jaxrlhf.models import heads
-from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
@@ -56,7 +55,7 @@ def run(config: Config) -> dict[str, Any]:
         with jax.set_mesh(mesh):
             start = stage.load(config.policy, mesh)
             judged = stage.load(config.reward, mesh, "reward_model")
-            reward = rewards.reward(judged.model, judged.settings["pooling"])
+            reward = stage.reward(judged)
             spec = stage.spec(config.sampling, start.tokenizer)
             prompts = prompt_batches(start.tokenizer, config.batch, config.seed)
             setting = held_out.Setting(

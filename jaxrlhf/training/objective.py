@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.core import masking, sharding
+from jaxrlhf.core import members as ensembles
 from jaxrlhf.core.types import Outputs, SamplingSpec
 from jaxrlhf.models import heads
 from jaxrlhf.models.model import Model
@@ -26,6 +28,7 @@ def make_outputs(
     trunk: str | None = None,
     packed: bool = False,
     dropout: bool = False,
+    members: Literal["heads", "models"] | None = None,
 ) -> OutputsFn:
     """A function (params, frozen, batch, key) -> Outputs that computes what is asked for, and nothing else.
 
@@ -37,11 +40,16 @@ def make_outputs(
     spec.max_tokens, or without `spec` of the plain softmax, R = the width of `batch.mask`. `packed`: every prompt is one
     token and R = T - 1 (`lm.packed`), so states are read in place, not gathered. Dropout is on where `dropout` and a key are.
 
+    `members`: the scores are an ensemble's [M,B,N], of heads stacked [M,...] on one trunk, or of models stacked as wholes, each
+    of which reads its own rows of tokens [B,M,N,T].
+
     Raises:
         ValueError: options that contradict each other.
     """
     if scores is not None and (logprobs or entropy or values):
         raise ValueError("make_outputs: scores is computed alone; set logprobs=False, entropy=False, values=False beside it")
+    if members is not None and scores is None:
+        raise ValueError("make_outputs: an ensemble's members score; set scores='last' or 'mean' beside members")
     if scores is None and not (logprobs or entropy or values):
         raise ValueError("make_outputs: nothing asked for; set logprobs, entropy, values or scores")
     if (values or scores is not None) and trunk is None:
@@ -55,12 +63,18 @@ def make_outputs(
 
     pooling = scores or "last"
 
+    def score_rows(params: Any, rows: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
+        hidden = run(params, sharding.constrain(rows, "batch", None), None, key)
+        read = functools.partial(heads.score, hidden=hidden, length=length, pooling=pooling)
+        return jax.vmap(read)(params["head"]) if members == "heads" else read(params["head"])
+
     def score_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
         del frozen
-        rows = batch.tokens.reshape(-1, batch.tokens.shape[-1])  # [B*N, T]
-        length = (batch.prompt_len + batch.response_len).reshape(-1)
-        hidden = run(params, sharding.constrain(rows, "batch", None), None, key)
-        return Outputs(scores=heads.score(params["head"], hidden, length, pooling).reshape(batch.tokens.shape[:-1]))
+        tokens, length = batch.tokens, batch.prompt_len + batch.response_len
+        if members == "models":
+            return Outputs(scores=_each_model(score_rows, params, tokens, length, key))
+        found = score_rows(params, tokens.reshape(-1, tokens.shape[-1]), length.reshape(-1), key)  # [B*N] or [M, B*N]
+        return Outputs(scores=found.reshape(*found.shape[:-1], *tokens.shape[:-1]))
 
     def token_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
         del frozen
@@ -77,6 +91,14 @@ def make_outputs(
         return Outputs(**found)
 
     return token_outputs if scores is None else score_outputs
+
+
+def _each_model(score_rows: Callable, params: Any, tokens: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
+    """Scores [M,B,N] of M models, each of its own rows and with its own dropout."""
+    b, m, n, t = tokens.shape
+    rows, length = tokens.swapaxes(0, 1).reshape(m, b * n, t), length.swapaxes(0, 1).reshape(m, b * n)
+    keys = None if key is None else jax.random.split(key, m)
+    return ensembles.each(score_rows, params, rows, length, keys).reshape(m, b, n)
 
 
 def _shifted(batch: Any, hidden: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
