@@ -75,7 +75,7 @@ def length_loss(coefficient: float, preferred, length) -> float:
 
 
 def ensemble(scores: np.ndarray, how: str, coefficient: float) -> list[float]:
-    """Coste et al. 2023, section 3.2, for each text: mean, worst case, or mean less coefficient times the variance (sum / k)."""
+    """Coste et al. 2023, section 3.2, for each text: mean, worst case, mean less coefficient times the variance (sum / k)."""
     found = []
     for text in range(scores.shape[1]):
         members = [float(scores[m, text]) for m in range(scores.shape[0])]

@@ -55,7 +55,7 @@ def scores(
     return params["gain"][:, None] * raw + params["bias"][:, None]
 
 
-def aggregate(scores: Float[Array, "m *b"], config: Config) -> Float[Array, "*b"]:
+def aggregate(scores: Float[Array, "m b"], config: Config) -> Float[Array, " b"]:
     """The mean over the members, the worst of them, or the mean less `uncertainty_coef` times their variance (sum / M).
 
     Source: Coste et al. 2023, "Reward model ensembles help mitigate overoptimization", section 3.2 (mean, WCO, UWO).
