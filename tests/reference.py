@@ -43,10 +43,12 @@ def variance(values: np.ndarray, mask: np.ndarray) -> float:
     return sum((value - centre) ** 2 for value in kept) / len(kept) if kept else 0.0
 
 
-def whiten(values: np.ndarray, mask: np.ndarray, shift_mean: bool = True) -> np.ndarray:
+def whiten(values: np.ndarray, mask: np.ndarray, shift_mean: bool = True, bessel: bool = False) -> np.ndarray:
     """Unit variance, and mean 0 unless `shift_mean` is false; 1e-8 is added to the variance. lm-human-preferences `whiten`."""
     out = np.zeros(values.shape)
-    centre, spread = mean(values, mask), math.sqrt(variance(values, mask) + 1e-8)
+    number = len(real(values, mask))
+    widened = number / (number - 1) if bessel and number > 1 else 1.0
+    centre, spread = mean(values, mask), math.sqrt(variance(values, mask) * widened + 1e-8)
     for place in np.ndindex(values.shape):
         if mask[place]:
             out[place] = (values[place] - centre) / spread + (0.0 if shift_mean else centre)
@@ -95,6 +97,59 @@ def token_rewards(score, token_kl, mask, kl_coef: float) -> np.ndarray:
         for t in places:
             out[row, t] = -kl_coef * token_kl[row, t] + (score[row] if t == places[-1] else 0.0)
     return out
+
+
+def shaped_score(raw, finished, config) -> np.ndarray:
+    """Scale, limit, and the penalty of a cut response: taken off its score (TRL 0.24), or put in its place (the EOS trick)."""
+    out = []
+    for number, ended in zip(raw, finished, strict=True):
+        number = float(number) * config.scale
+        if config.clip is not None:
+            number = min(max(number, -config.clip), config.clip)
+        if not ended:
+            number = -config.missing_eos_penalty if config.missing_eos == "replace" else number - config.missing_eos_penalty
+        out.append(number)
+    return np.array(out)
+
+
+def group_advantages(score, group, counted, scale: bool) -> np.ndarray:
+    """DeepSeekMath 4.1.2: (r_i - mean) / std over the counted responses of a group; std of a sample, plus 1e-4 (TRL)."""
+    out = np.zeros(len(score))
+    for i in range(len(score)):
+        others = [float(score[j]) for j in range(len(score)) if group[j] == group[i] and counted[j]]
+        if counted[i] and len(others) > 1:
+            spread = np.std(others, ddof=1)
+            out[i] = (float(score[i]) - np.mean(others)) / (spread + 1e-4 if scale else 1.0)
+    return out
+
+
+def leave_one_out(reward, group, counted) -> tuple[np.ndarray, np.ndarray]:
+    """Ahmadian et al. 2024, equation 8: r_i - mean of the other responses to the prompt; and which have any other."""
+    out, learned = np.zeros(len(reward)), np.zeros(len(reward), bool)
+    for i in range(len(reward)):
+        others = [float(reward[j]) for j in range(len(reward)) if group[j] == group[i] and counted[j] and j != i]
+        if counted[i] and others:
+            out[i], learned[i] = float(reward[i]) - sum(others) / len(others), True
+    return out, learned
+
+
+def reduced(values, mask, reduction: str) -> float:
+    """A mean over all tokens; or over responses of their tokens' means; or of their tokens' sums, over the width."""
+    rows = [[float(values[row, t]) for t in range(mask.shape[1]) if mask[row, t]] for row in range(mask.shape[0])]
+    rows = [row for row in rows if row]
+    if reduction == "token":
+        return sum(map(sum, rows)) / sum(map(len, rows))
+    if reduction == "sequence":
+        return sum(sum(row) / len(row) for row in rows) / len(rows)
+    return sum(map(sum, rows)) / (len(rows) * mask.shape[1])
+
+
+def clipped_token(log_ratio: float, advantage: float, low: float, high: float, dual: float | None = None) -> float:
+    """-min(rho A, clip(rho, 1 - low, 1 + high) A); for A < 0 with a dual clip c: at most -c A (Ye et al. 2020, equation 5)."""
+    ratio = math.exp(min(log_ratio, 700.0))
+    kept = min(max(ratio, 1 - low), 1 + high)
+    gain = min(ratio * advantage, kept * advantage)
+    return -max(gain, dual * advantage) if dual is not None and advantage < 0 else -gain
 
 
 def ppo_token(logprob: float, old_logprob: float, advantage: float, clip: float) -> float:

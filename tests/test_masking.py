@@ -59,13 +59,14 @@ def test_reductions_equal_numpy_and_never_read_masked_places(garbage):
 
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("shift_mean", [True, False])
-def test_whiten_equals_numpy(garbage, shift_mean):
+@pytest.mark.parametrize("bessel", [True, False])
+def test_whiten_equals_numpy(garbage, shift_mean, bessel):
     values, mask = ragged(1)
     inside = values[mask].astype(np.float64)
-    variance = ((inside - inside.mean()) ** 2).sum() / inside.size  # biased: divided by n, not by n - 1
+    variance = ((inside - inside.mean()) ** 2).sum() / (inside.size - bessel)
     expected = np.zeros(values.shape)
     expected[mask] = (inside - inside.mean()) / np.sqrt(variance + 1e-8) + (0 if shift_mean else inside.mean())
-    actual = masking.whiten(jnp.asarray(np.where(mask, values, garbage)), jnp.asarray(mask), shift_mean)
+    actual = masking.whiten(jnp.asarray(np.where(mask, values, garbage)), jnp.asarray(mask), shift_mean, bessel=bessel)
     np.testing.assert_allclose(actual, expected, atol=2e-6)  # float32 rounding of values of size 3
 
 

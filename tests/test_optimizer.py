@@ -44,8 +44,9 @@ def updates(config: OptimizerConfig, steps: int = 3) -> list:
     return found
 
 
-def test_adamw_is_the_papers():
-    config = constant("adamw", learning_rate=0.01, weight_decay=0.1, b1=0.8, b2=0.9, epsilon=1e-3)
+@pytest.mark.parametrize("style", ["corrected", "tensorflow"])
+def test_adamw_is_the_papers(style):
+    config = constant("adamw", learning_rate=0.01, weight_decay=0.1, b1=0.8, b2=0.9, epsilon=1e-3, epsilon_style=style)
     found = updates(config)
     for path in (("policy", "layers", "up"), ("policy", "norm"), ("value", "weight")):
 
@@ -59,6 +60,8 @@ def test_adamw_is_the_papers():
             g = at(tree(i + 1))
             m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
             step = (m / (1 - 0.8 ** (i + 1))) / (np.sqrt(v / (1 - 0.9 ** (i + 1))) + 1e-3)
+            if style == "tensorflow":  # Kingma and Ba 2015, end of section 2: alpha_t m / (sqrt(v) + epsilon-hat)
+                step = np.sqrt(1 - 0.9 ** (i + 1)) / (1 - 0.8 ** (i + 1)) * m / (np.sqrt(v) + 1e-3)
             decay = 0.1 * at(tree(0)) if path[-1] == "up" else 0.0  # weight matrices alone
             np.testing.assert_allclose(at(found[i]), -0.01 * (step + decay), rtol=2e-5, atol=1e-8)  # float32 rounding
 

@@ -10,75 +10,27 @@ import numpy as np
 import optax
 import pytest
 import reference
+from experiences import ROWS, WIDTH, experience, mask_of, spoil
 
-from jaxrlhf.algorithms import ppo, surrogate
+from jaxrlhf.algorithms import ppo, shaping, surrogate
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Experience, Outputs, Rollout
 
 PLAIN = ppo.Config()
-ROWS, PROMPT, WIDTH = 8, 3, 6
-
-
-def experience(seed: int, holes: bool = False) -> Experience:
-    """Random rows: a full one, an empty one, cut and finished ones, and one of weight 0."""
-    rng = np.random.default_rng(seed)
-    length = rng.integers(1, WIDTH, ROWS)
-    length[:2] = WIDTH, 0
-    finished = rng.random(ROWS) < 0.5
-    finished[:4] = False, False, True, False
-    weight = np.ones(ROWS)
-    weight[4] = 0
-
-    def per_token(scale=1.0):
-        return jnp.asarray(scale * rng.normal(size=(ROWS, WIDTH)), jnp.float32)
-
-    def per_row(values, dtype):
-        return jnp.asarray(values, dtype)
-
-    rows = np.arange(ROWS)
-    rollout = Rollout(
-        tokens=jnp.asarray(rng.integers(0, 9, (ROWS, PROMPT + WIDTH)), jnp.int32),
-        prompt_len=jnp.full(ROWS, PROMPT),
-        response_len=per_row(length, jnp.int32),
-        finished=per_row(finished, bool),
-        group=per_row(rows, jnp.int32),
-        sample=per_row(0 * rows, jnp.int32),
-        version=per_row(0 * rows, jnp.int32),
-        logprobs=per_token(),
-        sampled_logprobs=per_token(),
-        written=jnp.asarray(rng.random((ROWS, WIDTH)) < 0.6) if holes else None,
-    )
-    score, bootstrap = rng.normal(size=(2, ROWS))
-    return Experience(
-        rollout,
-        per_token(0.5),
-        per_token(0.5),
-        per_token(),
-        per_row(bootstrap, jnp.float32),
-        per_row(2 * score, jnp.float32),
-        per_row(weight, jnp.float32),
-    )
-
-
-def mask_of(data: Experience) -> np.ndarray:
-    mask = np.arange(WIDTH) < np.asarray(data.rollout.response_len)[:, None]
-    mask &= np.asarray(data.weight)[:, None] > 0
-    return mask if data.rollout.written is None else mask & np.asarray(data.rollout.written)
+STATE = ppo.init(dataclasses.replace(PLAIN, kl_coef=0.3))
 
 
 def reference_prepare(data: Experience, config: ppo.Config, kl_coef: float):
     """Rewards, advantages and returns as the papers write them, row by row."""
     mask, finished = mask_of(data), np.asarray(data.rollout.finished)
-    limit = np.inf if config.score_clip is None else config.score_clip
-    score = np.clip(np.asarray(data.score, np.float64), -limit, limit)
-    score = np.where(finished, score, score - config.missing_eos_penalty)
+    score = reference.shaped_score(np.asarray(data.score), finished, config.score)
     kl = reference.kl_estimates(np.asarray(data.logprobs), np.asarray(data.ref_logprobs), mask, config.kl_estimator)
     rewards = reference.token_rewards(score, kl, mask, kl_coef)
     if config.whiten_rewards:
-        rewards = reference.whiten(rewards, mask, shift_mean=False)
+        rewards = reference.whiten(rewards, mask, shift_mean=False, bessel=config.bessel)
     bootstrap = np.asarray(data.bootstrap) * (config.bootstrap & ~finished)
     advantages, returns = reference.gae(rewards, np.asarray(data.values), mask, bootstrap, config.gamma, config.lam)
-    return reference.whiten(advantages, mask) if config.whiten_advantages else advantages, returns
+    return reference.whiten(advantages, mask, bessel=config.bessel) if config.whiten_advantages else advantages, returns
 
 
 @pytest.mark.parametrize("holes", [False, True])
@@ -87,15 +39,15 @@ def reference_prepare(data: Experience, config: ppo.Config, kl_coef: float):
     [
         {},
         {"kl_estimator": "k2", "whiten_advantages": False},
-        {"kl_estimator": "k3", "missing_eos_penalty": 0.0},
-        {"whiten_rewards": True, "gamma": 0.9, "lam": 0.7},
-        {"bootstrap": True, "score_clip": 0.5},
+        {"kl_estimator": "k3", "score": shaping.Config(missing_eos_penalty=0.0, scale=0.5)},
+        {"whiten_rewards": True, "gamma": 0.9, "lam": 0.7, "bessel": True},
+        {"bootstrap": True, "score": shaping.Config(clip=0.5, missing_eos="replace", missing_eos_penalty=0.25)},
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
 def test_prepare_equals_the_reference(changes, holes):
     data, config = experience(0, holes), dataclasses.replace(PLAIN, **changes)
-    batch, _, _ = ppo.prepare(data, ppo.State(jnp.float32(0.3)), config)
+    batch, _, _ = ppo.prepare(data, STATE, config)
     advantages, returns = reference_prepare(data, config, 0.3)
     np.testing.assert_array_equal(batch.mask, mask_of(data))
     # Whitening divides by a float32 deviation: a few units in the last place of the largest element.
@@ -105,7 +57,7 @@ def test_prepare_equals_the_reference(changes, holes):
 
 def test_the_score_stands_at_the_last_real_token():
     mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
-    rewards = ppo.token_rewards(jnp.arange(1.0, 6.0), jnp.full((5, 4), 2.0), jnp.asarray(mask), jnp.float32(0.25))
+    rewards = shaping.token_rewards(jnp.arange(1.0, 6.0), jnp.full((5, 4), 2.0), jnp.asarray(mask), jnp.float32(0.25))
     np.testing.assert_allclose(
         rewards,
         [[-0.5, -0.5, 0.5, 0], [-0.5, -0.5, -0.5, 1.5], [-0.5, 0, 2.5, 0], [0, 0, 3.5, 0], [0, 0, 0, 0]],
@@ -127,7 +79,7 @@ def test_missing_eos_penalty_and_score_clip(score, finished, clip, expected):
     data = data.replace(
         score=jnp.full(ROWS, score), rollout=data.rollout.replace(finished=jnp.full(ROWS, finished)), ref_logprobs=data.logprobs
     )
-    config = dataclasses.replace(PLAIN, missing_eos_penalty=0.75, score_clip=clip)
+    config = dataclasses.replace(PLAIN, score=shaping.Config(missing_eos_penalty=0.75, clip=clip))
     _, _, metrics = ppo.prepare(data, ppo.init(config), config)
     rows = mask_of(data).any(1).sum()
     counted = int((data.weight > 0).sum())  # the empty row counts, and earns nothing
@@ -137,7 +89,7 @@ def test_missing_eos_penalty_and_score_clip(score, finished, clip, expected):
 
 def test_metrics_of_prepare():
     data = experience(2)
-    _, _, metrics = ppo.prepare(data, ppo.State(jnp.float32(0.3)), PLAIN)
+    _, _, metrics = ppo.prepare(data, STATE, PLAIN)
     mask, counted = mask_of(data), np.asarray(data.weight) > 0
     logprobs, ref, values = (np.asarray(x) for x in (data.logprobs, data.ref_logprobs, data.values))
     _, returns = reference_prepare(data, PLAIN, 0.3)
@@ -146,8 +98,6 @@ def test_metrics_of_prepare():
         "policy/kl_coef": 0.3,
         "reward/score": np.asarray(data.score)[counted].mean(),
         "reward/score_std": np.asarray(data.score)[counted].std(),
-        "rollout/length": mask.sum(1)[counted].mean(),
-        "rollout/finished": np.asarray(data.rollout.finished)[counted].mean(),
         "value/explained_variance": 1 - reference.variance(returns - values, mask) / reference.variance(returns, mask),
     }
     for name, value in expected.items():
@@ -157,10 +107,10 @@ def test_metrics_of_prepare():
 def test_the_coefficient_adapts_only_with_a_target():
     data = experience(3)
     kl = float(ppo.prepare(data, ppo.init(PLAIN), PLAIN)[2]["policy/kl_ref"])
-    fixed = ppo.prepare(data, ppo.State(jnp.float32(0.3)), PLAIN)[1]
+    fixed = ppo.prepare(data, STATE, PLAIN)[1]
     assert fixed.kl_coef == np.float32(0.3)
     config = dataclasses.replace(PLAIN, kl_target=5.0, kl_horizon=100.0)
-    adapted = ppo.prepare(data, ppo.State(jnp.float32(0.3)), config)[1]
+    adapted = ppo.prepare(data, STATE, config)[1]
     sequences = int((data.weight > 0).sum())
     assert adapted.kl_coef == pytest.approx(reference.adaptive_kl(0.3, kl, sequences, 5.0, 100.0), rel=1e-6)
 
@@ -273,28 +223,6 @@ def test_a_split_adds_up(holes):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
 
 
-def spoil(data: Experience, garbage: float) -> Experience:
-    """Garbage in every place that the mask leaves out, rows of weight 0 whole."""
-    mask = jnp.asarray(mask_of(data))
-    excluded = data.weight == 0
-
-    def token(x):
-        return jnp.where(mask, x, garbage)
-
-    def row(x):
-        return jnp.where(excluded, garbage, x)
-
-    rollout = data.rollout.replace(logprobs=token(data.rollout.logprobs), sampled_logprobs=token(data.rollout.sampled_logprobs))
-    return data.replace(
-        rollout=rollout,
-        logprobs=token(data.logprobs),
-        ref_logprobs=token(data.ref_logprobs) * -1,
-        values=token(data.values),
-        bootstrap=jnp.where(data.rollout.finished | excluded, garbage, data.bootstrap),
-        score=row(data.score),
-    )
-
-
 @pytest.mark.parametrize("holes", [False, True])
 @pytest.mark.parametrize("garbage", [1e6, np.nan, np.inf, -np.inf])
 def test_masked_places_are_not_read(holes, garbage):
@@ -312,7 +240,7 @@ def test_masked_places_are_not_read(holes, garbage):
     dirty_batch = batch.replace(
         **{
             name: jnp.where(batch.mask, getattr(batch, name), -garbage)
-            for name in ("old_logprobs", "old_values", "advantages", "returns")
+            for name in ("old_logprobs", "ref_logprobs", "old_values", "advantages", "returns", "importance")
         }
     )
     both = [jax.value_and_grad(minimised)(o, [b], config) for o, b in ((outputs, batch), (dirty_outputs, dirty_batch))]
@@ -376,7 +304,7 @@ def test_missing_parts_are_named():
     with pytest.raises(ValueError, match=r"Outputs\.entropy"):
         ppo.loss(outputs.replace(entropy=None), batch, dataclasses.replace(PLAIN, entropy_coef=0.1))
     for name in ("logprobs", "values"):
-        with pytest.raises(ValueError, match=r"Outputs\.logprobs and Outputs\.values"):
+        with pytest.raises(ValueError, match=rf"Outputs\.{name}"):
             ppo.loss(outputs.replace(**{name: None}), batch, PLAIN)
 
 
@@ -421,7 +349,9 @@ def test_reaches_the_closed_form_optimum_of_the_regularised_bandit():
     prize[:] = rng.normal(size=(IDS, IDS))
     prize_array = jnp.asarray(prize)
     rows, iterations = 1024, 300
-    config = ppo.Config(kl_coef=BETA, missing_eos_penalty=PENALTY, value_clip=None, value_coef=1.0, clip=0.2)
+    config = ppo.Config(
+        kl_coef=BETA, score=shaping.Config(missing_eos_penalty=PENALTY), value_clip=None, value_coef=1.0, clip=0.2
+    )
     optimizer = optax.adam(optax.linear_schedule(0.05, 0.0, iterations * 2))
 
     def tables(params):

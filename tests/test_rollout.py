@@ -131,7 +131,7 @@ def test_entropy_is_that_of_the_constrained_distribution(params, collected):
 
 
 def test_reused_logprobs_are_the_samplers(params, frozen, collected):
-    reused = rollout.experience(MODEL, params, frozen, collected.rollout, SPEC, reuse_sampler_logprobs=True)
+    reused = rollout.experience(MODEL, params, frozen, collected.rollout, SPEC, rollout.Options(reuse_sampler_logprobs=True))
     np.testing.assert_array_equal(reused.logprobs, collected.rollout.logprobs)
     np.testing.assert_allclose(reused.values, collected.values, atol=2e-5)
     np.testing.assert_allclose(reused.ref_logprobs, collected.ref_logprobs, atol=5e-5)
@@ -139,14 +139,21 @@ def test_reused_logprobs_are_the_samplers(params, frozen, collected):
 
 @pytest.mark.parametrize("reuse", [False, True])
 def test_without_a_value_head_there_are_no_values(params, frozen, collected, reuse):
-    plain = rollout.experience(MODEL, {"policy": params["policy"]}, frozen, collected.rollout, SPEC, reuse)
+    plain = rollout.experience(MODEL, {"policy": params["policy"]}, frozen, collected.rollout, SPEC, rollout.Options(reuse))
     assert plain.values is None
     assert plain.bootstrap.tolist() == [0.0] * 24
     np.testing.assert_allclose(plain.logprobs, collected.logprobs, atol=5e-5)
 
 
 def test_how_many_rows_are_scored_at_a_time_changes_nothing(params, frozen, collected):
-    parts = rollout.experience(MODEL, params, frozen, collected.rollout, SPEC, rows=5)  # 6 parts of 4; above, all at once
+    parts = rollout.experience(
+        MODEL,
+        params,
+        frozen,
+        collected.rollout,
+        SPEC,
+        rollout.Options(rows=5),  # 6 parts of 4; above, all at once
+    )
     for name in ("logprobs", "ref_logprobs", "values", "bootstrap"):
         np.testing.assert_allclose(getattr(parts, name), getattr(collected, name), atol=5e-5, err_msg=name)
 
@@ -162,14 +169,16 @@ def test_what_stands_after_a_response_changes_nothing(params, frozen, collected)
 
 def test_experience_does_not_depend_on_devices(params, frozen):
     given = prompts(16)
-    alone = rollout.collect(MODEL, params, frozen, given, SPEC, KEY, rows=8)
+    alone = rollout.collect(MODEL, params, frozen, given, SPEC, KEY, options=rollout.Options(rows=8))
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     trunk = sharding.shardings(transformer.param_specs(CONFIG), mesh)
     value = jax.device_put(params["value"], sharding.replicated(mesh))
     placed = {"policy": jax.device_put(params["policy"], trunk), "value": value}
     with jax.set_mesh(mesh):
         reference = {"reference": jax.device_put(frozen["reference"], trunk)}
-        spread = rollout.collect(MODEL, placed, reference, sharding.shard_batch(given, mesh), SPEC, KEY, rows=8)
+        spread = rollout.collect(
+            MODEL, placed, reference, sharding.shard_batch(given, mesh), SPEC, KEY, options=rollout.Options(rows=8)
+        )
     np.testing.assert_array_equal(spread.rollout.tokens, alone.rollout.tokens)
     for name in ("logprobs", "ref_logprobs", "values", "bootstrap"):
         np.testing.assert_allclose(getattr(spread, name), getattr(alone, name), atol=5e-5, err_msg=name)

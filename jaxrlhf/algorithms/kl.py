@@ -10,19 +10,34 @@ from jaxtyping import Array, Bool, Float
 
 from jaxrlhf.core import masking
 
-Estimator = Literal["k1", "k2", "k3"]
+Estimator = Literal["k1", "k2", "k3", "exact"]
 
 
 def estimate(
-    logprobs: Float[Array, "b r"], ref_logprobs: Float[Array, "b r"], mask: Bool[Array, "b r"], estimator: Estimator
+    logprobs: Float[Array, "b r"],
+    ref_logprobs: Float[Array, "b r"],
+    mask: Bool[Array, "b r"],
+    estimator: Estimator,
+    exact: Float[Array, "b r"] | None = None,
 ) -> Float[Array, "b r"]:
     """KL in nats at each response token, 0 where masked. With d = log policy - log reference of the token drawn:
 
-    k1 = d is unbiased with high variance and may be negative; k2 = d^2 / 2 is biased, never negative, and its gradient is
-    the KL's; k3 = exp(-d) - 1 + d is unbiased, never negative. As a loss only k2 has the right gradient in expectation:
-    k1's is zero and k3's is that of KL(reference || policy).
+    k1 = d is unbiased with high variance and may be negative; k2 = d^2 / 2 is biased, never negative; k3 = exp(-d) - 1 + d
+    is unbiased, never negative; "exact" is `exact`, the sum over the whole vocabulary, without variance.
+    As a loss (differentiated on samples of the policy itself) k2 and "exact" have the gradient of the KL at a token: k1's
+    is zero in expectation and k3's is that of KL(reference || policy).
     Source: J. Schulman, "Approximating KL divergence" (2020); limits of d for k3 as in verl `kl_penalty_forward`.
+
+    Raises:
+        ValueError: "exact" without `exact`.
     """
+    if estimator == "exact":
+        if exact is None:
+            raise ValueError(
+                "kl_estimator='exact' needs the KL of the whole distribution: ask the rollout (exact_kl) or the "
+                "objective (ref_kl) for it"
+            )
+        return masking.masked(exact, mask)
     difference = masking.masked(logprobs - ref_logprobs, mask)
     match estimator:
         case "k1":

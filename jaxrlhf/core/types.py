@@ -37,7 +37,8 @@ class SamplingSpec:
     The *policy* is softmax(constrained logits / temperature): the constraints (`min_tokens`, `forbidden`) are known from
     positions alone and are part of it, so they enter every log-prob. `top_k`, `top_p` and `min_p` are *filters*: they
     change what is drawn but not the policy's log-prob (`Rollout.logprobs` against `Rollout.sampled_logprobs`).
-    Order: constraints, temperature, top-k, top-p, min-p, as in transformers' warpers.
+    Order: constraints, temperature, top-k, top-p, min-p, as in transformers' warpers. With `replay` the filtered distribution
+    itself is what is trained: see `Rollout.kept`.
     """
 
     temperature: float  # > 0; no default, so that no log-prob is ever computed without stating it
@@ -49,6 +50,7 @@ class SamplingSpec:
     top_p: float = 1.0
     min_p: float = 0.0
     greedy: bool = False  # the most probable token instead of a draw
+    replay: bool = False  # record which tokens the filters kept; the learner's log-probs are then renormalised over them
     pad: int = 0  # written after the end; only a filler
 
     def __post_init__(self):
@@ -65,11 +67,20 @@ class SamplingSpec:
                 f"min_tokens={self.min_tokens}, max_tokens={self.max_tokens}: need 0 <= min_tokens <= max_tokens"
                 " and 1 <= max_tokens"
             )
+        if self.replay and self.greedy:
+            raise ValueError(
+                "replay=True with greedy=True: the most probable token is no draw, so there is no kept set to replay"
+            )
 
     @property
     def filtered(self) -> bool:
         """Whether the distribution drawn from differs from the policy's."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.greedy
+
+    @property
+    def replayed(self) -> bool:
+        """Whether rollouts hold kept sets. Without filters every token is kept, and there is nothing to record."""
+        return self.replay and self.filtered
 
 
 class Term(NamedTuple):
@@ -105,7 +116,7 @@ class Rollout:
     version: Array  # [B] int32, policy step that sampled
     logprobs: Array  # [B, R] of the policy: full softmax at the sampling temperature
     sampled_logprobs: Array  # [B, R] of the distribution really drawn from
-    kept: Array | None = None  # [B, R, *] int32, ids of the kept set, for exact replay
+    kept: Array | None = None  # [B, R, ceil(V/32)] uint32, bit v % 32 of word v // 32: token v could be drawn
     written: Array | None = None  # [B, R] bool, False where the policy did not write the token
 
 
@@ -120,6 +131,8 @@ class Experience:
     bootstrap: Array  # [B], value after the last token of a cut response, else 0
     score: Array  # [B]
     weight: Array  # [B], 0 excludes the row
+    ref_kl: Array | None = None  # [B, R], KL(learner || reference) of the whole distribution at each response token
+    baseline: Array | None = None  # [B], score of the prompt's greedy response (ReMax)
 
 
 @struct.dataclass
@@ -133,17 +146,19 @@ class Preferences:
     tie: Array  # [B] bool
     weight: Array  # [B] float32
     margin: Array  # [B] float32
+    ref_logprobs: Array | None = None  # [B, N, R] of the reference
 
 
 @struct.dataclass
 class Outputs:
-    """What the model said about a batch; None unless asked for."""
+    """What the model said about a batch; None unless asked for. Where a batch holds sets of N responses, [B] is [B, N]."""
 
     logprobs: Array = None  # [B, R]
     entropy: Array = None  # [B, R]
     values: Array = None  # [B, R]
     scores: Array = None  # [B]
-    ref_kl: Array = None  # [B, R]
+    ref_kl: Array = None  # [B, R], KL(policy || reference) of the whole distribution
+    text_logprobs: Array = None  # [B, T - 1] of the pre-training rows in `batch.text`
 
 
 @struct.dataclass

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.sharding import ParamSpec
@@ -97,33 +98,74 @@ def token_logprobs(
     spec: SamplingSpec | None = None,
     entropy: bool = False,
     block: int = 0,
+    kept: UInt32[Array, "b r w"] | None = None,
 ) -> tuple[Float[Array, "b r"], Float[Array, "b r"] | None]:
     """Log-probs (and entropies) of response tokens under the policy `spec`, from the states that predict them.
 
-    `spec=None` is the plain softmax: temperature 1, no constraint. The logits exist for `block` positions of all rows at a
-    time (0: chosen by size) and are computed again in the backward pass, so that [B, R, V] never stands in memory.
+    `spec=None` is the plain softmax: temperature 1, no constraint. With `kept` (`Rollout.kept`) the policy is renormalised
+    over each token's recorded set, which gives it the distribution that was drawn from. The logits exist for `block`
+    positions of all rows at a time (0: chosen by size) and are computed again in the backward pass, so that [B, R, V]
+    never stands in memory.
     """
-    b, r, _ = hidden.shape
-    # Few enough logits for the cache of a CPU; on an accelerator, few against its memory, many against its cores.
-    elements = 2**20 if jax.default_backend() == "cpu" else 2**28
-    blocks = -(-r // (block or max(1, elements // (b * model.vocab_size))))
-    block = -(-r // blocks)
 
     def one(args):
-        hidden, tokens, position = args
-        logits = model.logits(params, hidden)
-        if spec is not None:
-            logits = policy_logits(logits, jnp.broadcast_to(position, tokens.shape), spec)
+        hidden, tokens, kept, position = args
+        logits = _policy(model, params, hidden, position, spec)
+        if kept is not None:
+            logits = jnp.where(masking.unpack_bits(kept, model.vocab_size), logits, IMPOSSIBLE)
         return logprobs_and_entropy(logits, tokens, entropy)
 
+    return _by_positions(one, (hidden, tokens, kept), model.vocab_size, block)
+
+
+def token_kl(
+    model: Model,
+    params: Any,
+    reference: Any,
+    hidden: tuple[Float[Array, "b r d"], Float[Array, "b r d"]],
+    spec: SamplingSpec | None = None,
+    block: int = 0,
+) -> Float[Array, "b r"]:
+    """KL(policy || reference) in nats of the whole next-token distribution, from the states (policy's, reference's).
+
+    sum over v of p(v) (log p(v) - log q(v)), both at the spec's temperature and constraints.
+    """
+
+    def one(args):
+        states, ref_states, position = args
+        log_p = jax.nn.log_softmax(_policy(model, params, states, position, spec), axis=-1)
+        log_q = jax.nn.log_softmax(_policy(model, reference, ref_states, position, spec), axis=-1)
+        # An impossible token's log-probs differ by rounding of 1e30: its term is 0 by the rule, not by arithmetic.
+        possible = log_p > IMPOSSIBLE / 2
+        difference = jnp.where(possible, log_p - log_q, 0.0)
+        return (jnp.exp(log_p) * difference).sum(-1)
+
+    return _by_positions(one, hidden, model.vocab_size, block)
+
+
+def _policy(model: Model, params: Any, hidden: jax.Array, position: jax.Array, spec: SamplingSpec | None) -> jax.Array:
+    logits = model.logits(params, hidden)
+    return logits if spec is None else policy_logits(logits, jnp.broadcast_to(position, logits.shape[:-1]), spec)
+
+
+def _by_positions(function: Callable[[tuple], Any], arrays: tuple, vocab: int, block: int) -> Any:
+    """`function((*arrays, position [r]))` of arrays [B, R, ...] or None, for blocks of R so that few logits exist at a time."""
+    b, r = arrays[0].shape[:2]
+    # Few enough logits for the cache of a CPU; on an accelerator, few against its memory, many against its cores.
+    elements = 2**20 if jax.default_backend() == "cpu" else 2**28
+    blocks = -(-r // (block or max(1, elements // (b * vocab))))
+    block = -(-r // blocks)
     if blocks == 1:
-        return one((hidden, tokens, jnp.arange(r)))
-    # Split along positions, never along rows, which a mesh has already split.
-    hidden, tokens = (jnp.pad(x, ((0, 0), (0, blocks * block - r)) + ((0, 0),) * (x.ndim - 2)) for x in (hidden, tokens))
-    hidden, tokens = (x.reshape(b, blocks, block, *x.shape[2:]).swapaxes(0, 1) for x in (hidden, tokens))
+        return function((*arrays, jnp.arange(r)))
+
+    def split(x):  # along positions, never along rows, which a mesh has already split
+        x = jnp.pad(x, ((0, 0), (0, blocks * block - r)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(b, blocks, block, *x.shape[2:]).swapaxes(0, 1)
+
     place = jnp.arange(blocks * block).reshape(blocks, block)
     keep = jax.checkpoint_policies.save_only_these_names("softmax_terms")  # two numbers a token; the logits are not kept
-    out = jax.lax.map(jax.checkpoint(one, prevent_cse=False, policy=keep), (hidden, tokens, place))
+    one = jax.checkpoint(function, prevent_cse=False, policy=keep)
+    out = jax.lax.map(one, (*jax.tree.map(split, arrays), place))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(b, blocks * block)[:, :r], out)
 
 

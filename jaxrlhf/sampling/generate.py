@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
@@ -30,6 +30,7 @@ class _State:
     tokens: jax.Array  # [B, W] int32
     logprobs: jax.Array  # [B, W]
     sampled_logprobs: jax.Array  # [B, W]
+    kept: jax.Array | None  # [B, W, ceil(V/32)] uint32, where the kept sets are recorded
     length: jax.Array  # [B] int32
     finished: jax.Array  # [B] bool
 
@@ -64,9 +65,7 @@ def generate(
         # A fixed number of steps a program, not one loop until all have ended: a GPU would ask the host after every token.
         if i + 1 < chunks and not int(live):
             break
-    return _rollout(
-        spec, n, prompts, state.tokens, state.logprobs, state.sampled_logprobs, state.length, state.finished, version
-    )
+    return _rollout(spec, n, prompts, state.replace(cache=(), uniforms=None, hidden=None), version)
 
 
 def _check(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, chunk: int) -> None:
@@ -110,6 +109,7 @@ def _start(model: Model, spec: SamplingSpec, n: int, width: int, weights: Any, p
         tokens=jnp.zeros((rows, width), jnp.int32),
         logprobs=jnp.zeros((rows, width)),
         sampled_logprobs=jnp.zeros((rows, width)),
+        kept=jnp.zeros((rows, width, -(-model.vocab_size // 32)), jnp.uint32) if spec.replayed else None,
         length=jnp.zeros(rows, jnp.int32),
         finished=jnp.zeros(rows, bool),
     )
@@ -143,7 +143,7 @@ def _step(model: Model, spec: SamplingSpec, weights: Any, state: _State) -> _Sta
     position = jnp.full(state.length.shape, t)
     logits = heads.policy_logits(model.logits(weights, state.hidden), position, spec)
     uniform = jax.lax.dynamic_index_in_dim(state.uniforms, t, axis=1, keepdims=False)
-    token, logprob, sampled_logprob = _choose(logits, uniform, spec)
+    token, logprob, sampled_logprob, kept = _choose(logits, uniform, spec)
     live = ~state.finished & (t < spec.max_tokens)  # the last chunk may run past the end
     token = jnp.where(live, token, spec.pad)
     stopped = (token[:, None] == jnp.array(spec.stop, jnp.int32)).any(-1)
@@ -161,6 +161,7 @@ def _step(model: Model, spec: SamplingSpec, weights: Any, state: _State) -> _Sta
         tokens=write(state.tokens, token),
         logprobs=write(state.logprobs, masking.masked(logprob, live)),
         sampled_logprobs=write(state.sampled_logprobs, masking.masked(sampled_logprob, live)),
+        kept=None if state.kept is None else write(state.kept, masking.pack_bits(kept & live[:, None])),
         length=state.length + live,
         finished=state.finished | (live & stopped),
     )
@@ -169,40 +170,43 @@ def _step(model: Model, spec: SamplingSpec, weights: Any, state: _State) -> _Sta
 
 def _choose(
     logits: Float[Array, "b v"], uniform: Float[Array, " b"], spec: SamplingSpec
-) -> tuple[Int[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
-    """A token from policy logits, its log-prob under the policy, and that under the distribution drawn from."""
-    if not spec.filtered:
-        token, logprob = nucleus.draw(logits, uniform)
-        return token, logprob, logprob
+) -> tuple[Int[Array, " b"], Float[Array, " b"], Float[Array, " b"], Bool[Array, "b v"]]:
+    """A token from policy logits, its log-prob under the policy, that under the distribution drawn from, and the kept set."""
+    drawable = logits
     if spec.greedy:
         token = nucleus.greedy(logits)
         sampled_logprob = jnp.zeros(token.shape)  # drawn with certainty
     else:
-        token, sampled_logprob = nucleus.draw(filters.apply(logits, spec), uniform)
+        drawable = filters.apply(logits, spec) if spec.filtered else logits
+        token, sampled_logprob = nucleus.draw(drawable, uniform)
+    kept = drawable > heads.IMPOSSIBLE / 2
+    if not spec.filtered:
+        return token, sampled_logprob, sampled_logprob, kept
     picked = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    return token, picked - jax.nn.logsumexp(logits, axis=-1), sampled_logprob
+    return token, picked - jax.nn.logsumexp(logits, axis=-1), sampled_logprob, kept
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _rollout(spec, n, prompts, tokens, logprobs, sampled_logprobs, length, finished, version) -> Rollout:
+def _rollout(spec: SamplingSpec, n: int, prompts: Prompts, state: _State, version: int | jax.Array) -> Rollout:
     """Rows with each response directly after its prompt, and `spec.pad` after that."""
     prompt, prompt_len = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.length, n)
     rows, width = prompt.shape
     place = jnp.arange(width + spec.max_tokens)
     prompt = jnp.pad(prompt, ((0, 0), (0, spec.max_tokens)))
-    response = jnp.take_along_axis(tokens, jnp.clip(place - prompt_len[:, None], 0, spec.max_tokens - 1), axis=1)
+    response = jnp.take_along_axis(state.tokens, jnp.clip(place - prompt_len[:, None], 0, spec.max_tokens - 1), axis=1)
     row = jnp.where(masking.length_mask(prompt_len, place.size), prompt, response)
-    row = jnp.where(masking.length_mask(prompt_len + length, place.size), row, spec.pad)
+    row = jnp.where(masking.length_mask(prompt_len + state.length, place.size), row, spec.pad)
     rollout = Rollout(
         tokens=row,
         prompt_len=prompt_len,
-        response_len=length,
-        finished=finished,
+        response_len=state.length,
+        finished=state.finished,
         group=jnp.repeat(prompts.uid, n),
         sample=_samples(prompts, n),
         version=jnp.full(rows, version, jnp.int32),
-        logprobs=logprobs[:, : spec.max_tokens],
-        sampled_logprobs=sampled_logprobs[:, : spec.max_tokens],
+        logprobs=state.logprobs[:, : spec.max_tokens],
+        sampled_logprobs=state.sampled_logprobs[:, : spec.max_tokens],
+        kept=None if state.kept is None else state.kept[:, : spec.max_tokens],
     )
     return _constrain_rows(rollout)
 

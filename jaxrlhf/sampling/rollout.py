@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from jaxrlhf.core import masking
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
-from jaxrlhf.models import heads
+from jaxrlhf.models import heads, roles
 from jaxrlhf.models.model import Model
 from jaxrlhf.sampling import generate
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a rollout is scored."""
+
+    reuse_sampler_logprobs: bool = False  # take the sampler's own log-probs for the learner's, which saves a pass
+    exact_kl: bool = False  # also the KL to the reference of the whole distribution at each token
+    rows: int = 32  # scored at a time, a matter of memory and speed only
 
 
 def collect(
@@ -26,12 +36,11 @@ def collect(
     key: PRNGKeyArray,
     n: int = 1,
     version: int | jax.Array = 0,
-    reuse_sampler_logprobs: bool = False,
-    rows: int = 32,
+    options: Options = Options(),
 ) -> Experience:
     """Sample n responses to each prompt from `params["policy"]` and score them: see `generate.generate` and `experience`."""
     rollout = generate.generate(model, params["policy"], prompts, spec, key, n, version=version)
-    return experience(model, params, frozen, rollout, spec, reuse_sampler_logprobs, rows)
+    return experience(model, params, frozen, rollout, spec, options)
 
 
 def experience(
@@ -40,36 +49,39 @@ def experience(
     frozen: dict[str, Any],
     rollout: Rollout,
     spec: SamplingSpec,
-    reuse_sampler_logprobs: bool = False,
-    rows: int = 32,
+    options: Options = Options(),
 ) -> Experience:
-    """A rollout with the log-probs of `params["policy"]` and `frozen["reference"]` and, where there is a head
-    `params["value"]`, its values. The score is 0 for the caller to replace; every row has weight 1.
+    """A rollout with the log-probs of `params["policy"]` and `frozen["reference"]` and, where `params` hold a value function
+    (`models/roles.py`), its values. The score is 0 for the caller to replace; every row has weight 1.
 
     `values[:, t]` is the value before response token t; `bootstrap` that after the last token of a cut response, 0 after a
-    finished one. All log-probs are of the policy (temperature and constraints, no filters), 0 past the end.
-    `reuse_sampler_logprobs` takes the sampler's own for the learner's, which saves a pass. `rows` are scored at a time, a
-    matter of memory and speed only.
+    finished one. Log-probs are of the policy (temperature and constraints, no filters), 0 past the end; with `spec.replay`
+    the learner's, not the reference's, are renormalised over the kept sets, so that learner less reference estimates the KL
+    of what was really drawn from.
     """
-    return _experience(model, spec, reuse_sampler_logprobs, rows, params, frozen["reference"], rollout)
+    return _experience(model, spec, options, params, frozen["reference"], rollout)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _experience(model, spec, reuse, rows, params, reference, rollout) -> Experience:
-    head = params.get("value")
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _experience(model, spec, options, params, reference, rollout) -> Experience:
+    critic = roles.has_value(params)
+    own = rollout.sampled_logprobs if spec.replayed else rollout.logprobs
 
-    def learner(part: Rollout):
-        if reuse and head is None:
-            return part.logprobs, None, None
-        hidden = model.hidden(params["policy"], part.tokens)
-        logprobs = part.logprobs if reuse else _logprobs(model, params["policy"], hidden, part, spec, entropy=False)[0]
-        return logprobs, *((None, None) if head is None else _values(head, hidden, part))
+    def score(args):
+        part, own = args
+        hidden = None
+        if not options.reuse_sampler_logprobs or options.exact_kl:
+            hidden = model.hidden(params["policy"], part.tokens)
+        logprobs = own
+        if not options.reuse_sampler_logprobs:
+            logprobs = _logprobs(model, params["policy"], hidden, part, spec, kept=part.kept)[0]
+        values = _values(*roles.value_states(model, params, part.tokens, hidden), part) if critic else (None, None)
+        ref_hidden = model.hidden(reference, part.tokens)
+        ref_logprobs = _logprobs(model, reference, ref_hidden, part, spec)[0]
+        ref_kl = _token_kl(model, (params["policy"], reference), (hidden, ref_hidden), part, spec) if options.exact_kl else None
+        return logprobs, *values, ref_logprobs, ref_kl
 
-    def score(part: Rollout):
-        hidden = model.hidden(reference, part.tokens)
-        return *learner(part), _logprobs(model, reference, hidden, part, spec, entropy=False)[0]
-
-    logprobs, values, bootstrap, ref_logprobs = _by_rows(score, rollout, rows)
+    logprobs, values, bootstrap, ref_logprobs, ref_kl = _by_rows(score, (rollout, own), options.rows)
     count = rollout.tokens.shape[0]
     return Experience(
         rollout=rollout,
@@ -79,6 +91,7 @@ def _experience(model, spec, reuse, rows, params, reference, rollout) -> Experie
         bootstrap=jnp.zeros(count) if bootstrap is None else bootstrap,
         score=jnp.zeros(count),
         weight=jnp.ones(count),
+        ref_kl=ref_kl,
     )
 
 
@@ -104,7 +117,8 @@ def stats(experience: Experience) -> dict[str, Float[Array, ""]]:
     """
     rollout = experience.rollout
     mask = masking.response_mask(rollout.response_len, rollout.logprobs.shape[1], rollout.written)
-    gap = masking.masked(jnp.abs(experience.logprobs - rollout.logprobs), mask)
+    own = rollout.logprobs if rollout.kept is None else rollout.sampled_logprobs
+    gap = masking.masked(jnp.abs(experience.logprobs - own), mask)
     return {
         "rollout/length": rollout.response_len.mean(),
         "rollout/finished": rollout.finished.mean(),
@@ -114,15 +128,30 @@ def stats(experience: Experience) -> dict[str, Float[Array, ""]]:
 
 
 def _logprobs(
-    model: Model, trunk: Any, hidden: Float[Array, "b t d"], part: Rollout, spec: SamplingSpec, entropy: bool
+    model: Model,
+    trunk: Any,
+    hidden: Float[Array, "b t d"],
+    part: Rollout,
+    spec: SamplingSpec,
+    entropy: bool = False,
+    kept: UInt32[Array, "b r w"] | None = None,
 ) -> tuple[Float[Array, "b r"], Float[Array, "b r"] | None]:
     width = part.logprobs.shape[1]
     index = jnp.minimum(masking.response_index(part.prompt_len, width), part.tokens.shape[1] - 1)
     tokens = jnp.take_along_axis(part.tokens, index, axis=1)
     states = heads.response_hidden(hidden, part.prompt_len, width)
-    logprobs, entropies = heads.token_logprobs(model, trunk, states, tokens, spec, entropy)
+    logprobs, entropies = heads.token_logprobs(model, trunk, states, tokens, spec, entropy, kept=kept)
     mask = masking.response_mask(part.response_len, width)
     return masking.masked(logprobs, mask), None if entropies is None else masking.masked(entropies, mask)
+
+
+def _token_kl(
+    model: Model, trees: tuple[Any, Any], hidden: tuple[jax.Array, jax.Array], part: Rollout, spec: SamplingSpec
+) -> Float[Array, "b r"]:
+    """KL(policy || reference) of the whole distribution at each response token, 0 past the end."""
+    width = part.logprobs.shape[1]
+    states = heads.response_hidden(hidden[0], part.prompt_len, width), heads.response_hidden(hidden[1], part.prompt_len, width)
+    return masking.masked(heads.token_kl(model, *trees, states, spec), masking.response_mask(part.response_len, width))
 
 
 def _values(head: Any, hidden: Float[Array, "b t d"], part: Rollout) -> tuple[Float[Array, "b r"], Float[Array, " b"]]:
@@ -134,13 +163,13 @@ def _values(head: Any, hidden: Float[Array, "b t d"], part: Rollout) -> tuple[Fl
     return masking.masked(values, masking.response_mask(part.response_len, width)), after
 
 
-def _by_rows(function: Callable[[Rollout], Any], rollout: Rollout, rows: int) -> Any:
+def _by_rows(function: Callable[[Any], Any], tree: Any, rows: int) -> Any:
     """`function` of about `rows` rows at a time, so that logits stay in the cache; of all where no near number divides them."""
-    count = rollout.tokens.shape[0]
+    count = jax.tree.leaves(tree)[0].shape[0]
     rows = next((size for size in range(rows, rows // 2, -1) if count % size == 0), count)
     if rows == count:
-        return function(rollout)
+        return function(tree)
     # Part i holds rows i, i + parts, ...: each part then lies on all devices that share the batch.
-    split = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), rollout)
+    split = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), tree)
     out = jax.lax.map(function, split)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxrlhf.core import masking, sharding
 from jaxrlhf.core import members as ensembles
 from jaxrlhf.core.types import Outputs, SamplingSpec
-from jaxrlhf.models import heads
+from jaxrlhf.models import heads, roles
 from jaxrlhf.models.model import Model
 
 OutputsFn = Callable[[Any, Any, Any, jax.Array | None], Outputs]
@@ -24,6 +24,8 @@ def make_outputs(
     logprobs: bool = True,
     entropy: bool = False,
     values: bool = False,
+    ref_kl: bool = False,
+    text: bool = False,
     scores: Literal["last", "mean"] | None = None,
     trunk: str | None = None,
     packed: bool = False,
@@ -32,13 +34,15 @@ def make_outputs(
 ) -> OutputsFn:
     """A function (params, frozen, batch, key) -> Outputs that computes what is asked for, and nothing else.
 
-    `params` is the language model's tree, or a dict that holds it at `trunk` with a scalar head beside it: `value` (read
-    where `values`) or `head` (read where `scores`). The batch has `tokens` [B,T] (or [B,N,T] where `scores`),
-    `prompt_len`, `response_len`, and `segments` or none. `frozen` is passed for objectives of your own; none here reads it.
+    `params` is the language model's tree, or a dict that holds it at `trunk` with a head beside it: the value function
+    (`models/roles.py`, read where `values`) or `head` (read where `scores`). The batch has `tokens` [B,T], `prompt_len`,
+    `response_len`, and `segments` or none; where it holds sets of N responses, [B] is [B,N] throughout, outputs included.
 
-    Log-probs, entropies and values are those of the R response tokens: of the policy that `spec` describes, R =
-    spec.max_tokens, or without `spec` of the plain softmax, R = the width of `batch.mask`. `packed`: every prompt is one
-    token and R = T - 1 (`lm.packed`), so states are read in place, not gathered. Dropout is on where `dropout` and a key are.
+    Log-probs, entropies, values and `ref_kl` (against `frozen["reference"]`) are those of the R response tokens: of the
+    policy that `spec` describes, R = spec.max_tokens, or without `spec` of the plain softmax, R = the width of `batch.mask`;
+    with `spec.replay` log-probs and entropies are renormalised over the sets in `batch.kept`. `text` adds plain log-probs of
+    the packed rows in `batch.text` (an `lm.Batch` of as many rows). `packed`: every prompt is one token and R = T - 1
+    (`lm.packed`), so states are read in place, not gathered. Dropout is on where `dropout` and a key are.
 
     `members`: the scores are an ensemble's [M,B,N], of heads stacked [M,...] on one trunk, or of models stacked as wholes, each
     of which reads its own rows of tokens [B,M,N,T].
@@ -46,24 +50,54 @@ def make_outputs(
     Raises:
         ValueError: options that contradict each other.
     """
-    if scores is not None and (logprobs or entropy or values):
-        raise ValueError("make_outputs: scores is computed alone; set logprobs=False, entropy=False, values=False beside it")
+    per_token = logprobs or entropy or values or ref_kl or text
+    if scores is not None and per_token:
+        raise ValueError(
+            "make_outputs: scores is computed alone; set logprobs=False and leave out entropy, values, ref_kl, text"
+        )
     if members is not None and scores is None:
         raise ValueError("make_outputs: an ensemble's members score; set scores='last' or 'mean' beside members")
-    if scores is None and not (logprobs or entropy or values):
-        raise ValueError("make_outputs: nothing asked for; set logprobs, entropy, values or scores")
+    if scores is None and not per_token:
+        raise ValueError("make_outputs: nothing asked for; set logprobs, entropy, values, ref_kl, text or scores")
     if (values or scores is not None) and trunk is None:
         raise ValueError("make_outputs: a head needs trunk='...', the key of the model's tree beside it (policy, trunk)")
 
+    def tree_of(params: Any) -> Any:
+        return params if trunk is None else params[trunk]
+
     def run(params: Any, tokens: jax.Array, segments: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        tree = params if trunk is None else params[trunk]
         if dropout and key is not None:
-            return model.hidden(tree, tokens, segments, dropout_key=key)
-        return model.hidden(tree, tokens, segments)
+            return model.hidden(tree_of(params), tokens, segments, dropout_key=key)
+        return model.hidden(tree_of(params), tokens, segments)
 
-    pooling = scores or "last"
+    def token_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
+        rows = _rows(batch, spec)
+        hidden = run(params, rows.tokens, rows.segments, key)
+        width = batch.mask.shape[-1] if spec is None else spec.max_tokens
+        predicted, states = _shifted(rows.tokens, hidden, width) if packed else _gathered(rows, hidden, width)
+        found: dict[str, Any] = {}
+        if logprobs or entropy:
+            logps, entropies = heads.token_logprobs(model, tree_of(params), states, predicted, spec, entropy, kept=rows.kept)
+            found = {"logprobs": logps if logprobs else None, "entropy": entropies}
+        if values:
+            head, value_hidden = roles.value_states(model, params, rows.tokens, hidden)
+            found["values"] = heads.values(head, heads.response_hidden(value_hidden, rows.prompt_len, width))
+        if ref_kl:
+            reference = jax.lax.stop_gradient(frozen["reference"])
+            ref_states = heads.response_hidden(model.hidden(reference, rows.tokens), rows.prompt_len, width)
+            found["ref_kl"] = heads.token_kl(model, tree_of(params), reference, (states, ref_states), spec)
+        found = {name: None if x is None else x.reshape(*batch.tokens.shape[:-1], width) for name, x in found.items()}
+        return Outputs(**found, text_logprobs=text_logprobs(params, batch.text, key) if text else None)
 
-    def score_rows(params: Any, rows: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
+    def text_logprobs(params: Any, rows: Any, key: jax.Array | None) -> jax.Array:
+        states = run(params, rows.tokens, rows.segments, key)[:, :-1]
+        return heads.token_logprobs(model, tree_of(params), states, rows.tokens[:, 1:])[0]
+
+    return token_outputs if scores is None else _score_outputs(run, scores, members)
+
+
+def _score_outputs(run: Callable[..., jax.Array], pooling: str, members: str | None) -> OutputsFn:
+    def rows_scores(params: Any, rows: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
         hidden = run(params, sharding.constrain(rows, "batch", None), None, key)
         read = functools.partial(heads.score, hidden=hidden, length=length, pooling=pooling)
         return jax.vmap(read)(params["head"]) if members == "heads" else read(params["head"])
@@ -71,43 +105,47 @@ def make_outputs(
     def score_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
         del frozen
         tokens, length = batch.tokens, batch.prompt_len + batch.response_len
-        if members == "models":
-            return Outputs(scores=_each_model(score_rows, params, tokens, length, key))
-        found = score_rows(params, tokens.reshape(-1, tokens.shape[-1]), length.reshape(-1), key)  # [B*N] or [M, B*N]
-        return Outputs(scores=found.reshape(*found.shape[:-1], *tokens.shape[:-1]))
+        if members != "models":
+            found = rows_scores(params, tokens.reshape(-1, tokens.shape[-1]), length.reshape(-1), key)  # [B*N] or [M, B*N]
+            return Outputs(scores=found.reshape(*found.shape[:-1], *tokens.shape[:-1]))
+        b, m, n, t = tokens.shape
+        rows, length = tokens.swapaxes(0, 1).reshape(m, b * n, t), length.swapaxes(0, 1).reshape(m, b * n)
+        keys = None if key is None else jax.random.split(key, m)  # each member's own dropout
+        return Outputs(scores=ensembles.each(rows_scores, params, rows, length, keys).reshape(m, b, n))
 
-    def token_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
-        del frozen
-        hidden = run(params, batch.tokens, getattr(batch, "segments", None), key)
-        width = batch.mask.shape[1] if spec is None else spec.max_tokens
-        predicted, states = _shifted(batch, hidden, width) if packed else _gathered(batch, hidden, width)
-        found: dict[str, Any] = {}
-        if logprobs or entropy:
-            tree = params if trunk is None else params[trunk]
-            logps, entropies = heads.token_logprobs(model, tree, states, predicted, spec, entropy)
-            found = {"logprobs": logps if logprobs else None, "entropy": entropies}
-        if values:
-            found["values"] = heads.values(params["value"], states)
-        return Outputs(**found)
-
-    return token_outputs if scores is None else score_outputs
+    return score_outputs
 
 
-def _each_model(score_rows: Callable, params: Any, tokens: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
-    """Scores [M,B,N] of M models, each of its own rows and with its own dropout."""
-    b, m, n, t = tokens.shape
-    rows, length = tokens.swapaxes(0, 1).reshape(m, b * n, t), length.swapaxes(0, 1).reshape(m, b * n)
-    keys = None if key is None else jax.random.split(key, m)
-    return ensembles.each(score_rows, params, rows, length, keys).reshape(m, b, n)
+class _Rows(NamedTuple):
+    """A batch with its leading axes made one."""
+
+    tokens: jax.Array  # [B, T]
+    prompt_len: jax.Array  # [B]
+    segments: jax.Array | None  # [B, T]
+    kept: jax.Array | None  # [B, R, ceil(V/32)]
 
 
-def _shifted(batch: Any, hidden: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
-    if width != batch.tokens.shape[1] - 1:
-        raise ValueError(f"packed rows of {batch.tokens.shape[1]} tokens predict all but the first, not {width}: see lm.packed")
-    return batch.tokens[:, 1:], hidden[:, :-1]
+def _rows(batch: Any, spec: SamplingSpec | None) -> _Rows:
+    tokens, segments = batch.tokens, getattr(batch, "segments", None)
+    replayed = spec is not None and spec.replayed
+    if replayed and getattr(batch, "kept", None) is None:
+        raise ValueError(
+            "the spec says replay=True, but the batch has no kept sets: sample with the same spec, and let prepare keep them"
+        )
+    kept = batch.kept if replayed else None
+    if tokens.ndim == 2:
+        return _Rows(tokens, batch.prompt_len, segments, kept)
+    tokens = sharding.constrain(tokens.reshape(-1, tokens.shape[-1]), "batch", None)
+    return _Rows(tokens, batch.prompt_len.reshape(-1), segments, kept)
 
 
-def _gathered(batch: Any, hidden: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+def _shifted(tokens: jax.Array, hidden: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+    if width != tokens.shape[1] - 1:
+        raise ValueError(f"packed rows of {tokens.shape[1]} tokens predict all but the first, not {width}: see lm.packed")
+    return tokens[:, 1:], hidden[:, :-1]
+
+
+def _gathered(rows: _Rows, hidden: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     """The R response tokens of each row, and the states that predict them."""
-    index = jnp.clip(masking.response_index(batch.prompt_len, width), 0, batch.tokens.shape[1] - 1)
-    return jnp.take_along_axis(batch.tokens, index, axis=1), heads.response_hidden(hidden, batch.prompt_len, width)
+    index = jnp.clip(masking.response_index(rows.prompt_len, width), 0, rows.tokens.shape[1] - 1)
+    return jnp.take_along_axis(rows.tokens, index, axis=1), heads.response_hidden(hidden, rows.prompt_len, width)

@@ -28,6 +28,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     epsilon: float = 1e-8
+    epsilon_style: Literal["corrected", "tensorflow"] = "corrected"  # tensorflow: outside Adam's bias correction
     momentum: float = 0.95  # muon's
     muon_dtype: Literal["float32", "bfloat16"] = "float32"  # operands of its products; Jordan et al. take bfloat16
 
@@ -94,7 +95,11 @@ def make(config: OptimizerConfig, total_steps: int, params: Any) -> optax.Gradie
     adam_rate = config.learning_rate if config.name == "adamw" else config.adam_learning_rate
 
     def adam(decay: float, peak: float) -> optax.GradientTransformation:
-        return optax.adamw(schedule(config, total_steps, peak), config.b1, config.b2, config.epsilon, weight_decay=decay)
+        rate = schedule(config, total_steps, peak)
+        if config.epsilon_style == "tensorflow":
+            scale = _tensorflow_adam(config.b1, config.b2, config.epsilon)
+            return optax.chain(scale, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate))
+        return optax.adamw(rate, config.b1, config.b2, config.epsilon, weight_decay=decay)
 
     # head_scale 0 would freeze a head: then the rate is 0, which a schedule can say as well as any other.
     update = optax.partition(
@@ -132,7 +137,7 @@ def label(params: Any, name: str = "adamw") -> Any:
 
     def one(path, leaf):
         names = path_name(path).split("/")
-        if names[0] in ("value", "head") and leaf.ndim < 2:
+        if (names[0] in ("value", "head") or names[:2] == ["critic", "head"]) and leaf.ndim < 2:
             return "head"
         stacked = "layers" in names[:-1]
         if leaf.ndim - stacked < 2:
@@ -142,6 +147,30 @@ def label(params: Any, name: str = "adamw") -> Any:
         return "muon" if stacked and leaf.ndim == 3 else "plain"
 
     return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _tensorflow_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:
+    """sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon): Adam's first steps are smaller than with epsilon inside.
+
+    Source: Kingma and Ba 2015, section 2, the order "for more efficiency" with epsilon-hat, as TensorFlow 1's Adam and
+    openai/lm-human-preferences have it.
+    """
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    def init(params):
+        zeros = optax.tree.zeros_like(params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros, optax.tree.zeros_like(params))
+
+    def update(gradient, state, params=None):
+        del params
+        mu, nu = optax.tree.update_moment(gradient, state.mu, b1, 1), optax.tree.update_moment(gradient, state.nu, b2, 2)
+        count = state.count + 1
+        step = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        return jax.tree.map(lambda m, v: step * m / (jnp.sqrt(v) + epsilon), mu, nu), optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _leaves(tree: Any) -> list:

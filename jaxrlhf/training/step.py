@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,24 @@ def make_epochs(
         return params, opt_state, _metrics(_pooled(seen), report)
 
     return _jit(train_epochs)
+
+
+def update_ema(state: TrainState, decay: int | float) -> TrainState:
+    """The state with ema = decay * ema + (1 - decay) * params; a state without an average starts one at its parameters.
+
+    Raises:
+        ValueError: decay outside [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay={decay} of the average of parameters must be in [0, 1): 0 follows them, 1 would never move")
+    if state.ema is None:
+        return dataclasses.replace(state, ema=jax.tree.map(jnp.copy, state.params))
+    return dataclasses.replace(state, ema=_average(state.ema, state.params, decay))
+
+
+@functools.partial(jax.jit, donate_argnames="average")
+def _average(average: Any, params: Any, decay: int | float | jax.Array) -> Any:
+    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, average, params)
 
 
 def _jit(fn: Callable) -> StepFn:

@@ -1,0 +1,54 @@
+"""Where the value function's numbers come from: a head on the policy's trunk, or a critic with a trunk of its own.
+
+params = {"policy": tree, "value": head} shares the trunk, and the value's gradient trains the policy's features too;
+params = {"policy": tree, "critic": {"trunk": tree, "head": head}} keeps both apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrlhf.models.model import Model
+
+
+def has_value(params: dict[str, Any]) -> bool:
+    """Whether there is a value function."""
+    return "value" in params or "critic" in params
+
+
+def value_states(
+    model: Model, params: dict[str, Any], tokens: Int[Array, "b t"], hidden: Float[Array, "b t d"] | None
+) -> tuple[dict[str, Any], Float[Array, "b t d"]]:
+    """The value's head, and the states that it reads: `hidden`, the policy's own, or those of the critic's trunk.
+
+    Raises:
+        ValueError: there is neither a head nor a critic.
+    """
+    if "critic" in params:
+        return params["critic"]["head"], model.hidden(params["critic"]["trunk"], tokens)
+    if "value" not in params:
+        raise ValueError(
+            f"values need params['value'] (a head) or params['critic'] (trunk and head), not only {sorted(params)}"
+        )
+    if hidden is None:
+        hidden = model.hidden(params["policy"], tokens)
+    return params["value"], hidden
+
+
+def critic(trunk: Any, width: int) -> dict[str, Any]:
+    """A critic with a trunk of its own, copied from `trunk` (the policy's), and a head of zeros."""
+    return {"trunk": jax.tree.map(jnp.copy, trunk), "head": {"weight": jnp.zeros(width), "bias": jnp.zeros([])}}
+
+
+def critic_from_reward(reward: dict[str, Any]) -> dict[str, Any]:
+    """A critic that starts as the reward model, its gain and bias folded into the head.
+
+    Source: Stiennon et al. 2020, appendix G.1 (the value function starts from the reward model).
+    """
+    head, gain = reward["head"], reward["gain"]
+    folded = {"weight": gain * head["weight"], "bias": gain * head["bias"] + reward["bias"]}
+    return {"trunk": jax.tree.map(jnp.copy, reward["trunk"]), "head": folded}
