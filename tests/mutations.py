@@ -572,8 +572,8 @@ MUTATIONS = (
     Mutation(
         "all-members-clip-and-scale-together",
         "training/optimizer.py",
-        "lambda gradient, state, params=None: members.each(update.update, gradient, state, params),",
-        "lambda gradient, state, params=None: update.update(gradient, state, params),",
+        "lambda updates, state, params=None: members.each(update.update, updates, state, params),",
+        "lambda updates, state, params=None: update.update(updates, state, params),",
         "test_ensemble.py::test_models_trained_together_are_those_trained_alone[muon-cpu]",
     ),
     Mutation(

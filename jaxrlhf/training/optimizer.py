@@ -125,7 +125,7 @@ def of_members(update: optax.GradientTransformation) -> optax.GradientTransforma
 
     return optax.GradientTransformation(
         lambda params: members.each(update.init, params),
-        lambda gradient, state, params=None: members.each(update.update, gradient, state, params),
+        lambda updates, state, params=None: members.each(update.update, updates, state, params),
     )
 
 
