@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import held_out, reward_model, stage
+from experiments import held_out, reward_model, stage, tasks
 from jaxrlhf.algorithms import best_of_n, ppo
 from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
-from jaxrlhf.data import human_sentiment, pipeline
+from jaxrlhf.data import pipeline
 from jaxrlhf.data.pipeline import Arrays
 from jaxrlhf.evaluation import overoptimization, plots
 from jaxrlhf.evaluation import reward_model as judging
@@ -143,17 +143,10 @@ def train_gold(config: Config) -> Path:
     return settings.out / "model"
 
 
-def train_prompts(config: Config, lab: Lab, batch: int) -> Any:
-    """`[step]`: the first words of training reviews."""
-    texts = [pipeline.clean(rating.text) for rating in human_sentiment.reviews("train")]
-    rows = lab.policy.tokenizer.encode_batch(texts)
-    return pipeline.prompt_batches(pipeline.cut_prompts(rows, lab.policy.tokenizer, config.seed), batch, config.seed)
-
-
 def choices(config: Config, lab: Lab) -> tuple[Arrays, dict[str, np.ndarray]]:
     """Sets of answers with the gold reward's choices (fields of `reward.Batch`), and the answers as rows to normalise on."""
     size = min(config.batch, config.prompts)
-    prompts, key, found = train_prompts(config, lab, size), jax.random.key(config.seed), []
+    prompts, key, found = tasks.review_prompts(lab.policy.tokenizer, size, config.seed), jax.random.key(config.seed), []
     for i in range(-(-config.prompts // size)):
         drawn = generate.generate(
             lab.policy.model, lab.policy.params, sharding.shard_batch(prompts[i], lab.mesh), lab.spec, key, config.responses
@@ -281,7 +274,7 @@ def trainer(config: Config, lab: Lab, kl_coef: float) -> Callable[[Callable[[Rol
     outputs = objective.make_outputs(start.model, lab.spec, values=True, trunk="policy")
     run_epochs = step.make_epochs(outputs, ppo.loss, settings, update, settings.epochs, settings.minibatches)
     prepare = jax.jit(ppo.prepare, static_argnames="config")
-    prompts = train_prompts(config, lab, config.batch)
+    prompts = tasks.review_prompts(start.tokenizer, config.batch, config.seed)
     judged = sharding.shard_batch(held_out.prompts(start.tokenizer, config.held_out_prompts), lab.mesh)
 
     def optimise(reward: Callable[[Rollout], jax.Array]) -> list[dict[str, Any]]:

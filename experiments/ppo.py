@@ -1,6 +1,7 @@
-"""Stage 4: train the policy against the reward model with PPO, held near the fine-tuned model it starts from.
+"""Stage 4: train the policy with PPO, held near the model it starts from.
 
     python -m experiments.ppo --policy runs/demo/sft/model --reward runs/demo/reward_model/model --out runs/demo/ppo
+    python -m experiments.ppo --preset arithmetic            # sums; first: python -m experiments.arithmetic
 
 One iteration: sample answers, score them, turn scores and KL into advantages, a few epochs of clipped updates. To change the
 algorithm, copy jaxrlhf/algorithms/ppo.py and this page.
@@ -14,13 +15,10 @@ from typing import Any
 
 import jax
 
-from experiments import held_out, stage
+from experiments import stage, tasks
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.data import human_sentiment, pipeline
-from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.evaluation import policy
 from jaxrlhf.models import heads
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
@@ -30,8 +28,9 @@ from jaxrlhf.training.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    task: tasks.Name = "sentiment"
     policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
-    reward: Path = Path("runs/demo/reward_model/model")
+    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task
     out: Path = Path("runs/demo/ppo")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
@@ -53,67 +52,70 @@ def run(config: Config) -> dict[str, Any]:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            start = stage.load(config.policy, mesh)
-            judged = stage.load(config.reward, mesh, "reward_model")
-            reward = stage.reward(judged)
-            spec = stage.spec(config.sampling, start.tokenizer)
-            prompts = prompt_batches(start.tokenizer, config.batch, config.seed)
-            setting = held_out.Setting(
-                model=start.model,
-                reference=start.params,
-                reward=lambda answers: reward(judged.params, answers),
-                prompts=held_out.prompts(start.tokenizer, config.held_out_prompts),
-                spec=spec,
-                tokenizer=start.tokenizer,
-                mesh=mesh,
+            task = tasks.make(
+                config.task,
+                mesh,
+                config.policy,
+                config.reward,
+                config.sampling,
+                config.batch,
+                config.seed,
+                config.held_out_prompts,
             )
-            before = held_out.sample(setting, start.params, jax.random.key(0))
-
-            def answers(params: Any) -> policy.Samples:  # other draws than the baseline's, so that equals win half
-                return held_out.sample(setting, params, jax.random.key(1))
-
-            value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
-            params = {"policy": start.params, "value": jax.device_put(value, sharding.replicated(mesh))}
-            frozen = {"reference": start.params}
-            updates = config.iterations * config.algorithm.epochs * config.algorithm.minibatches
-            update = optimizer.make(config.optimizer, updates, params)
-            keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-            state = run.restore(step.init_state(params, update, keys[0], ppo.init(config.algorithm)))
-            outputs = objective.make_outputs(start.model, spec, entropy=True, values=True, trunk="policy")
-            run_epochs = step.make_epochs(
-                outputs, ppo.loss, config.algorithm, update, config.algorithm.epochs, config.algorithm.minibatches
-            )
-            prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
-
-            for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
-                now = None if i % config.evaluate_every else answers(state.params["policy"])
-                batch = sharding.shard_batch(prompts[i], mesh)
-                key = jax.random.fold_in(keys[1], i)
-                experience = rollout.collect(start.model, state.params, frozen, batch, spec, key, version=i)
-                experience = dataclasses.replace(experience, score=reward(judged.params, experience.rollout))
-                drawn = describe(experience)
-                batch, algorithm, stats = prepare(experience, state.algorithm, config=config.algorithm)
-                state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
-                judgement = {} if now is None else held_out.flat(held_out.report(now, before))
-                run.log(i, judgement | drawn | stats | metrics)
-                run.maybe_save(i, state)
-            run.maybe_save(config.iterations - 1, state, last=True)
-            after = answers(state.params["policy"])
-            run.log(config.iterations, held_out.flat(held_out.report(after, before)))
-        stage.save(config.out / "model", "policy", jax.device_get(state.params["policy"]), start.config, start.tokenizer)
-        curve = [row for row in run.metrics() if "held_out/kl" in row]
-        return run.done({"curve": curve, "samples": policy.side_by_side(before, after)})
+            return train(run, config, task, mesh)
 
 
-def prompt_batches(tokenizer: Tokenizer, batch: int, seed: int) -> Any:
-    """`[iteration]`: the first words of training reviews."""
-    texts = [pipeline.clean(rating.text) for rating in human_sentiment.reviews("train")]
-    return pipeline.prompt_batches(pipeline.cut_prompts(tokenizer.encode_batch(texts), tokenizer, seed), batch, seed)
+def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Train the task's policy, whatever the task is."""
+    start = task.start
+    value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
+    params = {"policy": start.params, "value": jax.device_put(value, sharding.replicated(mesh))}
+    frozen = {"reference": start.params}
+    updates = config.iterations * config.algorithm.epochs * config.algorithm.minibatches
+    update = optimizer.make(config.optimizer, updates, params)
+    keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
+    state = run.restore(step.init_state(params, update, keys[0], ppo.init(config.algorithm)))
+    outputs = objective.make_outputs(start.model, task.spec, entropy=True, values=True, trunk="policy")
+    run_epochs = step.make_epochs(
+        outputs, ppo.loss, config.algorithm, update, config.algorithm.epochs, config.algorithm.minibatches
+    )
+    prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
+
+    for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
+        judged = {} if i % config.evaluate_every else task.judge(state.params["policy"])[0]
+        prompts = sharding.shard_batch(task.prompts[i], mesh)
+        key = jax.random.fold_in(keys[1], i)
+        experience = rollout.collect(start.model, state.params, frozen, prompts, task.spec, key, version=i)
+        score, weight, rewarded = task.score(experience.rollout, prompts)
+        experience = dataclasses.replace(experience, score=score, weight=weight)
+        drawn = describe(experience)
+        batch, algorithm, stats = prepare(experience, state.algorithm, config=config.algorithm)
+        state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
+        run.log(i, judged | rewarded | drawn | stats | metrics)
+        run.maybe_save(i, state)
+    run.maybe_save(config.iterations - 1, state, last=True)
+    judged, samples = task.judge(state.params["policy"])
+    run.log(config.iterations, judged)
+    stage.save(config.out / "model", "policy", jax.device_get(state.params["policy"]), start.config, start.tokenizer)
+    curve = [row for row in run.metrics() if "held_out/kl" in row]
+    return run.done({"curve": curve, "samples": samples})
 
 
+ARITHMETIC = Config(
+    task="arithmetic",
+    policy=tasks.ARITHMETIC_POLICY,
+    out=Path("runs/arithmetic/ppo"),
+    iterations=60,
+    sampling=tasks.ARITHMETIC,
+    algorithm=ppo.Config(kl_coef=0.01, gamma=1.0, lam=1.0),
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=1e-3),
+    evaluate_every=20,
+    held_out_prompts=500,
+)
 PRESETS = {
     "default": Config(),
     "smoke": Config(iterations=4, batch=32, evaluate_every=2, held_out_prompts=48),
+    "arithmetic": ARITHMETIC,
 }
 
 if __name__ == "__main__":

@@ -533,6 +533,49 @@ MUTATIONS = (
         "index = jnp.clip(masking.response_index(prompt_len, width), 0",
         "test_sampler_agreement.py::test_the_first_ratio_is_one_and_nothing_is_clipped",
     ),
+    # ------------------------------------------------------------------------------- reward functions, arithmetic
+    Mutation(
+        "a-reward-that-raises-ends-the-run",
+        "rewards/functions.py",
+        "except Exception as error:  # of any kind: it is not our code",
+        "except ZeroDivisionError as error:",
+        "test_functions.py::test_what_a_function_raises_costs_that_row_and_is_named",
+    ),
+    Mutation(
+        "a-row-without-a-score-counts-as-a-score-of-zero",
+        "rewards/functions.py",
+        "        weight[i] = 0.0\n",
+        "",
+        "test_functions.py::test_a_value_that_is_no_finite_number_excludes_its_row_only",
+    ),
+    Mutation(
+        "a-fault-of-one-reward-is-forgiven-by-another",
+        "rewards/functions.py",
+        "np.prod([part.weight for part in parts.values()], axis=0)",
+        "np.max([part.weight for part in parts.values()], axis=0)",
+        "test_functions.py::test_a_weighted_sum_equals_the_reference_and_a_fault_in_any_part_excludes_the_row",
+    ),
+    Mutation(
+        "rewards-added-without-their-weights",
+        "rewards/functions.py",
+        "weights[name] * part.score.astype(np.float64)",
+        "part.score.astype(np.float64)",
+        "test_functions.py::test_a_weighted_sum_equals_the_reference_and_a_fault_in_any_part_excludes_the_row",
+    ),
+    Mutation(
+        "a-minus-between-two-numbers-is-a-sign",
+        "rewards/functions.py",
+        r'r"((?<![\w)\]}])[-+−])?"',
+        'r"([-+−])?"',
+        "test_functions.py::test_the_last_number_of_a_text[5-3-3]",
+    ),
+    Mutation(
+        "held-out-sums-are-trained-on-the-other-way-round",
+        "data/arithmetic.py",
+        "itertools.combinations_with_replacement(range(LOW, HIGH + 1), 2)",
+        "itertools.product(range(LOW, HIGH + 1), repeat=2)",
+        "test_arithmetic.py::test_no_pair_of_operands_is_in_both_splits",
+    ),
     # -------------------------------------------------------------------------------- choices, ensembles, best of n
     Mutation(
         "davidson-ties-without-the-root",

@@ -189,6 +189,38 @@ def test_eight_devices_learn_what_one_learns(loop, tmp_path):
     assert one == pytest.approx(eight, abs=2e-3)  # float32 sums in another order, through 20 updates
 
 
+def test_sums_from_the_start_to_ppo(tmp_path):
+    """The second task in small: each script runs, the start is its own reference, and rewards and accuracy are logged."""
+    first = script("arithmetic", "--preset", "smoke", "--out", tmp_path / "start")
+    assert first.returncode == 0, first.stderr
+    start = json.loads((tmp_path / "start" / "result.json").read_text())
+    flags = ("--preset", "arithmetic", "--policy", tmp_path / "start" / "model", "--out", tmp_path / "ppo")
+    small = ("--iterations", 2, "--batch", 32, "--evaluate-every", 1, "--held-out-prompts", 48)
+    done = script("ppo", *flags, *small)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "ppo" / "result.json").read_text())
+    assert [row["step"] for row in result["curve"]] == [0, 1, 2]
+    assert abs(result["curve"][0]["held_out/kl"]) < 1e-5
+    assert result["curve"][0]["held_out/accuracy"] == start["accuracy"]
+    assert len(result["samples"]) == 12
+    for row in result["curve"][:2]:
+        assert row["reward/faults"] == 0
+        assert row["reward/score"] == pytest.approx(row["reward/correct"] + 0.1 * row["reward/digits"], abs=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_ppo_gains_thirty_points_on_held_out_sums(tmp_path, seed):
+    first = script("arithmetic", "--seed", seed, "--out", tmp_path / "start")
+    assert first.returncode == 0, first.stderr
+    assert 0.2 <= json.loads((tmp_path / "start" / "result.json").read_text())["accuracy"] <= 0.5
+    flags = ("--preset", "arithmetic", "--policy", tmp_path / "start" / "model")
+    done = script("ppo", *flags, "--seed", seed, "--out", tmp_path / "ppo")
+    assert done.returncode == 0, done.stderr
+    curve = json.loads((tmp_path / "ppo" / "result.json").read_text())["curve"]
+    assert curve[-1]["held_out/accuracy"] >= curve[0]["held_out/accuracy"] + 0.3
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -204,12 +236,13 @@ def test_eight_devices_learn_what_one_learns(loop, tmp_path):
         (("label", "--store", "{tmp}/none.sqlite", "--out", "{tmp}/a"), "none.sqlite"),
         (("chat", "--policy", "{loop}/policy", "--prompt", "word " * 300), "context"),
         (("chat", "--policy", "{loop}/reward_model/model", "--prompt", "word"), "reward_model"),
+        (("ppo", "--preset", "arithmetic", "--policy", "{loop}/policy", "--held-out-prompts", 513, "--out", "{tmp}/a"), "512"),
         (("sample_pairs", "--policies", "{loop}/policy", "--store", "{tmp}/mine.txt", "--out", "{tmp}/a"), "mine.txt"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_one_line_and_exit_code_2(loop, tmp_path, flags, told):
     (tmp_path / "mine.txt").write_text("do not touch")
-    done = script(*(flag.format(tmp=tmp_path, loop=loop) for flag in flags))
+    done = script(*(str(flag).format(tmp=tmp_path, loop=loop) for flag in flags))
     assert done.returncode == 2, (done.stdout, done.stderr)
     lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr

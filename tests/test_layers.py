@@ -48,6 +48,7 @@ LATE = {
     "chitchat_dataset",
     "tyro",
     "pydantic",
+    "math_verify",
 }
 
 # Mathematics: no print, no log, no files, no mesh, no arrays and no jit at import. Host code inside these folders is named.

@@ -126,7 +126,17 @@ def test_every_import_is_a_declared_dependency():
 
 
 def test_extras_are_those_that_the_documents_name():
-    assert set(PROJECT["optional-dependencies"]) == {"loop", "serve", "eval", "wandb", "test", "cuda12", "cuda13", "tpu"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        "loop",
+        "math",
+        "serve",
+        "eval",
+        "wandb",
+        "test",
+        "cuda12",
+        "cuda13",
+        "tpu",
+    }
 
 
 def test_version_is_the_same_everywhere():

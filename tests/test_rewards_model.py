@@ -1,4 +1,4 @@
-"""The learned reward: where a score is read, its scale; and rewards that are plain functions."""
+"""The learned reward: where a score is read, its scale."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from jaxrlhf.core.types import Rollout
 from jaxrlhf.models.model import Model
-from jaxrlhf.rewards import functions, model
+from jaxrlhf.rewards import model
 
 VOCABULARY, WIDTH = 11, 4
 
@@ -98,35 +98,3 @@ def test_normalise_sets_mean_and_deviation_and_keeps_the_order(pooling):
 def test_scores_without_a_scale_are_refused(scores):
     with pytest.raises(ValueError, match="cannot normalise the reward"):
         model.normalise(parameters(), jnp.array(scores))
-
-
-def decode(ids: list[int]) -> str:
-    return " ".join(str(i) for i in ids)
-
-
-def test_functions_see_prompt_response_and_row():
-    data = rollout([[5, 6, 7, 2, 0], [3, 4, 0, 0, 0]], [2, 1], [2, 1])
-    seen = []
-
-    def answer_length(prompt, response, row):
-        seen.append((prompt, response, row["answer"]))
-        return len(response)
-
-    score, weight = functions.apply(answer_length, data, decode, [{"answer": "a"}, {"answer": "b"}])
-    assert seen == [("5 6", "7 2", "a"), ("3", "4", "b")]
-    np.testing.assert_array_equal(score, [3.0, 1.0])
-    np.testing.assert_array_equal(weight, [1.0, 1.0])
-    assert score.dtype == weight.dtype == np.float32
-
-
-def test_a_value_that_is_no_number_excludes_its_row_only():
-    values = iter([1.5, None, math.nan, -math.inf, 2])
-    data = rollout(np.ones((5, 4)), np.full(5, 2), np.full(5, 2))
-    score, weight = functions.apply(lambda *item: next(values), data, decode)
-    np.testing.assert_array_equal(score, [1.5, 0, 0, 0, 2])
-    np.testing.assert_array_equal(weight, [1, 0, 0, 0, 1])
-
-
-def test_functions_need_a_row_for_each_response():
-    with pytest.raises(ValueError, match="1 data rows for 2 responses"):
-        functions.apply(lambda *item: 0.0, rollout(np.ones((2, 4)), [2, 2], [1, 1]), decode, [{}])

@@ -1,0 +1,120 @@
+"""Train the policy with GRPO or one of its successors: answers to one prompt measured against each other.
+
+    python -m experiments.grpo --policy runs/demo/sft/model --reward runs/demo/reward_model/model --out runs/demo/grpo
+    python -m experiments.grpo --preset arithmetic           # sums; first: python -m experiments.arithmetic
+    python -m experiments.grpo --preset dapo                 # or dr_grpo, gspo
+
+As experiments/ppo.py without a value function. To change the algorithm, copy jaxrlhf/algorithms/grpo.py and this page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import stage, tasks
+from jaxrlhf.algorithms import grpo
+from jaxrlhf.core import sharding
+from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.sampling import rollout
+from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training.optimizer import OptimizerConfig
+from jaxrlhf.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    task: tasks.Name = "sentiment"
+    policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
+    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task
+    out: Path = Path("runs/demo/grpo")
+    seed: int = 1
+    mesh: MeshConfig = MeshConfig()
+    iterations: int = 24
+    batch: int = 64  # prompts an iteration, each with algorithm.samples answers
+    sampling: stage.Sampling = stage.Sampling()
+    algorithm: grpo.Config = dataclasses.replace(grpo.GRPO, samples=4, minibatches=4, epochs=2)
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
+    )
+    evaluate_every: int = 6  # iterations; also before the first and after the last
+    held_out_prompts: int = 384
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train, and write `model/` (the policy alone) and `result.json` into `config.out`."""
+    with Run.open(config.out, config) as run:
+        if run.result is not None:
+            return run.result
+        mesh = sharding.make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            task = tasks.make(
+                config.task,
+                mesh,
+                config.policy,
+                config.reward,
+                config.sampling,
+                config.batch,
+                config.seed,
+                config.held_out_prompts,
+            )
+            return train(run, config, task, mesh)
+
+
+def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Train the task's policy, whatever the task is."""
+    start, algorithm = task.start, config.algorithm
+    params, frozen = {"policy": start.params}, {"reference": start.params}
+    update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
+    keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
+    state = run.restore(step.init_state(params, update, keys[0], grpo.init(algorithm)))
+    outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy")
+    run_epochs = step.make_epochs(outputs, grpo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
+    prepare, describe = jax.jit(grpo.prepare, static_argnames="config"), jax.jit(rollout.stats)
+
+    for i in run.steps(run.start, config.iterations, "grpo", show=("reward/score", "policy/kl_ref")):
+        judged = {} if i % config.evaluate_every else task.judge(state.params["policy"])[0]
+        prompts = sharding.shard_batch(task.prompts[i], mesh)
+        key = jax.random.fold_in(keys[1], i)
+        experience = rollout.collect(start.model, state.params, frozen, prompts, task.spec, key, n=algorithm.samples, version=i)
+        score, weight, rewarded = task.score(experience.rollout, prompts)
+        experience = dataclasses.replace(experience, score=score, weight=weight)
+        drawn = describe(experience)
+        batch, kept, stats = prepare(experience, state.algorithm, config=algorithm)
+        state, metrics = run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)
+        run.log(i, judged | rewarded | drawn | stats | metrics)
+        run.maybe_save(i, state)
+    run.maybe_save(config.iterations - 1, state, last=True)
+    judged, samples = task.judge(state.params["policy"])
+    run.log(config.iterations, judged)
+    stage.save(config.out / "model", "policy", jax.device_get(state.params["policy"]), start.config, start.tokenizer)
+    curve = [row for row in run.metrics() if "held_out/kl" in row]
+    return run.done({"curve": curve, "samples": samples})
+
+
+ARITHMETIC = Config(
+    task="arithmetic",
+    policy=tasks.ARITHMETIC_POLICY,
+    out=Path("runs/arithmetic/grpo"),
+    iterations=60,
+    batch=32,
+    sampling=tasks.ARITHMETIC,
+    algorithm=dataclasses.replace(grpo.DR_GRPO, samples=8, minibatches=4),
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=1e-3),
+    evaluate_every=20,
+    held_out_prompts=500,
+)
+PRESETS = {
+    "default": Config(),
+    "dr_grpo": Config(algorithm=dataclasses.replace(grpo.DR_GRPO, samples=4, minibatches=4, epochs=2)),
+    "dapo": Config(algorithm=dataclasses.replace(grpo.DAPO, samples=4, minibatches=4, epochs=2)),
+    "gspo": Config(algorithm=dataclasses.replace(grpo.GSPO, samples=4, minibatches=4, epochs=2)),
+    "smoke": Config(iterations=4, batch=8, evaluate_every=2, held_out_prompts=48),
+    "arithmetic": ARITHMETIC,
+}
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)

@@ -1,0 +1,177 @@
+"""What a policy is trained for, the same four functions for either task, so that a script is a page.
+
+`sentiment`: continue a review; a reward model scores, judges that no training read judge.
+`arithmetic`: write a sum; the right answer scores, greedy answers to sums that nobody trained on judge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import held_out, stage
+from jaxrlhf.core import sharding
+from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
+from jaxrlhf.data import arithmetic as sums
+from jaxrlhf.data import human_sentiment, pipeline
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.evaluation import policy
+from jaxrlhf.rewards import functions
+from jaxrlhf.sampling import generate
+
+Name = Literal["sentiment", "arithmetic"]
+Figures = dict[str, float]  # ready for `Run.log`
+
+ARITHMETIC = stage.Sampling(temperature=1.0, max_tokens=6, min_tokens=0)
+ARITHMETIC_POLICY = Path("runs/arithmetic/start/model")  # what experiments/arithmetic.py writes
+PROMPT_WIDTH = 8  # of a sum: bos, a space, two digits, plus, two digits, equals
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Rows of a rollout are B * n: row i continues prompt i // n."""
+
+    start: stage.Trained  # the policy before training, which is also the reference
+    spec: SamplingSpec
+    prompts: Any  # [iteration] -> Prompts [B], on the host
+    score: Callable[[Rollout, Prompts], tuple[jax.Array, jax.Array, Figures]]
+    """(rollout, prompts) -> score [B*n], weight [B*n] (0: no score could be had), what to log."""
+    judge: Callable[[Any], tuple[Figures, list[dict[str, str]]]]
+    """(policy params) -> held-out figures, the KL to the reference (`held_out/kl`) among them; answers beside the start's."""
+
+
+def make(
+    name: Name,
+    mesh: jax.sharding.Mesh,
+    start: Path,
+    reward: Path,
+    sampling: stage.Sampling,
+    batch: int,
+    seed: int,
+    held_out_prompts: int,
+) -> Task:
+    """The task called `name`: `batch` prompts an iteration, in an order drawn by `seed`. Arithmetic reads no `reward`.
+
+    Raises:
+        ValueError, FileNotFoundError: a folder holds no such model, or more held-out prompts are asked for than there are.
+    """
+    if name == "arithmetic":
+        return arithmetic(mesh, start, sampling, batch, seed, held_out_prompts)
+    return sentiment(mesh, start, reward, sampling, batch, seed, held_out_prompts)
+
+
+def sentiment(
+    mesh: jax.sharding.Mesh, start: Path, reward: Path, sampling: stage.Sampling, batch: int, seed: int, held_out_prompts: int
+) -> Task:
+    """Continue the first words of a review; the reward model in `reward` scores."""
+    first = stage.load(start, mesh)
+    judged = stage.load(reward, mesh, "reward_model")
+    value = stage.reward(judged)
+    spec = stage.spec(sampling, first.tokenizer)
+    setting = held_out.Setting(
+        model=first.model,
+        reference=first.params,
+        reward=lambda answers: value(judged.params, answers),
+        prompts=held_out.prompts(first.tokenizer, held_out_prompts),
+        spec=spec,
+        tokenizer=first.tokenizer,
+        mesh=mesh,
+    )
+    before = held_out.sample(setting, first.params, jax.random.key(0))
+
+    def score(rollout: Rollout, prompts: Prompts) -> tuple[jax.Array, jax.Array, Figures]:
+        del prompts
+        part = functions.of_values(value(judged.params, rollout), rollout, first.tokenizer.decode, "model")
+        return *sharding.shard_batch((part.score, part.weight), mesh), {"reward/faults": float(len(part.faults))}
+
+    def judge(params: Any) -> tuple[Figures, list[dict[str, str]]]:
+        after = held_out.sample(setting, params, jax.random.key(1))  # other draws than the start's, so that equals win half
+        return held_out.flat(held_out.report(after, before)), policy.side_by_side(before, after)
+
+    return Task(first, spec, review_prompts(first.tokenizer, batch, seed), score, judge)
+
+
+def review_prompts(tokenizer: Tokenizer, batch: int, seed: int) -> Any:
+    """`[iteration]`: the first words of training reviews."""
+    texts = [pipeline.clean(rating.text) for rating in human_sentiment.reviews("train")]
+    return pipeline.prompt_batches(pipeline.cut_prompts(tokenizer.encode_batch(texts), tokenizer, seed), batch, seed)
+
+
+def arithmetic(
+    mesh: jax.sharding.Mesh, start: Path, sampling: stage.Sampling, batch: int, seed: int, held_out_prompts: int
+) -> Task:
+    """Write a sum: 1 for the right answer, and 0.1 for an answer of digits alone."""
+    first = stage.load(start, mesh)
+    tokenizer, spec, rows = first.tokenizer, stage.spec(sampling, first.tokenizer), sums.problems("train")
+    asked = held_out_sums(held_out_prompts)
+    parts = {"correct": functions.exact_match, "digits": functions.format_match(r"\d+")}
+    weights = {"correct": 1.0, "digits": 0.1}
+    setting = held_out.Setting(
+        model=first.model,
+        reference=first.params,
+        reward=lambda answers: jnp.asarray(correct(answers, tokenizer, asked)),
+        prompts=pipeline.text_prompts([row["prompt"] for row in asked], tokenizer, PROMPT_WIDTH),
+        spec=spec,
+        tokenizer=tokenizer,
+        mesh=mesh,
+    )
+    _, before = greedy(first, first.params, sampling, held_out_prompts, mesh)
+
+    def score(rollout: Rollout, prompts: Prompts) -> tuple[jax.Array, jax.Array, Figures]:
+        index = np.repeat(np.asarray(prompts.row), rollout.tokens.shape[0] // prompts.row.shape[0])
+        problems = [rows[i] for i in index]
+        given = {name: functions.apply(part, rollout, tokenizer.decode, problems, name) for name, part in parts.items()}
+        total, figures = functions.weighted_sum(given, weights)
+        return *sharding.shard_batch((total.score, total.weight), mesh), figures
+
+    def judge(params: Any) -> tuple[Figures, list[dict[str, str]]]:
+        accuracy, answers = greedy(first, params, sampling, held_out_prompts, mesh)
+        drawn = held_out.sample(setting, params, jax.random.key(1))
+        figures = {
+            "held_out/accuracy": accuracy,
+            "held_out/sampled_accuracy": float(drawn.proxy.mean()),
+            "held_out/kl": float(drawn.kl.mean()),
+            "held_out/entropy": float(drawn.entropy.mean()),
+            "held_out/length": float(drawn.length.mean()),
+            "held_out/eos_rate": float(drawn.finished.mean()),
+        }
+        shown = zip(asked[:12], before, answers, strict=False)
+        return figures, [{"prompt": row["prompt"], "before": old, "after": new} for row, old, new in shown]
+
+    texts = [row["prompt"] for row in rows]
+    prompts = pipeline.prompt_batches(pipeline.text_prompts(texts, tokenizer, PROMPT_WIDTH), batch, seed)
+    return Task(first, spec, prompts, score, judge)
+
+
+def held_out_sums(count: int) -> list[dict[str, Any]]:
+    """The first `count` held-out problems.
+
+    Raises:
+        ValueError: more are asked for than there are.
+    """
+    rows = sums.problems("held_out")
+    if not 1 <= count <= len(rows):
+        raise ValueError(f"{count} held-out problems asked for, but there are {len(rows)}: ask for 1 to {len(rows)}")
+    return rows[:count]
+
+
+def correct(answers: Rollout, tokenizer: Tokenizer, rows: list[dict[str, Any]]) -> np.ndarray:
+    """1 for each answer that is right, 0 for each that is not, [B]."""
+    return functions.apply(functions.exact_match, answers, tokenizer.decode, rows).score
+
+
+def greedy(
+    policy: stage.Trained, params: Any, sampling: stage.Sampling, count: int, mesh: jax.sharding.Mesh
+) -> tuple[float, list[str]]:
+    """Share of `count` held-out sums that `params` write right by their most probable answers, and these answers."""
+    rows = held_out_sums(count)
+    spec = dataclasses.replace(stage.spec(sampling, policy.tokenizer), greedy=True)
+    prompts = pipeline.text_prompts([row["prompt"] for row in rows], policy.tokenizer, PROMPT_WIDTH)
+    drawn = generate.generate(policy.model, params, sharding.shard_batch(prompts, mesh), spec, jax.random.key(0))
+    return float(correct(drawn, policy.tokenizer, rows).mean(dtype=np.float64)), stage.texts(drawn, policy.tokenizer)[1]
