@@ -5,14 +5,13 @@
 
 The language model's trunk with a linear head on the mean of its hidden states. Each batch is a set of rated texts; every pair
 of one domain whose mean ratings differ by half a point or more is a choice that people made (Bradley-Terry over some thousand
-pairs for the price of 64 forward passes). With `--choices` (a feedback store), pairs of the policy's own answers join each
-set with equal total weight, and training starts from `--refresh`, an earlier reward model. An ensemble's heads learn from a
-bootstrap each, its models from an order each, in one program.
+pairs for the price of 64 forward passes). With `--choices` (a feedback store, a .jsonl file or a TFDS folder), pairs of answers
+join each set with equal total weight, and training starts from `--refresh`, an earlier reward model. An ensemble's heads learn
+from a bootstrap each, its models from an order each, in one program.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import stage
+from experiments import preference_data, stage
 from jaxrlhf.algorithms import pairwise
 from jaxrlhf.algorithms import reward as algorithm
 from jaxrlhf.core import members, sharding
@@ -31,7 +30,6 @@ from jaxrlhf.data import comparisons, human_sentiment, pipeline
 from jaxrlhf.data.human_sentiment import DOMAINS
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, reward_model
-from jaxrlhf.feedback import store
 from jaxrlhf.models import heads, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import ensemble as ensembles
@@ -49,7 +47,7 @@ class Config:
     init: Path = Path("runs/demo/pretrain/model")  # language model whose trunk is the start
     refresh: Path | None = None  # a reward model to start from instead
     reference: Path = Path("runs/demo/sft/model")  # policy on whose samples the score gets mean 0 and deviation 1
-    choices: Path | None = None  # feedback store with choices between answers
+    choices: Path | None = None  # choices between answers: feedback store, .jsonl file or TFDS folder
     out: Path = Path("runs/demo/reward_model")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
@@ -183,7 +181,7 @@ def dataset(config: Config, tokenizer: Tokenizer) -> tuple[Any, list[dict[str, A
     widths = comparisons.choose_widths(rated["length"], config.texts, count=config.widths)
     pairs, held_out = None, []
     if config.choices is not None:
-        pairs, held_out = chosen_pairs(config, tokenizer)
+        pairs, held_out = chosen_pairs(config, config.choices, tokenizer)
 
     def sets(seed: int) -> Any:
         if pairs is None:
@@ -203,15 +201,12 @@ def of_members(several: ensembles.Config, sets: Callable[[int], Any], seed: int)
     return comparisons.bootstrapped_sets(sets(seed), several.members, seed)
 
 
-def chosen_pairs(config: Config, tokenizer: Tokenizer) -> tuple[Any, list[dict[str, Any]]]:
-    """The choices of the feedback store to learn from, and those held out."""
-    if config.choices is None or not config.choices.is_file():
-        raise FileNotFoundError(f"{config.choices}: no feedback store; make one with sample_pairs.py and label.py")
-    with contextlib.closing(store.open_store(config.choices)) as db:
-        found = store.preferences(db, ties=config.algorithm.ties != "half")
+def chosen_pairs(config: Config, choices: Path, tokenizer: Tokenizer) -> tuple[Any, list[dict[str, Any]]]:
+    """The choices to learn from, and those held out."""
+    found = preference_data.read(choices, ties=config.algorithm.ties != "half")
     rows = comparisons.fitting(found, tokenizer, config.width)
     if len(rows) < config.pairs:
-        raise ValueError(f"{config.choices}: {len(rows)} choices, but a set takes {config.pairs}: make more with label.py")
+        raise ValueError(f"{choices}: {len(rows)} choices, but a set takes {config.pairs}: make more with label.py")
     order = np.random.default_rng(config.seed).permutation(len(rows))
     cut = int(len(rows) * config.held_out_pairs)
     held_out, train = ([rows[i] for i in part] for part in (order[:cut], order[cut:]))

@@ -22,7 +22,7 @@ from jaxrlhf.algorithms import ppo as ppo_algorithm
 from jaxrlhf.algorithms import reward as reward_algorithm
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.core.types import Prompts, Rollout
+from jaxrlhf.core.types import Preferences, Prompts, Rollout
 from jaxrlhf.data import comparisons, pipeline, sources
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.tokenizer import BOS, EOS, Tokenizer
@@ -31,6 +31,7 @@ from jaxrlhf.models import heads, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import functions
 from jaxrlhf.rewards import model as rewards
+from jaxrlhf.sampling import generate
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
@@ -199,7 +200,7 @@ def fine_tune(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[str, 
         published = amount(config.sft.examples, config.sft.batch, config.scale)
         warm = Amount(config.warm_up, 32)
         ours = OptimizerConfig(name="muon", learning_rate=0.01, adam_learning_rate=3e-3)
-        figures = {"left_out": left_out}
+        figures: dict[str, float] = {"left_out": left_out}
         first = 0
         for name, part, settings in (("warm_up", warm, ours), ("sft", published, faster(config, config.sft))):
             if part.steps == 0:
@@ -238,29 +239,34 @@ def learn_reward(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[st
         left_out = len(data.comparisons) - len(fitting)
         if len(fitting) < 2 * HELD_OUT:
             raise ValueError(f"{len(fitting)} comparisons have room in {width} tokens: give shorter texts, or widen")
-        train, test = (
-            comparisons.preference_rows(part, start.tokenizer, width) for part in (fitting[HELD_OUT:], fitting[:HELD_OUT])
-        )
-        fields = ("tokens", "prompt_len", "response_len", "label", "tie", "weight", "margin")
-        batches_of = amount(config.reward_model.examples, config.reward_model.batch, config.scale)
-        batches = pipeline.batches({name: np.asarray(getattr(train, name)) for name in fields}, batches_of.batch, config.seed)
+        train, test = (preference_arrays(part, start.tokenizer, width) for part in (fitting[HELD_OUT:], fitting[:HELD_OUT]))
+        part = amount(config.reward_model.examples, config.reward_model.batch, config.scale)
+        batches = pipeline.batches(train, part.batch, config.seed)
         head = sharding.init_params(heads.score_specs(start.config.width), jax.random.key(config.seed))
         params = {"trunk": start.params, "head": jax.device_put(head, sharding.replicated(mesh))}
-        update = optimizer.make(faster(config, config.reward_model), batches_of.steps, params)
+        update = optimizer.make(faster(config, config.reward_model), part.steps, params)
         state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
         outputs = objective.make_outputs(start.model, logprobs=False, scores="last", trunk="trunk")
         train_step = step.make_train_step(outputs, reward_algorithm.loss, reward_algorithm.Config(centre_coef=0.0), update)
-        for i in run.steps(run.start, batches_of.steps, "reward model", show=("reward/accuracy",)):
-            batch = reward_algorithm.from_preferences(type(train)(**batches[i]))
+        for i in run.steps(run.start, part.steps, "reward model", show=("reward/accuracy",)):
+            batch = reward_algorithm.from_preferences(Preferences(**batches[i]))
             state, metrics = train_step(state, None, sharding.shard_batch(batch, mesh))
             run.log(i, metrics)
             run.maybe_save(i, state)
         scored = rewards.with_scale(state.params)
-        scores = jax.jit(outputs)(scored, None, reward_algorithm.from_preferences(test), None).scores
+        scores = jax.jit(outputs)(scored, None, reward_algorithm.from_preferences(Preferences(**test)), None).scores
         params = normalised(config, data, start, scored, mesh)
         stage.save(out / "model", "reward_model", jax.device_get(params), start.config, start.tokenizer, pooling="last")
         accuracy = float((scores[:, 0] > scores[:, 1]).mean())
         return run.done({"accuracy": accuracy, "held_out": HELD_OUT, "left_out": left_out})
+
+
+def preference_arrays(rows: Sequence[Row], tokenizer: Tokenizer, width: int) -> dict[str, np.ndarray]:
+    """The fields of `Preferences`, as wide as the widest row."""
+    pairs = comparisons.preference_rows(rows, tokenizer, width)
+    longest = int(np.max(pairs.prompt_len + pairs.response_len))
+    names = ("prompt_len", "response_len", "label", "tie", "weight", "margin")
+    return {"tokens": np.asarray(pairs.tokens)[..., :longest]} | {name: np.asarray(getattr(pairs, name)) for name in names}
 
 
 def normalised(config: Recipe, data: Data, start: stage.Trained, params: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -273,7 +279,7 @@ def normalised(config: Recipe, data: Data, start: stage.Trained, params: Any, me
         return params | {"bias": params["bias"] - jnp.mean(scores)}
     spec = stage.spec(config.ppo.sampling, start.tokenizer)
     prompts = sharding.shard_batch(queries(rows), mesh)
-    drawn = tasks.generate.generate(start.model, start.params, prompts, spec, jax.random.key(config.seed))
+    drawn = generate.generate(start.model, start.params, prompts, spec, jax.random.key(config.seed))
     return rewards.normalise(params, rewards.reward(start.model, "last")(params, drawn))
 
 
@@ -290,10 +296,8 @@ def queries(rows: dict[str, np.ndarray]) -> Prompts:
 
 def learn_policy(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """PPO against the reward model; writes `ppo/`."""
-    out, part = (
-        config.out / "ppo",
-        amount(config.ppo.episodes, config.ppo.batch, config.scale, max(8, config.ppo.algorithm.minibatches)),
-    )
+    out, multiple = config.out / "ppo", max(8, config.ppo.algorithm.minibatches)
+    part = amount(config.ppo.episodes, config.ppo.batch, config.scale, multiple)
     settings = ppo.Config(
         policy=config.out / "sft" / "model",
         reward=config.out / "reward_model" / "model",

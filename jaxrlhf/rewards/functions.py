@@ -266,7 +266,7 @@ def math_match() -> RewardFunction:
         ImportError: the extra `math` is not installed.
     """
     try:
-        import math_verify
+        import math_verify  # pyright: ignore[reportMissingImports]: an extra
     except ImportError:
         raise ImportError("math_match needs the package math-verify: pip install 'jaxrlhf[math]'") from None
 

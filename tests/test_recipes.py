@@ -1,0 +1,104 @@
+"""Recipes: the published numbers, what a scale makes of them, and the data they read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from experiments.recipes import hh, stages, tldr, ziegler_sentiment
+from jaxrlhf.data import tokenizer as tokenizers
+
+RECIPES = {"ziegler_sentiment": ziegler_sentiment, "tldr": tldr, "hh": hh}
+every = pytest.mark.parametrize("name", RECIPES)
+
+
+def steps(part, name: str, scale: float = 1.0) -> stages.Amount:
+    count = part.episodes if name == "ppo" else part.examples
+    return stages.amount(count, part.batch, scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "published"),
+    [
+        ("ziegler_sentiment", "sft", (0, 32)),
+        ("ziegler_sentiment", "reward_model", (156, 32)),
+        ("ziegler_sentiment", "ppo", (1954, 512)),
+        ("tldr", "sft", (912, 128)),
+        ("tldr", "reward_model", (1451, 64)),
+        ("tldr", "ppo", (1954, 512)),
+        ("hh", "sft", (10_000, 4)),
+        ("hh", "ppo", (94, 64)),
+    ],
+)
+def test_a_scale_of_one_is_the_published_run(name, stage, published):
+    assert steps(getattr(RECIPES[name].RECIPE, stage), stage) == published
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-3, 0.1, 0.999])
+def test_a_smaller_scale_reads_its_share(scale):
+    for examples, batch, multiple in ((1_000_000, 512, 8), (6_000, 64, 16), (116_722, 128, 8)):
+        part = stages.amount(examples, batch, scale, multiple)
+        assert part.batch % multiple == 0
+        assert part.batch <= batch
+        assert 0 <= part.steps * part.batch - examples * scale < part.batch
+
+
+@every
+def test_stand_ins_are_drawn_by_the_seed_and_fit(name):
+    recipe, made = RECIPES[name].RECIPE, RECIPES[name].stand_in
+    texts, pairs = made(200, 1)
+    assert (texts, pairs) == made(200, 1) != made(200, 2)
+    assert len(texts) == len(pairs) == 200
+    assert all(row["chosen"] != row["rejected"] for row in pairs)
+    data = stages.read(recipe, made)
+    tokenizer = tokenizers.train((row["prompt"] + row["response"] for row in data.demonstrations), recipe.model.vocab_size)
+    rows, left_out = stages.demonstration_rows(data, tokenizer, recipe.query, recipe.ppo.sampling.max_tokens)
+    assert left_out == 0
+    assert rows["tokens"].shape[1] <= recipe.model.max_length
+    queries = stages.queries(rows)
+    for i in range(20):
+        written = tokenizer.decode(rows["tokens"][i, : rows["prompt_len"][i]])
+        assert written == data.demonstrations[i]["prompt"] == tokenizer.decode(queries.tokens[i, : queries.length[i]])
+        assert not np.any(queries.tokens[i, queries.length[i] :]), "a prompt does not show its answer"
+
+
+def written(folder, rows: int) -> stages.Recipe:
+    texts = [{"prompt": f"question {i}?" + " long" * (i % 2 * 100), "response": f" answer {i}"} for i in range(rows)]
+    pairs = [{"prompt": "which?", "chosen": f" good {i}", "rejected": f" bad {i}"} for i in range(rows)]
+    paths = {}
+    for name, lines in (("demonstrations", texts), ("comparisons", pairs)):
+        paths[name] = folder / f"{name}.jsonl"
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return dataclasses.replace(tldr.RECIPE, query=64, **paths)
+
+
+def test_local_files_are_read_and_long_prompts_are_counted(tmp_path):
+    recipe = written(tmp_path, 200)
+    data = stages.read(recipe, tldr.stand_in)
+    assert data.demonstrations[1]["response"] == " answer 1"
+    assert data.comparisons[7]["chosen"] == " good 7"
+    tokenizer = tokenizers.train(["question long answer"], 300)
+    rows, left_out = stages.demonstration_rows(data, tokenizer, recipe.query, recipe.ppo.sampling.max_tokens)
+    assert (len(rows["tokens"]), left_out) == (100, 100)
+
+
+def test_too_few_rows_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="demonstrations: 100 rows, of which 48 are held out: give 144 or more"):
+        stages.read(written(tmp_path, 100), tldr.stand_in)
+
+
+def test_a_malformed_file_is_named(tmp_path):
+    recipe = written(tmp_path, 200)
+    with recipe.comparisons.open("a") as file:
+        file.write('{"prompt": "a", "chosen": "b"}\n')
+    with pytest.raises(ValueError, match=r"comparisons\.jsonl:201: rejected: missing field"):
+        stages.read(recipe, tldr.stand_in)
+
+
+@pytest.mark.parametrize(("name", "value"), [("scale", 0.0), ("scale", 2.0), ("faster", 0.0)])
+def test_settings_that_make_no_sense_are_refused(name, value):
+    with pytest.raises(ValueError, match=r"need 0 < scale <= 1 and faster > 0"):
+        stages.run(dataclasses.replace(tldr.RECIPE, **{name: value}), tldr.stand_in)
