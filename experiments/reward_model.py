@@ -99,7 +99,7 @@ def run(config: Config) -> dict[str, Any]:
             before = choice_accuracy(config, trunk, rewards.with_scale(params), held_out) if held_out else None
             learned = config.algorithm
             if config.debias_length:
-                learned = dataclasses.replace(learned, length_coef=length_coef(data, config.steps))
+                learned = dataclasses.replace(learned, length_coef=length_coef(config, trunk.tokenizer))
             params = train(run, dataclasses.replace(config, algorithm=learned), trunk.config, params, data)
             params = normalised(config, trunk, rewards.with_scale(params), mesh)
             result = evaluate(config, trunk, params)
@@ -175,7 +175,7 @@ def fresh(config: Config, shape: TransformerConfig, trunk: Any, mesh: jax.shardi
     return jax.device_put(params, sharding.shardings({name: placed[name] for name in params}, mesh))
 
 
-def dataset(config: Config, tokenizer: Tokenizer) -> tuple[Any, list[dict[str, Any]]]:
+def dataset(config: Config, tokenizer: Tokenizer, window: int = 12) -> tuple[Any, list[dict[str, Any]]]:
     """`dataset[step]`: a set of rated texts, with chosen pairs where there are any; and the pairs that are held out."""
     rated = comparisons.rated_rows(human_sentiment.load("train"), tokenizer, config.width)
     widths = comparisons.choose_widths(rated["length"], config.texts, count=config.widths)
@@ -185,9 +185,9 @@ def dataset(config: Config, tokenizer: Tokenizer) -> tuple[Any, list[dict[str, A
 
     def sets(seed: int) -> Any:
         if pairs is None:
-            return comparisons.rated_sets(rated, config.texts, seed, widths)
+            return comparisons.rated_sets(rated, config.texts, seed, widths, window)
         size = (config.texts, config.pairs)
-        return comparisons.compared_sets(rated, pairs, size, seed, widths, ties=config.algorithm.ties != "half")
+        return comparisons.compared_sets(rated, pairs, size, seed, widths, window, ties=config.algorithm.ties != "half")
 
     if config.several is not None:
         return of_members(config.several, sets, config.seed), held_out
@@ -213,19 +213,12 @@ def chosen_pairs(config: Config, choices: Path, tokenizer: Tokenizer) -> tuple[A
     return comparisons.preference_rows(train, tokenizer, config.width), [dict(row) for row in held_out if not row["tie"]]
 
 
-def length_coef(data: Any, steps: int, sets: int = 40) -> float:
-    """What length alone is worth in the first sets' choices."""
-    seen = [data[i] for i in range(min(sets, steps))]
-    side = seen[0]["preferred"].shape[-1]
-    preferred = np.concatenate([one["preferred"].reshape(-1, side, side) for one in seen])
-    length = np.concatenate([_beside(one["response_len"], one["preferred"]).reshape(-1, side) for one in seen])
+def length_coef(config: Config, tokenizer: Tokenizer, sets: int = 40) -> float:
+    """What length alone is worth in the choices of some sets; those to learn from are of nearly equal length each."""
+    data, _ = dataset(dataclasses.replace(config, ensemble=1), tokenizer, window=1)
+    seen = [data[i] for i in range(sets)]
+    preferred, length = (np.concatenate([one[name] for one in seen]) for name in ("preferred", "response_len"))
     return pairwise.fit_length(preferred, length)
-
-
-def _beside(length: np.ndarray, preferred: np.ndarray) -> np.ndarray:
-    """Lengths [B,N] or [B,M,N], with a row for each set of `preferred` [B,N,N] or [B,M,N,N]."""
-    length = length[:, None] if length.ndim < preferred.ndim - 1 else length
-    return np.broadcast_to(length, preferred.shape[:-1])
 
 
 def scores_of(config: Config, model: Any) -> Callable[[Any, Any, Any], jax.Array]:
