@@ -223,8 +223,8 @@ MUTATIONS = (
     Mutation(
         "margin-added",
         "algorithms/reward.py",
-        "difference - jnp.where(pair, batch.margin, 0.0)",
-        "difference + jnp.where(pair, batch.margin, 0.0)",
+        "led = led - jnp.where(pair | tie, batch.margin, 0.0)",
+        "led = led + jnp.where(pair | tie, batch.margin, 0.0)",
         "test_reward.py::test_pair_loss_equals_the_reference",
     ),
     Mutation(
