@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from experiments import held_out, stage
+from jaxrlhf.algorithms import best_of_n
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.evaluation import judges, policy, reward_model, win_rate
-from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import generate
 from jaxrlhf.training import cli
 from jaxrlhf.training.run import Run
@@ -49,7 +49,7 @@ def run(config: Config) -> dict[str, Any]:
         with jax.set_mesh(mesh):
             baseline, candidate = stage.load(config.baseline, mesh), stage.load(config.candidate, mesh)
             judged = stage.load(config.reward, mesh, "reward_model")
-            reward = rewards.reward(judged.model, judged.settings["pooling"])
+            reward = stage.reward(judged)
             setting = held_out.Setting(
                 model=baseline.model,
                 reference=baseline.params,
@@ -66,19 +66,23 @@ def run(config: Config) -> dict[str, Any]:
             before = held_out.sample(setting, baseline.params, keys[0])
             again = held_out.sample(setting, baseline.params, keys[1])
             after = held_out.sample(setting, candidate.params, keys[1])
-            start = policy.judge(before, judging)
+            start, ended = policy.judge(before, judging), policy.judge(after, judging)
             result = {
                 "baseline": policy.evaluate_policy(before, start),
                 "baseline_again": policy.evaluate_policy(again, policy.judge(again, judging), start),
-                "candidate": policy.evaluate_policy(after, policy.judge(after, judging), start),
+                "candidate": policy.evaluate_policy(after, ended, start),
+                "reward_drift": {
+                    "baseline": reward_model.on_samples(before.proxy, before.length, start),
+                    "candidate": reward_model.on_samples(after.proxy, after.length, ended),
+                },
                 "samples": policy.side_by_side(before, after),
             }
             if config.best_of:
-                result["best_of_n"] = best_of_n(config, setting, baseline.params, start, judging, keys[2])
+                result["best_of_n"] = choose_best(config, setting, baseline.params, start, judging, keys[2])
         return run.done(result)
 
 
-def best_of_n(config: Config, setting: held_out.Setting, params: Any, start: dict, judging: dict, key: jax.Array) -> list:
+def choose_best(config: Config, setting: held_out.Setting, params: Any, start: dict, judging: dict, key: jax.Array) -> list:
     """Best-of-n of the baseline by the proxy: what choosing among samples buys without any training."""
     few = pipeline.take_prompts(setting.prompts, slice(config.best_of_prompts))
     most = max(config.best_of)
@@ -89,7 +93,7 @@ def best_of_n(config: Config, setting: held_out.Setting, params: Any, start: dic
     for name, judge in judging.items():
         values[name] = judge(texts).reshape(-1, most)
         values[f"win_{name}"] = win_rate.outcomes(values[name], start[name][: len(proxy), None])
-    return reward_model.best_of_n(proxy, values, config.best_of)
+    return best_of_n.table(proxy, values, config.best_of)
 
 
 PRESETS = {"default": Config(), "smoke": Config(prompts=48, best_of=(1, 2), best_of_prompts=16)}

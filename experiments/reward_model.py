@@ -1,31 +1,38 @@
 """Stage 3: a reward model from people's ratings, and later from people's choices as well.
 
     python -m experiments.reward_model --init runs/demo/pretrain/model --out runs/demo/reward_model
+    python -m experiments.reward_model --ensemble 4 --ensemble-of heads --aggregation worst --out runs/demo/ensemble
 
 The language model's trunk with a linear head on the mean of its hidden states. Each batch is a set of rated texts; every pair
 of one domain whose mean ratings differ by half a point or more is a choice that people made (Bradley-Terry over some thousand
 pairs for the price of 64 forward passes). With `--choices` (a feedback store, a .jsonl file or a TFDS folder), pairs of answers
-join each set with equal total weight, and training starts from `--refresh`, an earlier reward model.
+join each set with equal total weight, and training starts from `--refresh`, an earlier reward model. An ensemble's heads learn
+from a bootstrap each, its models from an order each, in one program.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments import preference_data, stage
+from jaxrlhf.algorithms import pairwise
 from jaxrlhf.algorithms import reward as algorithm
-from jaxrlhf.core import sharding
+from jaxrlhf.core import members, sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import comparisons, human_sentiment, pipeline
 from jaxrlhf.data.human_sentiment import DOMAINS
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, reward_model
 from jaxrlhf.models import heads, transformer
+from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.rewards import ensemble as ensembles
 from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import generate
 from jaxrlhf.training import cli, objective, optimizer, step
@@ -52,6 +59,13 @@ class Config:
     widths: int = 4  # row widths to compile for
     dropout: float = 0.15
     pooling: rewards.Pooling = "mean"
+    head_init: Literal["zeros", "normal"] = "zeros"  # normal: of deviation 1 / sqrt(D + 1), as the literature has it
+    debias_length: bool = False  # fit algorithm.length_coef to the choices first, so that the score need not pay for length
+    normalise: Literal["samples", "demonstrations"] = "samples"  # mean 0, deviation 1 on the reference's samples; or mean 0
+    ensemble: int = 1  # heads or models; 1: a single reward model
+    ensemble_of: ensembles.Of = "heads"  # on one trunk; or whole models
+    aggregation: ensembles.Aggregation = "mean"  # how a policy is scored by an ensemble
+    uncertainty_coef: float = 0.5  # of the members' variance, for aggregation='uncertainty'
     algorithm: algorithm.Config = algorithm.Config()
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon",
@@ -65,6 +79,13 @@ class Config:
     sampling: stage.Sampling = stage.Sampling()
     reference_samples: int = 512
 
+    @property
+    def several(self) -> ensembles.Config | None:
+        """The ensemble, if it is one."""
+        if self.ensemble == 1:
+            return None
+        return ensembles.Config(self.ensemble, self.ensemble_of, self.aggregation, self.uncertainty_coef)
+
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
@@ -76,80 +97,171 @@ def run(config: Config) -> dict[str, Any]:
             trunk, params = initial(config, mesh)
             data, held_out = dataset(config, trunk.tokenizer)
             before = choice_accuracy(config, trunk, rewards.with_scale(params), held_out) if held_out else None
-            model_config = dataclasses.replace(trunk.config, dropout=config.dropout)
-            model = transformer.build(model_config)
-            update = optimizer.make(config.optimizer, config.steps, params)
-            # A generator for dropout: the default one costs a CPU as much as the layers.
-            key = jax.random.key(config.seed, impl="rbg")
-            state = run.restore(step.init_state(params, update, key))
-            outputs = objective.make_outputs(
-                model, logprobs=False, scores=config.pooling, trunk="trunk", dropout=config.dropout > 0
-            )
-            train_step = step.make_train_step(outputs, algorithm.loss, config.algorithm, update)
-            for i in run.steps(run.start, config.steps, "reward model", show=("reward/accuracy",)):
-                state, metrics = train_step(state, None, algorithm.Batch(**data[i]))
-                run.log(i, metrics)
-                run.maybe_save(i, state)
-
-            params = normalised(config, trunk, rewards.with_scale(state.params), mesh)
+            learned = config.algorithm
+            if config.debias_length:
+                learned = dataclasses.replace(learned, length_coef=length_coef(config, trunk.tokenizer))
+            params = train(run, dataclasses.replace(config, algorithm=learned), trunk.config, params, data)
+            params = normalised(config, trunk, rewards.with_scale(params), mesh)
             result = evaluate(config, trunk, params)
+            if config.debias_length:
+                result["length_coef"] = learned.length_coef
             if held_out:
                 accuracy = choice_accuracy(config, trunk, params, held_out)
                 result["choices"] = {"held_out": len(held_out), "accuracy": accuracy, "accuracy_before": before}
-        stage.save(
-            config.out / "model", "reward_model", jax.device_get(params), trunk.config, trunk.tokenizer, pooling=config.pooling
-        )
+        save(config.out / "model", config, params, trunk.config, trunk.tokenizer)
         return run.done(result)
+
+
+def train(run: Run, config: Config, shape: TransformerConfig, params: Any, data: Any) -> Any:
+    """`config.steps` updates of {trunk, head}, or of an ensemble of them, from where `run` left off."""
+    several = config.several
+    kind = None if several is None else several.of
+    update = optimizer.make(config.optimizer, config.steps, single(params, kind))
+    if kind == "models":
+        update = optimizer.of_members(update)
+    # A generator for dropout: the default one costs a CPU as much as the layers.
+    key = jax.random.key(config.seed, impl="rbg")
+    state = run.restore(step.init_state(params, update, key))
+    model = transformer.build(dataclasses.replace(shape, dropout=config.dropout))
+    outputs = objective.make_outputs(
+        model, logprobs=False, scores=config.pooling, trunk="trunk", dropout=config.dropout > 0, members=kind
+    )
+    train_step = step.make_train_step(outputs, algorithm.loss, config.algorithm, update)
+    for i in run.steps(run.start, config.steps, "reward model", show=("reward/accuracy",)):
+        state, metrics = train_step(state, None, algorithm.Batch(**data[i]))
+        run.log(i, {name: x.mean() if x.ndim else x for name, x in metrics.items()})  # the members' mean
+        run.maybe_save(i, state)
+    return state.params
+
+
+def single(params: Any, kind: ensembles.Of | None) -> Any:
+    """What one member would train alone: names and ranks of it decide who updates what."""
+    if kind == "models":
+        return members.one(params, 0)
+    return params if kind is None else params | {"head": members.one(params["head"], 0)}
 
 
 def initial(config: Config, mesh: jax.sharding.Mesh) -> tuple[stage.Trained, dict[str, Any]]:
     """The model, and {trunk, head} to train: the language model with a new head, or an earlier reward model."""
+    several = config.several
     if config.refresh is not None:
         start = stage.load(config.refresh, mesh, "reward_model")
+        earlier = stage.ensembled(start.settings)
+        kinds = [None if x is None else (x.members, x.of) for x in (earlier, several)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"{config.refresh} holds {'one reward model' if earlier is None else f'{earlier.members} {earlier.of}'}, but "
+                f"ensemble={config.ensemble} of {config.ensemble_of} is asked for: refresh it as what it is"
+            )
         return start, {"trunk": start.params["trunk"], "head": start.params["head"]}
     start = stage.load(config.init, mesh)
+    return start, fresh(config, start.config, start.params, mesh)
+
+
+def fresh(config: Config, shape: TransformerConfig, trunk: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """{trunk, head} to train: the language model with a new head or, of an ensemble, as many of either as it has."""
+    several = config.several
     # A head of zeros, as a new direction of the trained features would only add noise to them at first.
-    head = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
-    return start, {"trunk": start.params, "head": jax.device_put(head, sharding.replicated(mesh))}
+    specs = heads.value_specs(shape.width) if config.head_init == "zeros" else heads.score_specs(shape.width)
+    key = jax.random.key(config.seed)
+    if several is None:
+        return {"trunk": trunk, "head": jax.device_put(sharding.init_params(specs, key), sharding.replicated(mesh))}
+    own = [sharding.init_params(specs, jax.random.fold_in(key, m)) for m in range(several.members)]
+    params = {
+        "trunk": members.stack([trunk] * several.members) if several.of == "models" else trunk,
+        "head": members.stack(own),
+    }
+    placed = stage.specs(shape, "reward_model", several)
+    return jax.device_put(params, sharding.shardings({name: placed[name] for name in params}, mesh))
 
 
-def dataset(config: Config, tokenizer: Tokenizer) -> tuple[Any, list[dict[str, Any]]]:
+def dataset(config: Config, tokenizer: Tokenizer, window: int = 12) -> tuple[Any, list[dict[str, Any]]]:
     """`dataset[step]`: a set of rated texts, with chosen pairs where there are any; and the pairs that are held out."""
     rated = comparisons.rated_rows(human_sentiment.load("train"), tokenizer, config.width)
     widths = comparisons.choose_widths(rated["length"], config.texts, count=config.widths)
-    if config.choices is None:
-        return comparisons.rated_sets(rated, config.texts, config.seed, widths), []
-    rows = comparisons.fitting(preference_data.read(config.choices), tokenizer, config.width)
+    pairs, held_out = None, []
+    if config.choices is not None:
+        pairs, held_out = chosen_pairs(config, config.choices, tokenizer)
+
+    def sets(seed: int) -> Any:
+        if pairs is None:
+            return comparisons.rated_sets(rated, config.texts, seed, widths, window)
+        size = (config.texts, config.pairs)
+        return comparisons.compared_sets(rated, pairs, size, seed, widths, window, ties=config.algorithm.ties != "half")
+
+    if config.several is not None:
+        return of_members(config.several, sets, config.seed), held_out
+    return sets(config.seed), held_out
+
+
+def of_members(several: ensembles.Config, sets: Callable[[int], Any], seed: int) -> Any:
+    """The data of an ensemble from `sets(seed)`: an order for each model, or a bootstrap for each head."""
+    if several.of == "models":
+        return comparisons.stacked_sets([sets(seed + 1000 * m) for m in range(several.members)])
+    return comparisons.bootstrapped_sets(sets(seed), several.members, seed)
+
+
+def chosen_pairs(config: Config, choices: Path, tokenizer: Tokenizer) -> tuple[Any, list[dict[str, Any]]]:
+    """The choices to learn from, and those held out."""
+    found = preference_data.read(choices, ties=config.algorithm.ties != "half")
+    rows = comparisons.fitting(found, tokenizer, config.width)
     if len(rows) < config.pairs:
-        raise ValueError(f"{config.choices}: {len(rows)} choices, but a set takes {config.pairs}: make more with label.py")
+        raise ValueError(f"{choices}: {len(rows)} choices, but a set takes {config.pairs}: make more with label.py")
     order = np.random.default_rng(config.seed).permutation(len(rows))
     cut = int(len(rows) * config.held_out_pairs)
     held_out, train = ([rows[i] for i in part] for part in (order[:cut], order[cut:]))
-    pairs = comparisons.preference_rows(train, tokenizer, config.width)
-    return comparisons.compared_sets(rated, pairs, (config.texts, config.pairs), config.seed, widths), held_out
+    return comparisons.preference_rows(train, tokenizer, config.width), [dict(row) for row in held_out if not row["tie"]]
+
+
+def length_coef(config: Config, tokenizer: Tokenizer, sets: int = 40) -> float:
+    """What length alone is worth in the choices of some sets; those to learn from are of nearly equal length each."""
+    data, _ = dataset(dataclasses.replace(config, ensemble=1), tokenizer, window=1)
+    seen = [data[i] for i in range(sets)]
+    preferred, length = (np.concatenate([one[name] for one in seen]) for name in ("preferred", "response_len"))
+    return pairwise.fit_length(preferred, length)
+
+
+def scores_of(config: Config, model: Any) -> Callable[[Any, Any, Any], jax.Array]:
+    """(params, tokens, length) -> [B], of an ensemble every member's [M, B]; compiled."""
+    several = config.several
+    if several is None:
+        return jax.jit(lambda params, tokens, length: rewards.score(model, params, tokens, length, config.pooling))
+    of: ensembles.Of = several.of
+    return jax.jit(lambda params, tokens, length: ensembles.scores(model, params, tokens, length, config.pooling, of))
 
 
 def normalised(config: Config, trunk: stage.Trained, params: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Scores of the reference policy's own samples get mean 0 and deviation 1."""
+    """Scores of the reference policy's own samples get mean 0 and deviation 1, or those of demonstrations mean 0."""
     policy = stage.load(config.reference, mesh)
     rows = policy.tokenizer.encode_batch([pipeline.clean(r.text) for r in human_sentiment.reviews("train")])
+    score = scores_of(config, trunk.model)
+    if config.normalise == "demonstrations":
+        shown = pipeline.continuation_rows(rows)
+        few = np.random.default_rng(config.seed).permutation(len(shown["tokens"]))[: config.reference_samples]
+        length = (shown["prompt_len"] + shown["response_len"])[few]
+        return rewards.centre(params, score(params, shown["tokens"][few], length))
     prompts = pipeline.cut_prompts(rows, policy.tokenizer, config.seed)
     prompts = next(iter(pipeline.prompt_batches(prompts, config.reference_samples, config.seed)))
     spec = stage.spec(config.sampling, policy.tokenizer)
     rollout = generate.generate(
         policy.model, policy.params, sharding.shard_batch(prompts, mesh), spec, jax.random.key(config.seed)
     )
-    scores = rewards.reward(trunk.model, config.pooling)(params, rollout)
-    return rewards.normalise(params, scores)
+    return rewards.normalise(params, score(params, rollout.tokens, rollout.prompt_len + rollout.response_len))
 
 
-def score_texts(model: Any, params: Any, rows: dict[str, np.ndarray], pooling: rewards.Pooling, size: int = 256) -> np.ndarray:
-    """Score of each row."""
-    fn = jax.jit(lambda p, tokens, length: rewards.score(model, p, tokens, length, pooling))
+def score_texts(config: Config, model: Any, params: Any, rows: dict[str, np.ndarray], size: int = 256) -> np.ndarray:
+    """Score of each row; of an ensemble, every member's [M, n]."""
+    fn = scores_of(config, model)
     height = len(rows["length"])
     whole = -(-height // size) * size
     tokens, length = (np.resize(rows[name], (whole, *rows[name].shape[1:])) for name in ("tokens", "length"))
-    return np.concatenate([fn(params, tokens[i : i + size], length[i : i + size]) for i in range(0, whole, size)])[:height]
+    found = [fn(params, tokens[i : i + size], length[i : i + size]) for i in range(0, whole, size)]
+    return np.concatenate(found, axis=-1)[..., :height]
+
+
+def together(config: Config, scores: np.ndarray) -> np.ndarray:
+    """One score a row, whether one model gave it or several."""
+    return scores if config.several is None else np.asarray(ensembles.aggregate(jnp.asarray(scores), config.several))
 
 
 def evaluate(config: Config, trunk: stage.Trained, params: Any) -> dict[str, Any]:
@@ -158,23 +270,32 @@ def evaluate(config: Config, trunk: stage.Trained, params: Any) -> dict[str, Any
     texts, means, domains = [pipeline.clean(r.text) for r in test], np.array([r.mean for r in test]), [r.domain for r in test]
     ridge = judges.fit_ridge([pipeline.clean(r.text) for r in train], [r.mean for r in train])
     rows = comparisons.rated_rows(test, trunk.tokenizer, JUDGED_WIDTH)
-    scores = score_texts(trunk.model, params, rows, config.pooling)
+    every = score_texts(config, trunk.model, params, rows)
+    scores = together(config, every)
 
     def accuracy(scores: np.ndarray) -> dict[str, float]:
         return {d: a.accuracy for d, a in reward_model.pair_accuracy(scores, means, domains).items()}
 
     both = scores / scores.std() + (ridge.predict(texts) - means.mean()) / ridge.predict(texts).std()
     error, table = reward_model.calibration(scores, means, domains)
-    return {
+    result = {
         "accuracy": {
             "model": accuracy(scores),
             "ridge": accuracy(ridge.predict(texts)),
             "vader": accuracy(judges.vader(texts)),
             "model_and_ridge": accuracy(both),
         },
+        "accuracy_by_margin": reward_model.accuracy_by_margin(scores, means, domains),
         "calibration": {"ece": error, "table": table},
+        "length_correlation": {
+            "score": reward_model.correlation(scores, rows["length"]),
+            "rating": reward_model.correlation(means, rows["length"]),
+        },
         "domains": list(DOMAINS),
     }
+    if config.several is not None:
+        result["members"] = [accuracy(own) for own in every]
+    return result
 
 
 def choice_accuracy(config: Config, trunk: stage.Trained, params: Any, rows: list[dict[str, Any]]) -> float:
@@ -182,8 +303,16 @@ def choice_accuracy(config: Config, trunk: stage.Trained, params: Any, rows: lis
     pairs = comparisons.preference_rows(rows, trunk.tokenizer, JUDGED_WIDTH)
     tokens = np.asarray(pairs.tokens).reshape(-1, JUDGED_WIDTH)
     length = np.asarray(pairs.prompt_len + pairs.response_len).reshape(-1)
-    scores = score_texts(trunk.model, params, {"tokens": tokens, "length": length}, config.pooling).reshape(-1, 2)
+    scores = together(config, score_texts(config, trunk.model, params, {"tokens": tokens, "length": length})).reshape(-1, 2)
     return float((scores[:, 0] > scores[:, 1]).mean())
+
+
+def save(folder: Path, config: Config, params: Any, shape: TransformerConfig, tokenizer: Tokenizer) -> None:
+    """Write the reward model, or the ensemble of them, for the stages that read it."""
+    notes: dict[str, Any] = {"pooling": config.pooling}
+    if config.several is not None:
+        notes["ensemble"] = dataclasses.asdict(config.several)
+    stage.save(folder, "reward_model", jax.device_get(params), shape, tokenizer, **notes)
 
 
 PRESETS = {"default": Config(), "smoke": Config(steps=40, texts=32, reference_samples=64, width=48, widths=1)}

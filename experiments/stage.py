@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import heads, pretrained, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.model import Model
+from jaxrlhf.rewards import ensemble
+from jaxrlhf.rewards import model as rewards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +52,24 @@ class Trained:
     settings: dict[str, Any]  # config.json of the folder
 
 
-def specs(config: TransformerConfig, kind: str) -> Any:
-    """Parameter specs of a `policy` (a language model) or a `reward_model` (trunk, head, scale)."""
+def specs(config: TransformerConfig, kind: str, several: ensemble.Config | None = None) -> Any:
+    """Parameter specs of a `policy` (a language model) or a `reward_model` (trunk, head, scale), or of an ensemble of them."""
     trunk = transformer.param_specs(config)
     if kind == "policy":
         return trunk
     scalar = sharding.ParamSpec((), (), sharding.zeros)
-    return {"trunk": trunk, "head": heads.score_specs(config.width), "gain": scalar, "bias": scalar}
+    own = {"head": heads.score_specs(config.width), "gain": scalar, "bias": scalar}
+    if several is None:
+        return {"trunk": trunk} | own
+    members = several.members
+    if several.of == "models":
+        own["trunk"] = trunk
+    stacked = jax.tree.map(
+        lambda spec: sharding.ParamSpec((members, *spec.shape), (None, *spec.axes), spec.init),
+        own,
+        is_leaf=lambda x: isinstance(x, sharding.ParamSpec),
+    )
+    return {"trunk": trunk} | stacked
 
 
 def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained:
@@ -69,8 +83,21 @@ def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained
     if settings.get("kind") != kind:
         raise ValueError(f"{folder}: holds a {settings.get('kind', 'model of another program')}, not a {kind}")
     config = TransformerConfig(**settings["transformer"])
-    params = jax.device_put(params, sharding.shardings(specs(config, kind), mesh))
+    params = jax.device_put(params, sharding.shardings(specs(config, kind, ensembled(settings)), mesh))
     return Trained(config, transformer.build(config), params, tokenizers.load(folder), settings)
+
+
+def ensembled(settings: dict[str, Any]) -> ensemble.Config | None:
+    """Of how many heads or models a reward model is, and how their scores are taken together; None: of one."""
+    return ensemble.Config(**settings["ensemble"]) if "ensemble" in settings else None
+
+
+def reward(judged: Trained) -> Callable[[Any, Rollout], jax.Array]:
+    """A reward model, or an ensemble of them, as a reward: (params, rollout) -> score of each row [B], compiled."""
+    several = ensembled(judged.settings)
+    if several is None:
+        return rewards.reward(judged.model, judged.settings["pooling"])
+    return ensemble.reward(judged.model, judged.settings["pooling"], several)
 
 
 def save(folder: Path, kind: str, params: Any, config: TransformerConfig, tokenizer: Tokenizer, **notes: Any) -> None:

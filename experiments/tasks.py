@@ -23,7 +23,6 @@ from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import policy
 from jaxrlhf.rewards import functions
-from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import generate
 
 Name = Literal["sentiment", "arithmetic"]
@@ -73,7 +72,7 @@ def sentiment(
     """Continue the first words of a review; the reward model in `reward` scores."""
     first = stage.load(start, mesh)
     judged = stage.load(reward, mesh, "reward_model")
-    value = rewards.reward(judged.model, judged.settings["pooling"])
+    value = stage.reward(judged)
     spec = stage.spec(sampling, first.tokenizer)
     setting = held_out.Setting(
         model=first.model,

@@ -223,8 +223,8 @@ MUTATIONS = (
     Mutation(
         "margin-added",
         "algorithms/reward.py",
-        "difference - jnp.where(pair, batch.margin, 0.0)",
-        "difference + jnp.where(pair, batch.margin, 0.0)",
+        "led = led - jnp.where(pair | tie, batch.margin, 0.0)",
+        "led = led + jnp.where(pair | tie, batch.margin, 0.0)",
         "test_reward.py::test_pair_loss_equals_the_reference",
     ),
     Mutation(
@@ -575,6 +575,63 @@ MUTATIONS = (
         "itertools.combinations_with_replacement(range(LOW, HIGH + 1), 2)",
         "itertools.product(range(LOW, HIGH + 1), repeat=2)",
         "test_arithmetic.py::test_no_pair_of_operands_is_in_both_splits",
+    ),
+    # -------------------------------------------------------------------------------- choices, ensembles, best of n
+    Mutation(
+        "davidson-ties-without-the-root",
+        "algorithms/pairwise.py",
+        "half = difference / 2",
+        "half = difference",
+        "test_reward_choices.py::test_the_loss_equals_the_reference",
+    ),
+    Mutation(
+        "rao-kupper-threshold-for-the-winner-only",
+        "algorithms/pairwise.py",
+        "for lead in (difference, -difference))",
+        "for lead in (difference, threshold - difference))",
+        "test_reward_choices.py::test_outcomes_are_a_distribution_and_equals_tie_as_told",
+    ),
+    Mutation(
+        "best-of-n-over-empty-places-too",
+        "algorithms/reward.py",
+        "kept = jnp.where(candidates, logits, -1e30)",
+        "kept = logits",
+        "test_reward_choices.py::test_the_loss_equals_the_reference",
+    ),
+    Mutation(
+        "length-debiased-with-the-sign-turned",
+        "algorithms/reward.py",
+        "logits = scores + config.length_coef * batch.response_len",
+        "logits = scores - config.length_coef * batch.response_len",
+        "test_reward_choices.py::test_a_fixed_length_coefficient_takes_length_out_of_the_score",
+    ),
+    Mutation(
+        "best-of-n-draws-with-replacement",
+        "algorithms/best_of_n.py",
+        "math.comb(i, n - 1) / math.comb(m, n)",
+        "((i + 1) ** n - i**n) / m**n",
+        "test_best_of_n.py::test_weights_are_the_mean_over_all_subsets",
+    ),
+    Mutation(
+        "all-members-clip-and-scale-together",
+        "training/optimizer.py",
+        "lambda updates, state, params=None: members.each(update.update, updates, state, params),",
+        "lambda updates, state, params=None: update.update(updates, state, params),",
+        "test_ensemble.py::test_models_trained_together_are_those_trained_alone[muon-cpu]",
+    ),
+    Mutation(
+        "uncertainty-by-the-deviation",
+        "rewards/ensemble.py",
+        "jnp.square(scores - mean).mean(axis=0)",
+        "jnp.sqrt(jnp.square(scores - mean).mean(axis=0))",
+        "test_ensemble.py::test_aggregation_equals_the_reference",
+    ),
+    Mutation(
+        "a-bootstrap-drawn-anew-at-every-step",
+        "data/comparisons.py",
+        "np.random.default_rng([seed, name]).poisson(1.0, members)",
+        "np.random.default_rng([seed, name, step]).poisson(1.0, members)",
+        "test_ensemble.py::test_a_bootstrap_draws_each_text_once_for_all",
     ),
     # --------------------------------------------------------------------------------------- preference optimisation
     Mutation(

@@ -211,6 +211,20 @@ def test_ratings_and_chosen_pairs_weigh_the_same(rows, trained):
             assert tokens[prompt_len[first] + response_len[first] - 1] == EOS
 
 
+def test_ties_may_stand_as_themselves(rows, trained):
+    pairs = comparisons.preference_rows(PAIRS, trained, 24)
+    half = comparisons.compared_sets(rows, pairs, (12, 3), seed=1, widths=(32, 64))[0]
+    batch = comparisons.compared_sets(rows, pairs, (12, 3), seed=1, widths=(32, 64), ties=True)[0]
+    assert set(batch) == FIELDS | {"tied"}
+    (place,) = np.argwhere(batch["tied"][0])  # once, in one of its two directions
+    tie = batch["tied"][0][tuple(place)]
+    assert tie == 3  # its weight
+    assert not batch["preferred"][0][tuple(place)]
+    assert half["preferred"][0][tuple(place)] == half["preferred"][0][tuple(place[::-1])] == tie / 2
+    apart = batch["tied"][0] + batch["tied"][0].T
+    assert np.allclose(batch["preferred"][0] + apart / 2, half["preferred"][0])  # texts and pairs weigh the same still
+
+
 def test_compared_sets_are_a_function_of_the_step(rows, trained):
     pairs = comparisons.preference_rows(PAIRS, trained, 24)
     first, again = (comparisons.compared_sets(rows, pairs, (12, 2), seed=1, widths=(64,)) for _ in range(2))

@@ -225,6 +225,54 @@ def test_help_is_quick():
     assert time.monotonic() - started < 30  # a machine under load; the figure is in the README
 
 
+@pytest.mark.parametrize("kind", ["heads", "models"])
+def test_an_ensemble_is_trained_and_ppo_reads_it(loop, tmp_path, kind):
+    start = ("--reference", loop / "sft/model", "--init", loop / "pretrain/model")
+    flags = ("--ensemble", 3, "--ensemble-of", kind, "--aggregation", "worst", "--normalise", "demonstrations")
+    small = ("--preset", "smoke", "--steps", 4, "--debias-length", "--head-init", "normal")
+    done = script("reward_model", *small, *start, *flags, "--out", tmp_path / "reward")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "reward/result.json").read_text())
+    assert len(result["members"]) == 3
+    assert len({row["movie"] for row in result["members"]}) == 3  # each learned from data of its own
+    assert abs(result["length_coef"]) < 1
+    done = script("ppo", "--preset", "smoke", "--iterations", 1, "--policy", loop / "sft/model",
+                  "--reward", tmp_path / "reward/model", "--out", tmp_path / "ppo")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    refreshed = script("reward_model", *small, *start, "--refresh", tmp_path / "reward/model", "--out", tmp_path / "again")
+    assert refreshed.returncode == 2
+    assert f"holds 3 {kind}" in refreshed.stderr
+
+
+def test_over_optimisation_goes_on_where_it_stopped(loop, tmp_path):
+    flags = (
+        "--preset",
+        "smoke",
+        "--init",
+        loop / "pretrain/model",
+        "--policy",
+        loop / "sft/model",
+        "--out",
+        tmp_path / "study",
+    )
+    done = script("overoptimization", *flags)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "study/result.json").read_text())
+    assert {(row["layers"], row["proxy"]) for row in result["best_of_n"]} == {
+        (n, p) for n in (1, 2) for p in ("0", "1", "worst")
+    }
+    for row in result["ppo"]:
+        assert row["rows"][0]["kl"] == 0  # the fine-tuned model itself
+    for row in result["best_of_n"]:
+        proxy = [point["proxy"] for point in row["rows"]]
+        assert proxy == sorted(proxy)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").glob("**/model/config.json")}
+    (tmp_path / "study/result.json").unlink()
+    assert script("overoptimization", *flags).returncode == 0
+    assert json.loads((tmp_path / "study/result.json").read_text())["ppo"] == result["ppo"]
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
 def trained(out: pathlib.Path) -> tuple[list[dict], list[dict]]:
     """The curve of held-out figures and all metrics of a finished script that trained a policy."""
     assert (out / "model" / "params.safetensors").is_file()

@@ -64,6 +64,7 @@ JITS = {
     "sampling/rollout.py",
     "models/roles.py",
     "rewards/model.py",
+    "rewards/ensemble.py",
     "serving/batcher.py",
 }
 

@@ -1,4 +1,4 @@
-"""Pair accuracy, calibration, best-of-n and the over-optimisation figures."""
+"""Pair accuracy, by margin too, calibration, length, drift, and the over-optimisation figures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxrlhf.evaluation import overoptimization, reward_model, win_rate
+from jaxrlhf.evaluation import overoptimization, reward_model
 
 
 def test_pair_accuracy_by_hand():
@@ -61,35 +61,6 @@ def test_a_calibrated_model_has_no_calibration_error():
     assert sure > 0.1
 
 
-def test_kl_of_best_of_n():
-    assert reward_model.kl_best_of_n(1) == 0
-    assert reward_model.kl_best_of_n(16) == pytest.approx(1.8351, abs=1e-4)
-
-
-def test_best_of_n_is_the_mean_over_all_subsets():
-    random = np.random.default_rng(2)
-    scores, values = random.normal(size=(3, 6)), random.normal(size=(3, 6))
-    for n in (1, 2, 3, 6):
-        expected = [
-            np.mean([values[p, max(subset, key=lambda j, p=p: scores[p, j])] for subset in itertools.combinations(range(6), n)])
-            for p in range(3)
-        ]
-        weights = reward_model.best_of_n_weights(scores, n)
-        np.testing.assert_allclose((weights * values).sum(1), expected, atol=1e-12)
-        np.testing.assert_allclose(weights.sum(1), 1, atol=1e-12)
-
-
-def test_best_of_n_rows():
-    scores = np.random.default_rng(3).normal(size=(50, 8))
-    wins = win_rate.outcomes(scores, scores[:, :1])
-    rows = reward_model.best_of_n(scores, {"win": wins}, sizes=(1, 2, 8))
-    assert [row["n"] for row in rows] == [1, 2, 8]
-    assert rows[0]["proxy"] < rows[1]["proxy"] < rows[2]["proxy"] == pytest.approx(scores.max(1).mean())
-    assert rows[2]["win"] >= 0.5
-    with pytest.raises(ValueError, match="between 1 and the 8 samples"):
-        reward_model.best_of_n_weights(scores, 9)
-
-
 def test_peak_and_drop():
     rows = [{"kl": k, "proxy": p, "textblob": t} for k, p, t in [(0, 0, 0.14), (7, 1, 0.4), (24, 2, 0.6), (88, 3.6, 0.33)]]
     curve = overoptimization.curve(rows)
@@ -113,3 +84,55 @@ def test_the_fit_recovers_its_own_curve(best_of_n):
     assert r2 == pytest.approx(1)
     with pytest.raises(ValueError, match="at least 3"):
         overoptimization.fit(d[:3], gain[:3])
+
+
+def test_curves_are_fitted_together_each_from_its_own_start():
+    d = np.linspace(0, 6, 7)
+    curves = [
+        [{"sqrt_kl": x, "gold": start + x * (0.5 - 0.04 * x)} for x in d[use]]
+        for start, use in ((3.0, slice(None, 4)), (-1.0, [0, 4, 5, 6]))
+    ]
+    a, b, r2 = overoptimization.fit_curves(curves, best_of_n=True)
+    assert (a, b, r2) == pytest.approx((0.5, 0.04, 1.0))
+    assert overoptimization.fit_curves([curves[0][:3]]) is None
+    assert overoptimization.fit_curves([curves[0][:1]]) is None
+
+
+def test_accuracy_by_margin_counts_like_two_loops():
+    random = np.random.default_rng(4)
+    n, edges = 40, (0.0, 0.5, 1.5, 9.0)
+    ratings, scores = random.integers(-8, 9, n) / 4, random.integers(0, 6, n).astype(float)
+    domains = random.choice(["a", "b"], n).tolist()
+    rows = reward_model.accuracy_by_margin(scores, ratings, domains, edges)
+    assert [row["margin"] for row in rows] == [0.0, 0.5, 1.5]  # no pair lies 9 apart
+    for row, low, high in zip(rows, edges, edges[1:], strict=False):
+        outcomes = [
+            1.0 if scores[i] > scores[j] else 0.5 if scores[i] == scores[j] else 0.0
+            for i, j in itertools.product(range(n), repeat=2)
+            if domains[i] == domains[j] and low < ratings[i] - ratings[j] <= high
+        ]
+        assert (row["accuracy"], row["pairs"]) == (pytest.approx(np.mean(outcomes)), len(outcomes))
+
+
+def test_correlation():
+    x = np.array([1.0, 2.0, 4.0, 8.0])
+    assert reward_model.correlation(x, np.array([3, 1, 2, 0])) == pytest.approx(np.corrcoef(x, [3, 1, 2, 0])[0, 1])
+    assert reward_model.correlation(x, -2 * x + 1) == pytest.approx(-1)
+    assert math.isnan(reward_model.correlation(x, np.ones(4)))
+
+
+def test_agreement_is_within_rows_and_where_the_judge_decides():
+    scores = np.array([[1.0, 2.0, 2.0], [9.0, 8.0, 7.0]])
+    judged = np.array([[0.0, 1.0, 2.0], [5.0, 5.0, 6.0]])  # 1>0 right, 2>0 right, 2>1 tied; 2>0 wrong, 2>1 wrong
+    assert reward_model.agreement(scores, judged) == pytest.approx(2.5 / 5)
+    assert math.isnan(reward_model.agreement(scores, np.zeros((2, 3))))
+
+
+def test_drift_on_samples():
+    scores, length = np.array([0.0, 1.0, 2.0, 5.0]), np.array([3, 4, 5, 8])
+    seen = reward_model.on_samples(scores, length, {"judge": np.array([0.0, 1.0, 3.0, 2.0]), "mute": np.zeros(4)})
+    assert seen["mean"] == 2
+    assert seen["std"] == pytest.approx(np.std(scores))
+    assert seen["length"] == pytest.approx(1)
+    assert seen["accuracy"]["judge"] == pytest.approx(5 / 6)
+    assert math.isnan(seen["accuracy"]["mute"])

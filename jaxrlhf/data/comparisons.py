@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -187,11 +188,13 @@ def compared_sets(
     widths: Sequence[int],
     window: int = 12,
     min_gap: float = 0.5,
+    ties: bool = False,
 ) -> Any:
     """Endless batches that mix rated texts with chosen pairs: one set of size[0] texts and size[1] pairs.
 
-    Pairs weigh as their labels say (a tie counts half each way); the pairs of rated texts together weigh as much as all the
-    chosen pairs together. `dataset[step]` has the fields of `rated_sets`, with one set of N = size[0] + 2 * size[1] rows.
+    Pairs weigh as their labels say; a tie counts half each way or, with `ties`, stands in the field `tied` as itself. The
+    pairs of rated texts together weigh as much as all the chosen pairs together. `dataset[step]` has the fields of
+    `rated_sets`, with one set of N = size[0] + 2 * size[1] rows.
 
     Raises:
         ValueError: as `rated_sets`, or there are no pairs.
@@ -199,7 +202,10 @@ def compared_sets(
     if pairs.tokens.shape[1] != 2:
         raise ValueError(f"sets of {pairs.tokens.shape[1]} responses: only pairs can be mixed with rated texts")
     fields = {name: np.asarray(getattr(pairs, name)) for name in ("tokens", "prompt_len", "response_len", "label", "weight")}
-    fields["label"] = np.where(np.asarray(pairs.tie), 0.5, fields["label"])
+    tie = np.asarray(pairs.tie)
+    fields["label"] = np.where(tie, 0.5, fields["label"])
+    fields["tied"] = np.where(tie & ties, fields["weight"], 0.0).astype(np.float32)
+    fields["weight"] = fields["weight"] - fields["tied"]
     rated = rated_sets(rows, size[0], seed, widths, window, min_gap=min_gap)
     chosen = pipeline.batches(fields, size[1], seed + 1)
 
@@ -208,25 +214,71 @@ def compared_sets(
         prompt_len, response_len = (np.append(texts[name][0], two[name]) for name in ("prompt_len", "response_len"))
         width = _width(prompt_len + response_len, widths)
         of_pairs = two["tokens"].reshape(2 * size[1], -1)
-        preferred = _balance(texts["preferred"][0], two["weight"] * two["label"], two["weight"] * (1 - two["label"]))
+        weights = two["weight"] * two["label"], two["weight"] * (1 - two["label"]), two["tied"]
+        preferred, tied = _balance(texts["preferred"][0], *weights)
         return {
             "tokens": np.concatenate([_resize(texts["tokens"][0], width), _resize(of_pairs, width)])[None],
             "prompt_len": prompt_len[None],
             "response_len": response_len[None],
             "preferred": preferred[None],
+            **({"tied": tied[None]} if ties else {}),
         }
 
     return pipeline.by_step(batch)
 
 
 def _balance(
-    rated: Float[np.ndarray, "n n"], forward: Float[np.ndarray, " k"], backward: Float[np.ndarray, " k"]
-) -> Float[np.ndarray, "m m"]:
-    """One matrix of weights of N texts and K pairs, the texts' pairs scaled to the total weight of the chosen ones."""
+    rated: Float[np.ndarray, "n n"],
+    forward: Float[np.ndarray, " k"],
+    backward: Float[np.ndarray, " k"],
+    tie: Float[np.ndarray, " k"],
+) -> tuple[Float[np.ndarray, "m m"], Float[np.ndarray, "m m"]]:
+    """Weights of the choices and of the ties of N texts and K pairs, the texts' pairs scaled to the chosen ones' total."""
     texts, pairs = len(rated), len(forward)
-    preferred = np.zeros((texts + 2 * pairs,) * 2, np.float32)
-    total = float(forward.sum() + backward.sum())
+    preferred, tied = np.zeros((2, texts + 2 * pairs, texts + 2 * pairs), np.float32)
+    total = float(forward.sum() + backward.sum() + tie.sum())
     preferred[:texts, :texts] = rated * (total / max(float(rated.sum()), 1.0))
     first = texts + 2 * np.arange(pairs)
     preferred[first, first + 1], preferred[first + 1, first] = forward, backward
-    return preferred
+    tied[first, first + 1] = tie
+    return preferred, tied
+
+
+def stacked_sets(datasets: Sequence[Any]) -> Any:
+    """The batches of several data sets side by side: every field [B, M, ...], rows as wide as the widest.
+
+    What an ensemble of M models learns from where each reads the data in an order of its own.
+    """
+
+    def batch(step: int) -> Arrays:
+        found = [dataset[step] for dataset in datasets]
+        width = max(one["tokens"].shape[-1] for one in found)
+        for one in found:
+            rows = _resize(one["tokens"].reshape(-1, one["tokens"].shape[-1]), width)
+            one["tokens"] = rows.reshape(*one["tokens"].shape[:-1], width)
+        return {name: np.stack([one[name] for one in found], axis=1) for name in found[0]}
+
+    return pipeline.by_step(batch)
+
+
+def bootstrapped_sets(dataset: Any, members: int, seed: int) -> Any:
+    """The batches of a data set with weights of each member's own: `preferred` (and `tied`) [B, M, N, N].
+
+    Each member holds each text as often as a Poisson number of mean 1 says, the same one whenever the text comes; a pair
+    counts as often as the copies of its two texts can be paired. So members of an ensemble share rows but not the sample.
+    Source: Efron 1979 (the bootstrap); Oza and Russell 2001, "Online bagging and boosting" (its Poisson form).
+    """
+
+    def batch(step: int) -> Arrays:
+        found = dataset[step]
+        b, n, _ = found["tokens"].shape
+        length = found["prompt_len"] + found["response_len"]
+        copies = np.zeros((b, members, n), np.float32)
+        for i, j in np.ndindex(b, n):  # a text is known by its tokens, whatever the padding
+            name = zlib.crc32(np.ascontiguousarray(found["tokens"][i, j, : length[i, j]]).tobytes())
+            copies[i, :, j] = np.random.default_rng([seed, name]).poisson(1.0, members)
+        times = copies[..., :, None] * copies[..., None, :]
+        own = {name: (found[name][:, None] * times).astype(np.float32) for name in ("preferred", "tied") if name in found}
+        return found | own
+
+    return pipeline.by_step(batch)

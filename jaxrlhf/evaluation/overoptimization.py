@@ -69,3 +69,13 @@ def fit(distance: Float[np.ndarray, " n"], gain: Float[np.ndarray, " n"], best_o
     residual = y - design @ np.array([a, b])
     spread = float(np.square(y - y.mean()).sum())
     return Fit(float(a), float(b), 1 - float(np.square(residual).sum()) / spread if spread else 0.0)
+
+
+def fit_curves(curves: Sequence[Sequence[Mapping[str, Any]]], best_of_n: bool = False, judge: str = "gold") -> Fit | None:
+    """`fit` to the points of several curves together, each curve's gain counted from its own first row.
+
+    None where fewer than three points lie away from the start.
+    """
+    points = [(row["sqrt_kl"], row[judge] - rows[0][judge]) for rows in curves for row in rows[1:]]
+    distance, gain = np.array(points, np.float64).reshape(-1, 2).T
+    return fit(distance, gain, best_of_n) if (distance > 0).sum() >= 3 else None

@@ -8,11 +8,12 @@ and `cpu_seconds`; J stands for a judge (vader, textblob, ridge), D for a domain
 pretrain        bits_per_character, nll_per_token, parameters; rows: loss/lm
 sft             nll_per_token, nll_per_token_before; rows: loss/lm
 reward_model    accuracy {model, ridge, vader, model_and_ridge: {D: share}}, calibration {ece, table [{confidence,
-                accuracy, pairs}]}; optional texts; rows: reward/accuracy
+                accuracy, pairs}]}; optional accuracy_by_margin, length_correlation; rows: reward/accuracy
 ppo             curve [{step, held_out/kl, held_out/proxy, held_out/J, held_out/distinct_2, ...}]: held-out evaluations,
                 the first before any update; rows: reward/score, policy/kl_ref, rollout/length, policy/entropy
 evaluate        baseline, baseline_again, candidate: rows of `policy.evaluate_policy`; best_of_n: rows of
-                `reward_model.best_of_n` {n, kl, proxy, length, J, win_J}; samples [{prompt, before, after}]
+                `best_of_n.table` {n, kl, proxy, length, J, win_J}; samples [{prompt, before, after}]; optional
+                reward_drift {baseline, candidate}: `reward_model.on_samples`
 sample_pairs    drawn, distinct, top_p
 label           labeler (simulated | human), name, noise, choices {left, right, tie, both_bad, skip: count}
 reward_model_2  as reward_model; choices {held_out, accuracy}, optional accuracy_before (of the first reward model)

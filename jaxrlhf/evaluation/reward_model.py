@@ -1,13 +1,12 @@
-"""How well scores agree with people's ratings, and best-of-n by a score."""
+"""How well scores agree with people's ratings: accuracy, by margin too, calibration, length, and drift on fresh samples."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Integer, Num
 
 
 class PairAccuracy(NamedTuple):
@@ -78,44 +77,65 @@ def calibration(
     return error / max(len(confidence), 1), table
 
 
-def kl_best_of_n(n: int) -> float:
-    """Upper bound, in nats, of the KL of best-of-n from the policy it draws from: log n - (n - 1) / n.
-
-    Source: Stiennon et al. 2020, appendix G.3; Beirami et al. 2024 show that it is a bound.
-    """
-    return math.log(n) - (n - 1) / n
-
-
-def best_of_n_weights(scores: Float[np.ndarray, "p m"], n: int) -> Float[np.ndarray, "p m"]:
-    """Probability that each of a prompt's m samples is the best by score of n drawn from the m without replacement.
-
-    The weighted mean of any figure of the samples is an unbiased estimate of best-of-n's. Equal scores are broken by order.
-    Source: Nakano et al. 2021 (WebGPT), the unbiased estimator of best-of-n.
-
-    Raises:
-        ValueError: n is not between 1 and m.
-    """
-    m = scores.shape[1]
-    if not 1 <= n <= m:
-        raise ValueError(f"best of {n} needs n between 1 and the {m} samples drawn a prompt")
-    # The sample of rank i (0: lowest) wins if it is drawn and the n - 1 others come from the i below it.
-    by_rank = np.array([math.comb(i, n - 1) / math.comb(m, n) for i in range(m)])
-    ranks = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1)
-    return by_rank[ranks]
-
-
-def best_of_n(
-    scores: Float[np.ndarray, "p m"], values: Mapping[str, np.ndarray], sizes: Sequence[int] = (1, 2, 4, 8, 16)
+def accuracy_by_margin(
+    scores: Float[np.ndarray, " n"],
+    ratings: Float[np.ndarray, " n"],
+    domains: Sequence[str],
+    edges: Sequence[float] = (0.0, 0.5, 1.0, 2.0, 3.0),
 ) -> list[dict[str, float | int]]:
-    """A row for each n of `sizes`: n, KL bound, and the mean over prompts of each value of best-of-n by `scores`.
+    """A row {margin, accuracy, pairs} for each range of rating gaps that holds pairs: (edges[k], edges[k + 1]], the last open.
 
-    `scores[i, j]` is the proxy's of sample j of prompt i; each of `values` is [prompts, samples] as well: judges' scores,
-    `win_rate.outcomes` against a baseline, lengths.
+    `margin` is the range's lower end. Over the same-domain pairs of unequal mean rating; equal scores count half.
+    """
+    names = np.asarray(domains)
+    rated, scored = [], []
+    for domain in sorted(set(names.tolist())):
+        inside = names == domain
+        gap = _gaps(np.asarray(ratings, np.float64)[inside])
+        better = gap > 0
+        rated.append(gap[better])
+        scored.append(_gaps(np.asarray(scores, np.float64)[inside])[better])
+    rated, scored = np.concatenate(rated), np.concatenate(scored)
+    right = (scored > 0) + 0.5 * (scored == 0)
+    rows = []
+    for low, high in zip(edges, [*edges[1:], np.inf], strict=True):
+        inside = (rated > low) & (rated <= high)
+        if inside.any():
+            rows.append({"margin": float(low), "accuracy": float(right[inside].mean()), "pairs": int(inside.sum())})
+    return rows
+
+
+def correlation(x: Num[np.ndarray, " n"], y: Num[np.ndarray, " n"]) -> float:
+    """Pearson's correlation; NaN where one of the two does not vary."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    x, y = x - x.mean(), y - y.mean()
+    scale = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / scale) if scale > 0 else float("nan")
+
+
+def agreement(scores: Float[np.ndarray, "p m"], judged: Float[np.ndarray, "p m"]) -> float:
+    """Share of the pairs of one row's samples that the judge tells apart and the scores order alike; equal scores count half.
+
+    NaN where the judge tells no two apart.
+    """
+    better = judged[:, :, None] > judged[:, None, :]
+    gap = (scores[:, :, None] - scores[:, None, :])[better]
+    return float(((gap > 0) + 0.5 * (gap == 0)).mean()) if gap.size else float("nan")
+
+
+def on_samples(
+    scores: Float[np.ndarray, " n"], length: Integer[np.ndarray, " n"], judged: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """What a reward model says of one policy's samples; held beside the reference policy's it shows the drift.
+
+    `mean` and `std` of the normalised scores (0 and 1 on the reference policy's samples), `length` the scores' correlation
+    with the response length, `accuracy` the `agreement` with each judge over all pairs of samples.
     """
     scores = np.asarray(scores, np.float64)
-    rows = []
-    for n in sizes:
-        weights = best_of_n_weights(scores, n)
-        means = {name: float((weights * value).sum(1).mean()) for name, value in {"proxy": scores, **values}.items()}
-        rows.append({"n": n, "kl": kl_best_of_n(n), **means})
-    return rows
+    agreed = {name: agreement(scores[None], np.asarray(values, np.float64)[None]) for name, values in judged.items()}
+    return {
+        "mean": float(scores.mean()),
+        "std": float(scores.std()),
+        "length": correlation(scores, length),
+        "accuracy": agreed,
+    }

@@ -191,6 +191,12 @@ def reward_model(results: Results) -> list[Block]:
             plots.Series("as sure as right", [0.5, 1.0], [0.5, 1.0], 3),
         ]
         drawn.append(Figure("reward_calibration", plots.lines("Right, by how sure the reward model is", series, "confidence")))
+    margins = get(results, "reward_model", "accuracy_by_margin") or []
+    if len(margins) > 1:
+        x, y = [row["margin"] for row in margins], [row["accuracy"] for row in margins]
+        series = [plots.Series("reward model", x, y, 0, marks=True)]
+        title = "Right, by how far people tell two texts apart"
+        drawn.append(Figure("reward_margin", plots.lines(title, series, "rating gap above")))
     note = (
         "All pairs of one domain whose mean ratings differ by half a point or more; nobody saw these texts side by side: "
         "a pair is made of two texts that people rated one by one. The ridge reads words and word pairs and was fitted on the "
@@ -199,7 +205,25 @@ def reward_model(results: Results) -> list[Block]:
     error = get(results, "reward_model", "calibration", "ece")
     if error is not None:
         note += f" Expected calibration error: {error:.3f}."
+    length = get(results, "reward_model", "length_correlation")
+    if length is not None:
+        score, rating = length["score"], length["rating"]
+        note += f" Correlation with the number of tokens: {score:.2f} of the score, {rating:.2f} of people's ratings."
+    note += _drift(results)
     return [Heading("Reward model"), Figures(drawn), Paragraph(note)]
+
+
+def _drift(results: Results) -> str:
+    """What the reward model says of the policy's own samples, beside those it was normalised on."""
+    before, after = (get(results, "evaluate", "reward_drift", who) for who in ("baseline", "candidate"))
+    if before is None or after is None:
+        return ""
+    fine, tuned = (
+        f"mean {row['mean']:.2f}, deviation {row['std']:.2f}, "
+        f"{findings.percent(row['accuracy'].get('textblob', float('nan')))} of the pairs ordered as by TextBlob"
+        for row in (before, after)
+    )
+    return f" Drift of the score on held-out prompts: the fine-tuned model's samples {fine}; PPO's {tuned}."
 
 
 def policy(results: Results, rows: Rows) -> list[Block]:

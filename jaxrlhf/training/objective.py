@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.core import masking, sharding
+from jaxrlhf.core import members as ensembles
 from jaxrlhf.core.types import Outputs, SamplingSpec
 from jaxrlhf.models import heads, roles
 from jaxrlhf.models.model import Model
@@ -28,6 +30,7 @@ def make_outputs(
     trunk: str | None = None,
     packed: bool = False,
     dropout: bool = False,
+    members: Literal["heads", "models"] | None = None,
 ) -> OutputsFn:
     """A function (params, frozen, batch, key) -> Outputs that computes what is asked for, and nothing else.
 
@@ -41,6 +44,9 @@ def make_outputs(
     the packed rows in `batch.text` (an `lm.Batch` of as many rows). `packed`: every prompt is one token and R = T - 1
     (`lm.packed`), so states are read in place, not gathered. Dropout is on where `dropout` and a key are.
 
+    `members`: the scores are an ensemble's [M,B,N], of heads stacked [M,...] on one trunk, or of models stacked as wholes, each
+    of which reads its own rows of tokens [B,M,N,T].
+
     Raises:
         ValueError: options that contradict each other.
     """
@@ -49,6 +55,8 @@ def make_outputs(
         raise ValueError(
             "make_outputs: scores is computed alone; set logprobs=False and leave out entropy, values, ref_kl, text"
         )
+    if members is not None and scores is None:
+        raise ValueError("make_outputs: an ensemble's members score; set scores='last' or 'mean' beside members")
     if scores is None and not per_token:
         raise ValueError("make_outputs: nothing asked for; set logprobs, entropy, values, ref_kl, text or scores")
     if (values or scores is not None) and trunk is None:
@@ -61,15 +69,6 @@ def make_outputs(
         if dropout and key is not None:
             return model.hidden(tree_of(params), tokens, segments, dropout_key=key)
         return model.hidden(tree_of(params), tokens, segments)
-
-    pooling = scores or "last"
-
-    def score_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
-        del frozen
-        rows = _rows(batch, None)
-        hidden = run(params, rows.tokens, None, key)
-        length = rows.prompt_len + batch.response_len.reshape(-1)
-        return Outputs(scores=heads.score(params["head"], hidden, length, pooling).reshape(batch.tokens.shape[:-1]))
 
     def token_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
         rows = _rows(batch, spec)
@@ -94,7 +93,27 @@ def make_outputs(
         states = run(params, rows.tokens, rows.segments, key)[:, :-1]
         return heads.token_logprobs(model, tree_of(params), states, rows.tokens[:, 1:])[0]
 
-    return token_outputs if scores is None else score_outputs
+    return token_outputs if scores is None else _score_outputs(run, scores, members)
+
+
+def _score_outputs(run: Callable[..., jax.Array], pooling: str, members: str | None) -> OutputsFn:
+    def rows_scores(params: Any, rows: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
+        hidden = run(params, sharding.constrain(rows, "batch", None), None, key)
+        read = functools.partial(heads.score, hidden=hidden, length=length, pooling=pooling)
+        return jax.vmap(read)(params["head"]) if members == "heads" else read(params["head"])
+
+    def score_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
+        del frozen
+        tokens, length = batch.tokens, batch.prompt_len + batch.response_len
+        if members != "models":
+            found = rows_scores(params, tokens.reshape(-1, tokens.shape[-1]), length.reshape(-1), key)  # [B*N] or [M, B*N]
+            return Outputs(scores=found.reshape(*found.shape[:-1], *tokens.shape[:-1]))
+        b, m, n, t = tokens.shape
+        rows, length = tokens.swapaxes(0, 1).reshape(m, b * n, t), length.swapaxes(0, 1).reshape(m, b * n)
+        keys = None if key is None else jax.random.split(key, m)  # each member's own dropout
+        return Outputs(scores=ensembles.each(rows_scores, params, rows, length, keys).reshape(m, b, n))
+
+    return score_outputs
 
 
 class _Rows(NamedTuple):

@@ -114,6 +114,21 @@ def make(config: OptimizerConfig, total_steps: int, params: Any) -> optax.Gradie
     return update if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
+def of_members(update: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer of an ensemble whose parameters are stacked [M, ...]: each member's as if it trained alone.
+
+    `update` is made for one member's parameters.
+    """
+    import optax
+
+    from jaxrlhf.core import members
+
+    return optax.GradientTransformation(
+        lambda params: members.each(update.init, params),
+        lambda updates, state, params=None: members.each(update.update, updates, state, params),
+    )
+
+
 def label(params: Any, name: str = "adamw") -> Any:
     """For each leaf who updates it: `muon`, `matrix` (Adam with decay), `plain` (Adam), `head` (Adam times head_scale)."""
     import jax
