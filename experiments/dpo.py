@@ -121,7 +121,9 @@ ARITHMETIC = Config(
     out=Path("runs/arithmetic/dpo"),
     sampling=tasks.ARITHMETIC,
     steps=200,
-    optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
+    # Without the likelihood term wrong answers lose probability, but to other wrong ones: 42 % right fell to 20 %.
+    algorithm=dpo.Config(beta=0.3, nll_coef=1.0),
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=3e-4),
     evaluate_every=50,
     held_out_prompts=500,
 )

@@ -110,7 +110,8 @@ ARITHMETIC = Config(
     out=Path("runs/arithmetic/kto"),
     sampling=tasks.ARITHMETIC,
     steps=200,
-    optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
+    algorithm=kto.Config(beta=0.5),
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=3e-4),
     evaluate_every=50,
     held_out_prompts=500,
 )
