@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxrlhf.evaluation import judges
-from jaxrlhf.feedback import labelers, store
+from jaxrlhf.feedback import agreement, labelers, store
 from jaxrlhf.training import cli
 from jaxrlhf.training.run import Run
 
@@ -45,12 +45,27 @@ def run(config: Config) -> dict[str, Any]:
                 labelers.label_at_terminal(db, config.name, config.limit)
             else:
                 labelers.label_simulated(db, judges.vader, config.name, config.noise, seed=config.seed)
-            mine = [choice for choice in store.choices(db) if choice.labeler == config.name]
+            every = store.choices(db)
+        mine = [choice for choice in every if choice.labeler == config.name]
         decided = sum(choice.preferred is not None for choice in mine)
         if decided < config.least:
             raise ValueError(f"{decided} choices so far, {config.least} are needed; all are kept: the same command goes on")
         counts = Counter(choice.choice for choice in mine)
-        return run.done({"labeler": config.labeler, "name": config.name, "noise": config.noise, "choices": dict(counts)})
+        agreed = {
+            " and ".join(names): found._asdict()
+            for names, found in agreement.between_labelers(every).items()
+            if config.name in names
+        }
+        return run.done(
+            {
+                "labeler": config.labeler,
+                "name": config.name,
+                "noise": config.noise,
+                "choices": dict(counts),
+                "left": agreement.left_share(mine),  # about half, with its interval: no favourite side
+                "agreement": agreed,  # with others who chose on the same pairs
+            }
+        )
 
 
 PRESETS = {"default": Config()}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import pathlib
+import platform
+import subprocess
 import zlib
 
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"  # read once, by jax
@@ -86,3 +90,29 @@ def pytest_make_collect_report():
     report = yield
     _fail_if_skipped_in_ci(report)
     return report
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--figures FILE`: what ran, how it ended and how long it took, as JSON."""
+    parser.addoption("--figures", metavar="FILE", help="write what ran, how it ended and its seconds as JSON")
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Write the file of `--figures`; under xdist this runs in the controlling process alone, which has every report."""
+    if not (target := config.getoption("--figures")):
+        return
+    ended = {word: terminalreporter.stats.get(word, []) for word in ("passed", "failed", "error", "skipped")}
+    root = pathlib.Path(__file__).resolve().parent.parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    document = {
+        "command": "pytest " + " ".join(config.invocation_params.args),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "cores": os.cpu_count(),
+        "counts": {word: len(reports) for word, reports in ended.items()},
+        "seconds": {report.nodeid: round(report.duration, 1) for report in ended["passed"]},
+        "not_passed": [report.nodeid for word in ("failed", "error", "skipped") for report in ended[word]],
+    }
+    pathlib.Path(target).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

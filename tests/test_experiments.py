@@ -145,8 +145,13 @@ def test_a_person_labels_at_the_terminal(loop, tmp_path):
     flags = ("--store", tmp_path / "feedback.sqlite", "--labeler", "human", "--name", "ann", "--out", tmp_path / "label")
     done = script("label", *flags, stdin="1\n2\nt\nu\nb\ns\nq\n")
     assert done.returncode == 0, done.stderr
-    choices = json.loads((tmp_path / "label" / "result.json").read_text())["choices"]
-    assert sum(choices.values()) == 4, choices  # the tie was taken back
+    result = json.loads((tmp_path / "label" / "result.json").read_text())
+    assert sum(result["choices"].values()) == 4, result  # the tie was taken back
+    ((names, with_other),) = result["agreement"].items()  # with the loop's simulated person
+    assert names == "ann and simulated-vader"
+    assert with_other["pairs"] == 3  # the skipped pair is nobody's
+    low, high = result["left"][1:]
+    assert low < 0.5 < high
 
 
 def test_a_sitting_that_ends_early_goes_on_with_the_same_command(loop, tmp_path):
