@@ -108,6 +108,7 @@ ARITHMETIC = Config(
     policy=tasks.ARITHMETIC_POLICY,
     choices=None,
     out=Path("runs/arithmetic/kto"),
+    pairs=preference_data.Config(width=16),  # the context of the start
     sampling=tasks.ARITHMETIC,
     steps=200,
     algorithm=kto.Config(beta=0.5),
