@@ -108,9 +108,11 @@ ARITHMETIC = Config(
     policy=tasks.ARITHMETIC_POLICY,
     choices=None,
     out=Path("runs/arithmetic/kto"),
+    pairs=preference_data.Config(width=16),  # the context of the start
     sampling=tasks.ARITHMETIC,
     steps=200,
-    optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
+    algorithm=kto.Config(beta=0.5),
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=3e-4),
     evaluate_every=50,
     held_out_prompts=500,
 )

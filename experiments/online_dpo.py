@@ -41,7 +41,7 @@ class Config:
     epochs: int = 2  # passes over one rollout's pairs
     minibatches: int = 2  # optimizer steps a pass
     sampling: stage.Sampling = stage.Sampling()
-    algorithm: dpo.Config = dpo.DPO
+    algorithm: dpo.Config = dpo.Config(beta=0.3)  # at 0.1 this small model leaves 18 nats between itself and the reference
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -113,6 +113,7 @@ ARITHMETIC = Config(
     batch=64,
     n=4,
     sampling=tasks.ARITHMETIC,
+    algorithm=dpo.DPO,
     optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
     evaluate_every=20,
     held_out_prompts=500,

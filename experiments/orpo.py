@@ -98,6 +98,7 @@ ARITHMETIC = Config(
     policy=tasks.ARITHMETIC_POLICY,
     choices=None,
     out=Path("runs/arithmetic/orpo"),
+    pairs=preference_data.Config(width=16),  # the context of the start
     sampling=tasks.ARITHMETIC,
     steps=200,
     optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
