@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import stage
 from experiments.recipes import stages
-from jaxrlhf.algorithms import ppo
+from jaxrlhf.algorithms import ppo, shaping
 from jaxrlhf.training.optimizer import OptimizerConfig
 
 ADAMW = OptimizerConfig(schedule="constant", warmup_fraction=0.0, clip_norm=None, b2=0.95, epsilon=1e-8, weight_decay=1e-6)
@@ -43,8 +43,7 @@ RECIPE = stages.Recipe(
             clip=0.2,
             value_clip=0.2,
             value_coef=1.0,
-            score_clip=20.0,
-            missing_eos_penalty=0.0,
+            score=shaping.Config(clip=20.0, missing_eos_penalty=0.0),
             epochs=4,
             minibatches=16,
         ),

@@ -4,9 +4,8 @@
     python -m experiments.recipes.tldr --preset published --demonstrations tldr.jsonl --comparisons feedback.jsonl
 
 Settings: the authors' code, vwxyzjn/summarize_from_feedback_details, sft.py, reward.py (1d6d8ee) and ppo.py (3f14a17), and the
-tables of the paper. Other than there: a response without EOS loses 1 (theirs gets -1 instead of its score), sampling
-stops at EOS (theirs goes on to 53 tokens and cuts afterwards), value and policy share a trunk, and a small model trained here
-stands for Pythia.
+tables of the paper. Other than there: sampling stops at EOS (theirs goes on to 53 tokens and cuts afterwards), value and policy
+share a trunk (theirs starts a critic from the reward model), and a small model trained here stands for Pythia.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 
 from experiments import stage
 from experiments.recipes import stages
-from jaxrlhf.algorithms import ppo
+from jaxrlhf.algorithms import ppo, shaping
 from jaxrlhf.training.optimizer import OptimizerConfig
 
 ADAMW = OptimizerConfig(
@@ -43,7 +42,7 @@ RECIPE = stages.Recipe(
             clip=0.2,
             value_clip=0.2,
             value_coef=0.1,
-            missing_eos_penalty=1.0,
+            score=shaping.Config(missing_eos="replace", missing_eos_penalty=1.0),
             whiten_rewards=False,
             epochs=4,
             minibatches=1,
