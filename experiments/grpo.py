@@ -100,10 +100,10 @@ ARITHMETIC = Config(
     policy=tasks.ARITHMETIC_POLICY,
     out=Path("runs/arithmetic/grpo"),
     iterations=60,
-    batch=32,
+    batch=64,
     sampling=tasks.ARITHMETIC,
     algorithm=dataclasses.replace(grpo.DR_GRPO, samples=8, minibatches=4),
-    optimizer=dataclasses.replace(Config().optimizer, learning_rate=1e-3),
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
     evaluate_every=20,
     held_out_prompts=500,
 )

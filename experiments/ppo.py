@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from experiments import stage, tasks
-from jaxrlhf.algorithms import ppo
+from experiments import pretrain, stage, tasks
+from jaxrlhf.algorithms import lm, ppo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.models import heads
+from jaxrlhf.data import pipeline
+from jaxrlhf.models import heads, roles
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
+
+TEXT_WIDTH = 32  # tokens of a row of the pre-training mix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Config:
     batch: int = 256  # answers an iteration, each to its own prompt
     sampling: stage.Sampling = stage.Sampling()
     algorithm: ppo.Config = ppo.Config(kl_coef=0.12)
+    critic: Literal["shared", "separate", "reward"] = "shared"  # value head on the policy's trunk; its own; the reward model's
+    ema_decay: float | None = None  # serve an average of the policy's weights over iterations instead of the last ones
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -67,38 +72,68 @@ def run(config: Config) -> dict[str, Any]:
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy, whatever the task is."""
-    start = task.start
-    value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
-    params = {"policy": start.params, "value": jax.device_put(value, sharding.replicated(mesh))}
+    start, algorithm = task.start, config.algorithm
+    params = {"policy": start.params} | value_function(config, start, mesh)
     frozen = {"reference": start.params}
-    updates = config.iterations * config.algorithm.epochs * config.algorithm.minibatches
-    update = optimizer.make(config.optimizer, updates, params)
+    exact, mixed = algorithm.kl_estimator == "exact", algorithm.text_coef > 0
+    update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-    state = run.restore(step.init_state(params, update, keys[0], ppo.init(config.algorithm)))
-    outputs = objective.make_outputs(start.model, task.spec, entropy=True, values=True, trunk="policy")
-    run_epochs = step.make_epochs(
-        outputs, ppo.loss, config.algorithm, update, config.algorithm.epochs, config.algorithm.minibatches
+    state = step.init_state(params, update, keys[0], ppo.init(algorithm))
+    if config.ema_decay is not None:
+        state = step.update_ema(state, config.ema_decay)
+    state = run.restore(state)
+    in_loss = exact and algorithm.kl_in == "loss"
+    outputs = objective.make_outputs(
+        start.model, task.spec, entropy=True, values=True, ref_kl=in_loss, text=mixed, trunk="policy"
     )
+    run_epochs = step.make_epochs(outputs, ppo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
+    options, texts = rollout.Options(exact_kl=exact), text_batches(config, start) if mixed else None
     prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
 
     for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
-        judged = {} if i % config.evaluate_every else task.judge(state.params["policy"])[0]
+        judged = {} if i % config.evaluate_every else task.judge(served(state))[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
-        experience = rollout.collect(start.model, state.params, frozen, prompts, task.spec, key, version=i)
+        experience = rollout.collect(start.model, state.params, frozen, prompts, task.spec, key, version=i, options=options)
         score, weight, rewarded = task.score(experience.rollout, prompts)
         experience = dataclasses.replace(experience, score=score, weight=weight)
         drawn = describe(experience)
-        batch, algorithm, stats = prepare(experience, state.algorithm, config=config.algorithm)
-        state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
+        batch, kept, stats = prepare(experience, state.algorithm, config=algorithm)
+        if texts is not None:
+            batch = dataclasses.replace(batch, text=sharding.shard_batch(lm.packed(**texts[i]), mesh))
+        state, metrics = run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)
+        if config.ema_decay is not None:
+            state = step.update_ema(state, config.ema_decay)
         run.log(i, judged | rewarded | drawn | stats | metrics)
         run.maybe_save(i, state)
     run.maybe_save(config.iterations - 1, state, last=True)
-    judged, samples = task.judge(state.params["policy"])
+    judged, samples = task.judge(served(state))
     run.log(config.iterations, judged)
-    stage.save(config.out / "model", "policy", jax.device_get(state.params["policy"]), start.config, start.tokenizer)
+    stage.save(config.out / "model", "policy", jax.device_get(served(state)), start.config, start.tokenizer)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     return run.done({"curve": curve, "samples": samples})
+
+
+def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """{"value": head} on the policy's trunk, or {"critic": trunk and head}: see models/roles.py."""
+    if config.critic == "reward":
+        return {"critic": roles.critic_from_reward(stage.load(config.reward, mesh, "reward_model").params)}
+    if config.critic == "separate":
+        return {"critic": roles.critic(start.params, start.config.width)}
+    value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
+    return {"value": jax.device_put(value, sharding.replicated(mesh))}
+
+
+def text_batches(config: Config, start: stage.Trained) -> Any:
+    """`[iteration]`: as many packed rows of reviews as answers, for the language-model loss beside PPO's."""
+    rows, _ = pipeline.encode_rows(pretrain.texts("train"), start.tokenizer, 8 * config.batch, TEXT_WIDTH, config.seed)
+    tokens, segments = pipeline.pack(rows, TEXT_WIDTH)
+    return pipeline.batches({"tokens": tokens, "segments": segments}, config.batch, config.seed)
+
+
+def served(state: Any) -> Any:
+    """The policy as it is judged and saved: the average of its weights where there is one."""
+    return (state.params if state.ema is None else state.ema)["policy"]
 
 
 ARITHMETIC = Config(

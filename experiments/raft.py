@@ -102,7 +102,7 @@ ARITHMETIC = Config(
     batch=64,
     sampling=tasks.ARITHMETIC,
     algorithm=raft.Config(samples=8),
-    optimizer=dataclasses.replace(Config().optimizer, learning_rate=1e-3),
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
     evaluate_every=20,
     held_out_prompts=500,
 )

@@ -111,7 +111,7 @@ ARITHMETIC = Config(
     batch=256,
     sampling=tasks.ARITHMETIC,
     algorithm=dataclasses.replace(reinforce.REINFORCE_PP, kl_coef=0.01, minibatches=4),
-    optimizer=dataclasses.replace(Config().optimizer, learning_rate=1e-3),
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
     evaluate_every=20,
     held_out_prompts=500,
 )

@@ -4,13 +4,12 @@
 
 The language model's trunk with a linear head on the mean of its hidden states. Each batch is a set of rated texts; every pair
 of one domain whose mean ratings differ by half a point or more is a choice that people made (Bradley-Terry over some thousand
-pairs for the price of 64 forward passes). With `--choices` (a feedback store), pairs of the policy's own answers join each
-set with equal total weight, and training starts from `--refresh`, an earlier reward model.
+pairs for the price of 64 forward passes). With `--choices` (a feedback store, a .jsonl file or a TFDS folder), pairs of answers
+join each set with equal total weight, and training starts from `--refresh`, an earlier reward model.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import stage
+from experiments import preference_data, stage
 from jaxrlhf.algorithms import reward as algorithm
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -26,7 +25,6 @@ from jaxrlhf.data import comparisons, human_sentiment, pipeline
 from jaxrlhf.data.human_sentiment import DOMAINS
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, reward_model
-from jaxrlhf.feedback import store
 from jaxrlhf.models import heads, transformer
 from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import generate
@@ -42,7 +40,7 @@ class Config:
     init: Path = Path("runs/demo/pretrain/model")  # language model whose trunk is the start
     refresh: Path | None = None  # a reward model to start from instead
     reference: Path = Path("runs/demo/sft/model")  # policy on whose samples the score gets mean 0 and deviation 1
-    choices: Path | None = None  # feedback store with choices between answers
+    choices: Path | None = None  # choices between answers: feedback store, .jsonl file or TFDS folder
     out: Path = Path("runs/demo/reward_model")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
@@ -121,10 +119,7 @@ def dataset(config: Config, tokenizer: Tokenizer) -> tuple[Any, list[dict[str, A
     widths = comparisons.choose_widths(rated["length"], config.texts, count=config.widths)
     if config.choices is None:
         return comparisons.rated_sets(rated, config.texts, config.seed, widths), []
-    if not config.choices.is_file():
-        raise FileNotFoundError(f"{config.choices}: no feedback store; make one with sample_pairs.py and label.py")
-    with contextlib.closing(store.open_store(config.choices)) as db:
-        rows = comparisons.fitting(store.preferences(db), tokenizer, config.width)
+    rows = comparisons.fitting(preference_data.read(config.choices), tokenizer, config.width)
     if len(rows) < config.pairs:
         raise ValueError(f"{config.choices}: {len(rows)} choices, but a set takes {config.pairs}: make more with label.py")
     order = np.random.default_rng(config.seed).permutation(len(rows))

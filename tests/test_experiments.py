@@ -247,6 +247,9 @@ def test_ppo_gains_thirty_points_on_held_out_sums(tmp_path, seed):
         (("pretrain", "--preset", "smoke", "--mesh.tensor", "3", "--out", "{tmp}/a"), "does not fit"),
         (("reward_model", "--preset", "smoke", "--choices", "{tmp}/none.sqlite", "--init", "{loop}/pretrain/model",
           "--reference", "{loop}/sft/model", "--out", "{tmp}/a"), "none.sqlite"),
+        (("dpo", "--preset", "smoke", "--choices", "{tmp}/none.jsonl", "--policy", "{loop}/sft/model",
+          "--reward", "{loop}/reward_model/model", "--out", "{tmp}/a"), "none.jsonl"),
+        (("online_dpo", "--n", "1", "--out", "{tmp}/a"), "n=1"),
         (("label", "--store", "{tmp}/none.sqlite", "--out", "{tmp}/a"), "none.sqlite"),
         (("chat", "--policy", "{loop}/policy", "--prompt", "word " * 300), "context"),
         (("chat", "--policy", "{loop}/reward_model/model", "--prompt", "word"), "reward_model"),
@@ -277,3 +280,70 @@ def test_help_is_quick():
     assert done.returncode == 0
     assert "--ppo.algorithm.kl-coef" in done.stdout
     assert time.monotonic() - started < 30  # a machine under load; the figure is in the README
+
+
+def trained(out: pathlib.Path) -> tuple[list[dict], list[dict]]:
+    """The curve of held-out figures and all metrics of a finished script that trained a policy."""
+    assert (out / "model" / "params.safetensors").is_file()
+    result = json.loads((out / "result.json").read_text())
+    assert result["samples"]
+    first = result["curve"][0]
+    assert first["step"] == 0
+    assert abs(first["held_out/kl"]) < 1e-5  # the start against itself
+    assert [row["step"] for row in result["curve"]] == [0, 2, 4]
+    assert result["curve"][-1]["held_out/kl"] != 0
+    return result["curve"], [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def choices(loop) -> dict[str, pathlib.Path]:
+    """The loop's choices as each kind of source that a script reads."""
+    from jaxrlhf.data import sources, tfds_preferences
+    from jaxrlhf.feedback import store
+
+    opened = store.open_store(loop / "feedback.sqlite")
+    rows = store.preferences(opened)
+    opened.close()
+    sources.write_jsonl(loop.parent / "choices.jsonl", rows)
+    folder = tfds_preferences.write_tfds(loop.parent / "tfds", {"train": rows})
+    return {"jsonl": loop.parent / "choices.jsonl", "tfds": folder, "store": loop / "feedback.sqlite"}
+
+
+@pytest.mark.parametrize(("name", "source"), [("dpo", "jsonl"), ("orpo", "store"), ("kto", "tfds")])
+def test_preferences_train_a_policy_without_a_reward_model(loop, choices, tmp_path, name, source):
+    flags = ("--policy", loop / "sft" / "model", "--reward", loop / "reward_model" / "model", "--choices", choices[source])
+    done = script(name, "--preset", "smoke", *flags, "--out", tmp_path / name)
+    assert done.returncode == 0, done.stderr
+    _, rows = trained(tmp_path / name)
+    if name == "dpo":
+        assert rows[0]["loss/dpo"] == pytest.approx(0.6931, abs=1e-3)  # before the first update every implicit reward is 0
+        assert rows[0]["reward/margin"] == pytest.approx(0, abs=1e-3)
+    if name == "kto":
+        assert rows[0]["policy/kl_mismatched"] == pytest.approx(0, abs=1e-3)
+
+
+def test_dpo_samples_its_own_pairs_where_there_are_none(loop, tmp_path):
+    flags = ("--policy", loop / "sft" / "model", "--reward", loop / "reward_model" / "model", "--choices", "None")
+    done = script("dpo", "--preset", "smoke", *flags, "--out", tmp_path / "dpo", "--algorithm.loss", "ipo")
+    assert done.returncode == 0, done.stderr
+    curve, rows = trained(tmp_path / "dpo")
+    assert 0 <= curve[0]["held_out/pair_accuracy"] <= 1
+    assert rows[0]["loss/dpo"] == pytest.approx(25, abs=0.1)  # (0 - 1 / (2 beta))^2
+    pairs = json.loads((tmp_path / "dpo" / "sample_pairs" / "result.json").read_text())
+    assert pairs["distinct"] > 0
+
+
+def test_online_dpo_learns_from_its_own_judged_answers(loop, tmp_path):
+    flags = ("--policy", loop / "sft" / "model", "--reward", loop / "reward_model" / "model", "--n", 4)
+    done = script("online_dpo", "--preset", "smoke", *flags, "--out", tmp_path / "online")
+    assert done.returncode == 0, done.stderr
+    _, rows = trained(tmp_path / "online")
+    assert rows[0]["preferences/pairs"] >= 14  # of 16 prompts; equal scores of distinct answers are rare
+    assert rows[0]["rollout/sampler_gap_max"] == 0
+
+
+def test_choices_train_a_reward_model_from_a_file(loop, choices, tmp_path):
+    flags = ("--init", loop / "pretrain" / "model", "--reference", loop / "sft" / "model", "--choices", choices["jsonl"])
+    done = script("reward_model", "--preset", "smoke", *flags, "--steps", 4, "--pairs", 8, "--out", tmp_path / "reward")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "reward" / "result.json").read_text())["choices"]["held_out"] > 0

@@ -173,3 +173,42 @@ def _by_rows(function: Callable[[Any], Any], tree: Any, rows: int) -> Any:
     split = jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1), tree)
     out = jax.lax.map(function, split)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(count, *x.shape[2:]), out)
+
+
+def batch_logprobs(
+    model: Model, policy: Any, batch: Any, width: int, spec: SamplingSpec | None = None, rows: int = 32
+) -> Float[Array, "*b {width}"]:
+    """Log-probs of the response tokens of rows that were not sampled here, 0 past the end; R = `width`.
+
+    `batch` has tokens [..., T], prompt_len and response_len [...], as `Preferences` and the algorithms' batches do. Without
+    `spec` they are of the plain softmax, else of the policy that it describes. What a loss needs of a frozen reference is
+    computed so once, before training. `rows` rows at a time, the last ones filled up.
+
+    Raises:
+        ValueError: a response is longer than `width`.
+    """
+    longest = int(jnp.max(batch.response_len))
+    if longest > width:
+        raise ValueError(f"a response has {longest} tokens, more than width={width}: its end would not count; widen it")
+    fields = (batch.tokens, batch.prompt_len, batch.response_len)
+    return _batch_logprobs(model, spec, width, rows, policy, *fields)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _batch_logprobs(model, spec, width, rows, policy, tokens, prompt_len, response_len):
+    shape = response_len.shape
+    count = response_len.size
+    rows = min(rows, count)
+    flat = tokens.reshape(count, -1), prompt_len.reshape(count), response_len.reshape(count)
+    filled = jax.tree.map(lambda x: jnp.pad(x, [(0, -count % rows)] + [(0, 0)] * (x.ndim - 1)), flat)
+
+    def score(part):
+        tokens, prompt_len, response_len = part
+        hidden = model.hidden(policy, tokens)
+        index = jnp.clip(masking.response_index(prompt_len, width), 0, tokens.shape[1] - 1)
+        states = heads.response_hidden(hidden, prompt_len, width)
+        predicted = jnp.take_along_axis(tokens, index, axis=1)
+        logprobs, _ = heads.token_logprobs(model, policy, states, predicted, spec)
+        return masking.masked(logprobs, masking.length_mask(response_len, width))
+
+    return _by_rows(score, filled, rows)[:count].reshape(*shape, width)

@@ -1,0 +1,140 @@
+"""Train the policy on choices directly, without a reward model, by DPO or one of its variants.
+
+    python -m experiments.dpo --choices runs/demo/feedback.sqlite --out runs/demo/dpo
+    python -m experiments.dpo --preset ipo --choices mine.jsonl --out runs/demo/ipo
+    python -m experiments.dpo --choices None       # samples answers to choose from; a simulated person chooses
+    python -m experiments.dpo --preset arithmetic  # sums: own right answers against own wrong ones
+
+The presets are the variants: default (DPO), cdpo, robust, hinge, ipo, simpo. Log-probs are of the plain softmax, of policy and
+reference alike, since the answers may come from anywhere. A simulated person chooses by VADER: then TextBlob is the judge. To
+change the algorithm, copy jaxrlhf/algorithms/dpo.py and this page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import preference_data, stage, tasks
+from jaxrlhf.algorithms import dpo
+from jaxrlhf.core import sharding
+from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.core.types import Preferences
+from jaxrlhf.data import pipeline
+from jaxrlhf.sampling import rollout
+from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training.optimizer import OptimizerConfig
+from jaxrlhf.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    task: tasks.Name = "sentiment"
+    policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
+    choices: Path | None = Path("runs/demo/feedback.sqlite")  # feedback store, .jsonl file or TFDS folder; None: own answers
+    reward: Path = Path("runs/demo/reward_model/model")  # judges held-out reviews too; nothing is learned from it
+    out: Path = Path("runs/demo/dpo")
+    seed: int = 1
+    mesh: MeshConfig = MeshConfig()
+    pairs: preference_data.Config = preference_data.Config()
+    steps: int = 120
+    batch: int = 64  # pairs
+    algorithm: dpo.Config = dpo.DPO
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="adamw", learning_rate=2e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
+    )
+    sampling: stage.Sampling = stage.Sampling()  # of held-out answers, and of own answers in the arithmetic task
+    evaluate_every: int = 40  # steps; also before the first and after the last
+    held_out_prompts: int = 384
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train, and write `model/` and `result.json` into `config.out`."""
+    with Run.open(config.out, config) as run:
+        if run.result is not None:
+            return run.result
+        mesh = sharding.make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            task = tasks.make(
+                config.task,
+                mesh,
+                config.policy,
+                config.reward,
+                config.sampling,
+                config.batch,
+                config.seed,
+                config.held_out_prompts,
+            )
+            return train(run, config, task, mesh)
+
+
+def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Train the task's policy on pairs."""
+    start = task.start
+    pairs = preference_data.gather(config, task, mesh)
+    learned, test = (referenced(config, start, part, pairs.longest) for part in (pairs.train, pairs.held_out))
+    data = pipeline.batches(preference_data.arrays(learned), config.batch, config.seed)
+    update = optimizer.make(config.optimizer, config.steps, start.params)
+    state = run.restore(step.init_state(start.params, update, jax.random.key(config.seed)))
+    outputs = objective.make_outputs(start.model)
+    train_step = step.make_train_step(outputs, dpo.loss, config.algorithm, update)
+    prepare = jax.jit(dpo.prepare, static_argnames="config")
+    test, _, counts = prepare(test, (), config=config.algorithm)
+    of_pairs = jax.jit(lambda params, batch: dpo.loss(outputs(params, None, batch, None), batch, config.algorithm)[1])
+
+    def judge(params: Any) -> tuple[dict[str, float], list[dict[str, str]]]:
+        figures, samples = task.judge(params)
+        # Before the first update this says nothing: all implicit rewards are 0 up to rounding.
+        right = of_pairs(params, test)["reward/accuracy"]
+        return figures | {"held_out/pair_accuracy": float(right.sum / right.count)}, samples
+
+    for i in run.steps(run.start, config.steps, "dpo", show=("reward/accuracy", "reward/margin")):
+        judged = {} if i % config.evaluate_every else judge(state.params)[0]
+        batch = sharding.shard_batch(Preferences(**data[i]), mesh)
+        batch, algorithm, stats = prepare(batch, state.algorithm, config=config.algorithm)
+        state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), None, batch)
+        run.log(i, judged | stats | metrics)
+        run.maybe_save(i, state)
+    run.maybe_save(config.steps - 1, state, last=True)
+    judged, samples = judge(state.params)
+    run.log(config.steps, judged)
+    stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
+    curve = [row for row in run.metrics() if "held_out/kl" in row]
+    told = {"train": len(pairs.train.weight), "held_out": counts, "too_long": pairs.too_long}
+    return run.done({"curve": curve, "pairs": told, "samples": samples})
+
+
+def referenced(config: Config, start: stage.Trained, pairs: Preferences, width: int) -> Preferences:
+    """The pairs with the log-probs of the reference, which is the policy at its start."""
+    if not config.algorithm.reference:
+        return pairs
+    return dataclasses.replace(pairs, ref_logprobs=rollout.batch_logprobs(start.model, start.params, pairs, width))
+
+
+ARITHMETIC = Config(
+    task="arithmetic",
+    policy=tasks.ARITHMETIC_POLICY,
+    choices=None,
+    out=Path("runs/arithmetic/dpo"),
+    sampling=tasks.ARITHMETIC,
+    steps=200,
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
+    evaluate_every=50,
+    held_out_prompts=500,
+)
+PRESETS = {
+    "default": Config(),
+    "cdpo": dataclasses.replace(Config(), algorithm=dpo.CDPO),
+    "robust": dataclasses.replace(Config(), algorithm=dpo.ROBUST),
+    "hinge": dataclasses.replace(Config(), algorithm=dpo.HINGE),
+    "ipo": dataclasses.replace(Config(), algorithm=dpo.IPO),
+    "simpo": dataclasses.replace(Config(), algorithm=dpo.SIMPO),
+    "arithmetic": ARITHMETIC,
+    "smoke": Config(steps=4, batch=16, evaluate_every=2, held_out_prompts=48, pairs=preference_data.Config(prompts=64)),
+}
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)

@@ -1,0 +1,127 @@
+"""Train the policy by online DPO: it answers each prompt several times; the answers that score best and worst are a pair.
+
+    python -m experiments.online_dpo --policy runs/demo/sft/model --reward runs/demo/reward_model/model
+    python -m experiments.online_dpo --preset arithmetic  # sums: the right answer scores
+
+Log-probs of policy and reference are those of the sampling policy: at its temperature, with its constraints. The pairs and the
+loss are in jaxrlhf/algorithms/dpo.py; to change the algorithm, copy it and this page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import stage, tasks
+from jaxrlhf.algorithms import dpo
+from jaxrlhf.core import sharding
+from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.sampling import rollout
+from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training.optimizer import OptimizerConfig
+from jaxrlhf.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    task: tasks.Name = "sentiment"
+    policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
+    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task
+    out: Path = Path("runs/demo/online_dpo")
+    seed: int = 1
+    mesh: MeshConfig = MeshConfig()
+    iterations: int = 24
+    batch: int = 128  # prompts an iteration
+    n: int = 2  # answers to each; the best and the worst are learned from
+    soft: bool = False  # labels are the Bradley-Terry probability of the scores instead of 1
+    missing_eos_penalty: float = 1.0  # taken off the score of an answer that did not end by itself
+    epochs: int = 2  # passes over one rollout's pairs
+    minibatches: int = 2  # optimizer steps a pass
+    sampling: stage.Sampling = stage.Sampling()
+    algorithm: dpo.Config = dpo.DPO
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
+    )
+    evaluate_every: int = 6  # iterations; also before the first and after the last
+    held_out_prompts: int = 384
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train, and write `model/` and `result.json` into `config.out`."""
+    if config.n < 2:
+        raise ValueError(f"n={config.n} must be at least 2: one answer is no pair")
+    with Run.open(config.out, config) as run:
+        if run.result is not None:
+            return run.result
+        mesh = sharding.make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            task = tasks.make(
+                config.task,
+                mesh,
+                config.policy,
+                config.reward,
+                config.sampling,
+                config.batch,
+                config.seed,
+                config.held_out_prompts,
+            )
+            return train(run, config, task, mesh)
+
+
+def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Train the task's policy on its own answers."""
+    start = task.start
+    frozen = {"reference": start.params}
+    updates = config.iterations * config.epochs * config.minibatches
+    update = optimizer.make(config.optimizer, updates, start.params)
+    keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
+    state = run.restore(step.init_state(start.params, update, keys[0]))
+    outputs = objective.make_outputs(start.model, task.spec)
+    run_epochs = step.make_epochs(outputs, dpo.loss, config.algorithm, update, config.epochs, config.minibatches)
+    choose = jax.jit(dpo.from_experience, static_argnames=("n", "soft"))
+    prepare, describe = jax.jit(dpo.prepare, static_argnames="config"), jax.jit(rollout.stats)
+    options = rollout.Options(reuse_sampler_logprobs=True)  # a pair needs the reference's log-probs alone
+
+    for i in run.steps(run.start, config.iterations, "online dpo", show=("reward/score", "reward/accuracy")):
+        judged = {} if i % config.evaluate_every else task.judge(state.params)[0]
+        prompts, key = sharding.shard_batch(task.prompts[i], mesh), jax.random.fold_in(keys[1], i)
+        policy = {"policy": state.params}
+        experience = rollout.collect(start.model, policy, frozen, prompts, task.spec, key, config.n, version=i, options=options)
+        score, weight, rewarded = task.score(experience.rollout, prompts)
+        kept = score - config.missing_eos_penalty * ~experience.rollout.finished
+        pairs = choose(dataclasses.replace(experience, score=kept, weight=weight), n=config.n, soft=config.soft)
+        batch, algorithm, stats = prepare(pairs, state.algorithm, config=config.algorithm)
+        state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), None, batch)
+        run.log(i, judged | {"reward/score": score.mean()} | rewarded | describe(experience) | stats | metrics)
+        run.maybe_save(i, state)
+    run.maybe_save(config.iterations - 1, state, last=True)
+    judged, samples = task.judge(state.params)
+    run.log(config.iterations, judged)
+    stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
+    curve = [row for row in run.metrics() if "held_out/kl" in row]
+    return run.done({"curve": curve, "samples": samples})
+
+
+ARITHMETIC = Config(
+    task="arithmetic",
+    policy=tasks.ARITHMETIC_POLICY,
+    out=Path("runs/arithmetic/online_dpo"),
+    iterations=60,
+    batch=64,
+    n=4,
+    sampling=tasks.ARITHMETIC,
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
+    evaluate_every=20,
+    held_out_prompts=500,
+)
+PRESETS = {
+    "default": Config(),
+    "arithmetic": ARITHMETIC,
+    "smoke": Config(iterations=4, batch=16, evaluate_every=2, held_out_prompts=48),
+}
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)

@@ -1,0 +1,114 @@
+"""Train the policy on choices by ORPO: likelihood of the chosen answer and odds against the rejected one, without a reference.
+
+    python -m experiments.orpo --choices runs/demo/feedback.sqlite --out runs/demo/orpo
+    python -m experiments.orpo --preset arithmetic  # sums: own right answers against own wrong ones
+
+Choices come from a feedback store, a .jsonl file or a TFDS folder; `--choices None` as in dpo.py. The start may as well be a
+pre-trained model, since the loss holds the fine-tuning; held-out answers are compared with those of the start. To change the
+algorithm, copy jaxrlhf/algorithms/orpo.py and this page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments import preference_data, stage, tasks
+from jaxrlhf.algorithms import orpo
+from jaxrlhf.core import sharding
+from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.core.types import Preferences
+from jaxrlhf.data import pipeline
+from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training.optimizer import OptimizerConfig
+from jaxrlhf.training.run import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    task: tasks.Name = "sentiment"
+    policy: Path = Path("runs/demo/sft/model")  # where the policy starts
+    choices: Path | None = Path("runs/demo/feedback.sqlite")  # feedback store, .jsonl file or TFDS folder; None: own answers
+    reward: Path = Path("runs/demo/reward_model/model")  # judges held-out reviews too; nothing is learned from it
+    out: Path = Path("runs/demo/orpo")
+    seed: int = 1
+    mesh: MeshConfig = MeshConfig()
+    pairs: preference_data.Config = preference_data.Config()
+    steps: int = 120
+    batch: int = 64  # pairs
+    algorithm: orpo.Config = orpo.Config()
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="adamw", learning_rate=2e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
+    )
+    sampling: stage.Sampling = stage.Sampling()  # of held-out answers, and of own answers in the arithmetic task
+    evaluate_every: int = 40  # steps; also before the first and after the last
+    held_out_prompts: int = 384
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train, and write `model/` and `result.json` into `config.out`."""
+    with Run.open(config.out, config) as run:
+        if run.result is not None:
+            return run.result
+        mesh = sharding.make_mesh(config.mesh)
+        with jax.set_mesh(mesh):
+            task = tasks.make(
+                config.task,
+                mesh,
+                config.policy,
+                config.reward,
+                config.sampling,
+                config.batch,
+                config.seed,
+                config.held_out_prompts,
+            )
+            return train(run, config, task, mesh)
+
+
+def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Train the task's policy on pairs."""
+    start = task.start
+    pairs = preference_data.gather(config, task, mesh)
+    data = pipeline.batches(preference_data.arrays(pairs.train), config.batch, config.seed)
+    update = optimizer.make(config.optimizer, config.steps, start.params)
+    state = run.restore(step.init_state(start.params, update, jax.random.key(config.seed)))
+    train_step = step.make_train_step(objective.make_outputs(start.model), orpo.loss, config.algorithm, update)
+    prepare = jax.jit(orpo.prepare, static_argnames="config")
+    for i in run.steps(run.start, config.steps, "orpo", show=("loss/lm", "reward/accuracy")):
+        judged = {} if i % config.evaluate_every else task.judge(state.params)[0]
+        batch = sharding.shard_batch(Preferences(**data[i]), mesh)
+        batch, algorithm, stats = prepare(batch, state.algorithm, config=config.algorithm)
+        state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), None, batch)
+        run.log(i, judged | stats | metrics)
+        run.maybe_save(i, state)
+    run.maybe_save(config.steps - 1, state, last=True)
+    judged, samples = task.judge(state.params)
+    run.log(config.steps, judged)
+    stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
+    curve = [row for row in run.metrics() if "held_out/kl" in row]
+    told = {"train": len(pairs.train.weight), "too_long": pairs.too_long}
+    return run.done({"curve": curve, "pairs": told, "samples": samples})
+
+
+ARITHMETIC = Config(
+    task="arithmetic",
+    policy=tasks.ARITHMETIC_POLICY,
+    choices=None,
+    out=Path("runs/arithmetic/orpo"),
+    sampling=tasks.ARITHMETIC,
+    steps=200,
+    optimizer=dataclasses.replace(Config().optimizer, learning_rate=5e-4),
+    evaluate_every=50,
+    held_out_prompts=500,
+)
+PRESETS = {
+    "default": Config(),
+    "arithmetic": ARITHMETIC,
+    "smoke": Config(steps=4, batch=16, evaluate_every=2, held_out_prompts=48),
+}
+
+if __name__ == "__main__":
+    cli.main(run, Config, PRESETS)

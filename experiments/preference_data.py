@@ -1,0 +1,142 @@
+"""Pairs to learn from: choices in a feedback store, a JSON-lines file or a TFDS folder, or among the policy's own answers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import label, sample_pairs, tasks
+from jaxrlhf.algorithms import dpo
+from jaxrlhf.core import sharding
+from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.core.types import Preferences
+from jaxrlhf.data import comparisons, tfds_preferences
+from jaxrlhf.data.pipeline import Arrays
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.feedback import store
+from jaxrlhf.sampling import rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    width: int = 48  # tokens of a prompt with its answer; longer pairs are left out and counted
+    held_out: float = 0.15  # of the pairs
+    # Where there are no choices:
+    prompts: int = 2048  # answered by the policy itself
+    n: int = 4  # answers to each in the arithmetic task, of which the best and the worst are a pair; sentiment takes two
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """What is learned from, and what is held out of it."""
+
+    train: Preferences  # on the host
+    held_out: Preferences
+    too_long: int  # pairs left out for want of room
+    longest: int  # tokens of a response: R
+
+
+def read(path: Path, ties: bool = False) -> list[dict[str, Any]]:
+    """Rows with prompt, chosen, rejected, ... of a feedback store, a `.jsonl` or `.jsonl.gz` file, or a TFDS folder (`train`).
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: `place: problem` of the first bad row.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no choices; make a feedback store by sample_pairs.py and label.py, or give a .jsonl file or a TFDS folder"
+        )
+    if path.is_dir():
+        rows = tfds_preferences.read_tfds(path, "train")
+    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        rows = tfds_preferences.read_jsonl(path)
+    else:
+        with contextlib.closing(store.open_store(path)) as db:
+            return store.preferences(db, ties=ties)
+    return [row for row in rows if ties or not row["tie"]]
+
+
+def load(path: Path, tokenizer: Tokenizer, config: Config, seed: int) -> Pairs:
+    """Token rows of the choices at `path`; ties are kept.
+
+    Raises:
+        ValueError: too few choices to hold some out, or as `read`.
+    """
+    rows = read(path, ties=True)
+    fitting = comparisons.fitting(rows, tokenizer, config.width)
+    if not fitting:
+        raise ValueError(f"{path}: none of {len(rows)} choices has room in width={config.width}: label more, or widen it")
+    pairs = comparisons.preference_rows(fitting, tokenizer, config.width)
+    return split(pairs, config.held_out, seed, len(rows) - len(fitting), str(path))
+
+
+def split(pairs: Preferences, held_out: float, seed: int, too_long: int, place: str) -> Pairs:
+    """Hold a share of the pairs out.
+
+    Raises:
+        ValueError: no pair would be left on one side.
+    """
+    count = len(pairs.weight)
+    cut = int(count * held_out)
+    if cut < 1 or cut == count:
+        raise ValueError(f"{place}: a share held_out={held_out} of {count} pairs leaves none on one side: make more pairs")
+    order = np.random.default_rng(seed).permutation(count)
+    test, train = (jax.tree.map(lambda x, part=part: np.asarray(x)[part], pairs) for part in (order[:cut], order[cut:]))
+    return Pairs(train, test, too_long, int(np.max(pairs.response_len)))
+
+
+def simulated(config: Config, policy: Path, out: Path, seed: int, mesh: MeshConfig) -> Path:
+    """A feedback store below `out`: the policy's own answers, two to each prompt, with the choices of a simulated person."""
+    path = out / "feedback.sqlite"
+    batch = min(256, config.prompts)
+    sample_pairs.run(
+        sample_pairs.Config(
+            policies=(policy,), store=path, out=out / "sample_pairs", seed=seed, mesh=mesh, count=config.prompts, against=0,
+            batch=batch,
+        )
+    )  # fmt: skip
+    label.run(label.Config(store=path, out=out / "label", seed=seed))
+    return path
+
+
+def judged(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, seed: int) -> Pairs:
+    """Pairs of the start's own answers: of n to each prompt the best and the worst by the task's score."""
+    start, parts, drawn = task.start, [], 0
+    options = rollout.Options(reuse_sampler_logprobs=True)
+    while drawn < config.prompts:
+        prompts, key = sharding.shard_batch(task.prompts[len(parts)], mesh), jax.random.key(seed)
+        policy = {"policy": start.params}, {"reference": start.params}
+        experience = rollout.collect(start.model, *policy, prompts, task.spec, key, config.n, options=options)
+        score, weight, _ = task.score(experience.rollout, prompts)
+        pairs = jax.device_get(dpo.from_experience(dataclasses.replace(experience, score=score, weight=weight), config.n))
+        parts.append(jax.tree.map(lambda x, kept=pairs.weight > 0: x[kept], pairs))
+        drawn += len(pairs.weight)
+    # The scripts compute log-probs of the plain softmax, as for pairs from anywhere.
+    whole = dataclasses.replace(jax.tree.map(lambda *x: np.concatenate(x), *parts), ref_logprobs=None)
+    return split(whole, config.held_out, seed, 0, "the policy's own answers")
+
+
+def arrays(rows: Any) -> Arrays:
+    """The fields of a batch type that are there, as arrays for `pipeline.batches`."""
+    fields = ((field.name, getattr(rows, field.name)) for field in dataclasses.fields(rows))
+    return {name: np.asarray(value) for name, value in fields if value is not None}
+
+
+def gather(config: Any, task: tasks.Task, mesh: jax.sharding.Mesh) -> Pairs:
+    """The pairs that a script's settings ask for: `choices` where given, else made from the policy's own answers.
+
+    There a simulated person chooses (`label.py`), or in the arithmetic task the right answer. `config` has task, policy,
+    choices, pairs, out, seed and mesh.
+    """
+    path = config.choices
+    if path is None and config.task == "arithmetic":
+        return judged(config.pairs, task, mesh, config.seed)
+    if path is None:
+        path = simulated(config.pairs, config.policy, config.out, config.seed, config.mesh)
+    return load(path, task.start.tokenizer, config.pairs, config.seed)
