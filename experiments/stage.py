@@ -28,6 +28,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    replay: bool = False  # learn the filtered distribution itself, by recording what the filters kept
 
 
 def spec(sampling: Sampling, tokenizer: Tokenizer) -> SamplingSpec:

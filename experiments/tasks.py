@@ -172,7 +172,7 @@ def greedy(
 ) -> tuple[float, list[str]]:
     """Share of `count` held-out sums that `params` write right by their most probable answers, and these answers."""
     rows = held_out_sums(count)
-    spec = dataclasses.replace(stage.spec(sampling, policy.tokenizer), greedy=True)
+    spec = dataclasses.replace(stage.spec(sampling, policy.tokenizer), greedy=True, replay=False)
     prompts = pipeline.text_prompts([row["prompt"] for row in rows], policy.tokenizer, PROMPT_WIDTH)
     drawn = generate.generate(policy.model, params, sharding.shard_batch(prompts, mesh), spec, jax.random.key(0))
     return float(correct(drawn, policy.tokenizer, rows).mean(dtype=np.float64)), stage.texts(drawn, policy.tokenizer)[1]

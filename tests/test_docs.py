@@ -1,0 +1,53 @@
+"""The pages under docs/: their code runs, and every file, test and switch that they name exists."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import pathlib
+import re
+
+import pytest
+
+from jaxrlhf.algorithms import ppo, shaping
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def test_the_code_of_change_the_algorithm_runs():
+    page = (ROOT / "docs" / "change_the_algorithm.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict = {}
+    exec(compile("\n".join(blocks), "docs/change_the_algorithm.md", "exec"), found)
+    assert float(found["metrics"]["optimizer/grad_norm"]) > 0
+    assert float(found["stats"]["reward/score"]) > 0
+    assert int(found["state"].step) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_and_tests_that_are_named_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for file in re.findall(r"`((?:jaxrlhf/|experiments/|tests/|benchmarks/)[\w/]+\.py)", text):
+        assert (ROOT / file).is_file(), file
+    for file in re.findall(r"`((?:algorithms|models|rewards|evaluation|training|data)/[\w/]+\.py)`", text):
+        assert (ROOT / "jaxrlhf" / file).is_file(), file
+    for file, name in re.findall(r"(test_\w+\.py)::(\w+)", text):
+        functions = [x.name for x in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(x, ast.FunctionDef)]
+        assert name in functions, f"{file}::{name}"
+    for name in re.findall(r"`(test_\w+\.py)`", text):
+        assert (ROOT / "tests" / name).is_file(), name
+
+
+def test_every_switch_of_ppo_is_documented_with_its_default():
+    page = (ROOT / "docs" / "details.md").read_text(encoding="utf-8")
+    for field in dataclasses.fields(ppo.Config):
+        if field.name in ("score", "importance"):
+            assert f"`{field.name}" in page
+            continue
+        shown = f'"{field.default}"' if isinstance(field.default, str) else str(field.default)
+        given = re.findall(rf"`{field.name}=([^`]+)`", page)
+        assert given, f"docs/details.md does not name {field.name}"
+        assert shown in given, f"docs/details.md: {field.name}={given}, the default is {shown}"
+    for field in dataclasses.fields(shaping.Config):
+        assert f"`score.{field.name}=" in page

@@ -1,0 +1,118 @@
+"""Scripts of the algorithms that learn from rewards, on sums; published recipes in small; and a fork in two new files."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from scripts import ROOT, environment, script
+
+SMALL = ("--iterations", 2, "--evaluate-every", 1, "--held-out-prompts", 48)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> pathlib.Path:
+    """The start of the sums, `--preset smoke`."""
+    out = tmp_path_factory.mktemp("sums") / "start"
+    done = script("arithmetic", "--preset", "smoke", "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def check(out: pathlib.Path, start: pathlib.Path) -> list[dict]:
+    """The start is its own reference, rewards and accuracy are logged, and the policy moved. Returns the metrics."""
+    result = json.loads((out / "result.json").read_text())
+    first = json.loads((start / "result.json").read_text())
+    assert [row["step"] for row in result["curve"]] == [0, 1, 2]
+    assert abs(result["curve"][0]["held_out/kl"]) < 1e-5
+    assert result["curve"][0]["held_out/accuracy"] == first["accuracy"]
+    assert abs(result["curve"][-1]["held_out/kl"]) > 1e-5
+    assert len(result["samples"]) == 12
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[:2]:
+        assert row["reward/faults"] == 0
+        assert row["reward/score"] == pytest.approx(row["reward/correct"] + 0.1 * row["reward/digits"], abs=1e-5)
+        assert row["optimizer/grad_norm"] > 0
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        pytest.param("ppo", ("--batch", 32), marks=pytest.mark.full),  # plain pytest runs it below, with options
+        ("grpo", ("--batch", 8)),
+        pytest.param("rloo", ("--batch", 8), marks=pytest.mark.full),  # and this as the fork
+        ("reinforce", ("--batch", 32, "--algorithm.baseline", "greedy", "--algorithm.no-whiten-advantages")),
+        ("raft", ("--batch", 8)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_algorithm_learns_sums(start, tmp_path, name, flags):
+    done = script(name, "--preset", "arithmetic", "--policy", start / "model", "--out", tmp_path / name, *SMALL, *flags)
+    assert done.returncode == 0, done.stderr
+    rows = check(tmp_path / name, start)
+    assert rows[0]["rollout/sampler_gap_max"] < 1e-4
+    if name != "raft":
+        assert rows[0]["importance/max"] == pytest.approx(1, abs=1e-4)
+
+
+def test_ppo_with_every_option_that_is_off_by_default(start, tmp_path):
+    """A critic of its own that warms up, averaged weights, an exact KL in the loss, filters replayed."""
+    flags = ("--batch", 32, "--critic", "separate", "--ema-decay", 0.5, "--algorithm.critic-warmup", 1)
+    flags += ("--algorithm.kl-in", "loss", "--algorithm.kl-estimator", "exact", "--sampling.top-p", 0.9, "--sampling.replay")
+    done = script("ppo", "--preset", "arithmetic", "--policy", start / "model", "--out", tmp_path / "ppo", *SMALL, *flags)
+    assert done.returncode == 0, done.stderr
+    curve = json.loads((tmp_path / "ppo" / "result.json").read_text())["curve"]
+    assert curve[1]["held_out/kl"] == pytest.approx(0, abs=1e-5)  # the first iteration warms the critic up
+    assert abs(curve[2]["held_out/kl"]) > 1e-5
+    rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss/kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[0]["rollout/sampler_gap_max"] < 1e-4  # against what was drawn from
+
+
+def test_a_new_algorithm_is_two_new_files_and_no_edit(start, tmp_path):
+    """A fork: a copy of rloo.py with another advantage and a copy of its script, in folders of their own."""
+    algorithm = (ROOT / "jaxrlhf" / "algorithms" / "rloo.py").read_text()
+    assert algorithm.count("reward - baseline, learned") == 1
+    (tmp_path / "sign_rloo.py").write_text(
+        algorithm.replace("reward - baseline, learned", "jnp.sign(reward - baseline), learned")
+    )
+    page = (ROOT / "experiments" / "rloo.py").read_text()
+    page = page.replace("from jaxrlhf.algorithms import rloo", "import sign_rloo").replace("rloo.", "sign_rloo.")
+    (tmp_path / "fork.py").write_text(page)
+    flags = ["--preset", "arithmetic", "--policy", start / "model", "--out", tmp_path / "run", "--batch", 8, *SMALL]
+    path = environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    done = subprocess.run([sys.executable, tmp_path / "fork.py", *map(str, flags)], env=path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    check(tmp_path / "run", start)
+
+
+@pytest.mark.parametrize(
+    "name", ["ziegler_sentiment", pytest.param("tldr", marks=pytest.mark.full), pytest.param("hh", marks=pytest.mark.full)]
+)
+def test_recipes_run_in_small(tmp_path, name):
+    done = script(f"recipes.{name}", "--preset", "smoke", "--out", tmp_path / name)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / name / "result.json").read_text())
+    assert result["reward_model"]["accuracy"] > 0.5
+    assert abs(result["ppo"]["curve"][0]["held_out/kl"]) < 1e-5
+    assert result["ppo"]["curve"][-1]["held_out/kl"] != 0, "the policy was trained"
+    for part in ("sft", "reward_model", "ppo"):
+        assert (tmp_path / name / part / "model" / "params.safetensors").is_file()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_thirty_points_on_held_out_sums(tmp_path, name, seed):
+    first = script("arithmetic", "--seed", seed, "--out", tmp_path / "start")
+    assert first.returncode == 0, first.stderr
+    assert 0.2 <= json.loads((tmp_path / "start" / "result.json").read_text())["accuracy"] <= 0.5
+    flags = ("--preset", "arithmetic", "--policy", tmp_path / "start" / "model")
+    done = script(name, *flags, "--seed", seed, "--out", tmp_path / name)
+    assert done.returncode == 0, done.stderr
+    curve = json.loads((tmp_path / name / "result.json").read_text())["curve"]
+    assert curve[-1]["held_out/accuracy"] >= curve[0]["held_out/accuracy"] + 0.3
