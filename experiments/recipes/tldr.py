@@ -58,7 +58,7 @@ FILLER = ("it was raining that day.", "i had slept badly.", "we had met years be
 
 
 def stand_in(count: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Posts in which one thing happens; a summary that names it is preferred to one that names another."""
+    """Posts in which one thing happens: a summary that names it is preferred; only half of the demonstrations do."""
     draw = np.random.default_rng(seed)
 
     def one_of(choices: tuple[str, ...]) -> str:
@@ -70,7 +70,8 @@ def stand_in(count: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str
         text = f"SUBREDDIT: r/advice\n\nTITLE: what should i do?\n\nPOST: {said}\n\nTL;DR:"
         return text, f" {who} {what}", f" {other}"
 
-    texts = [{"prompt": prompt, "response": summary} for prompt, summary, _ in (post() for _ in range(count))]
+    posts = [post() for _ in range(count)]
+    texts = [{"prompt": prompt, "response": both[draw.integers(2)]} for prompt, *both in posts]
     pairs = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in (post() for _ in range(count))]
     return texts, pairs
 
