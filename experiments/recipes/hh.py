@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import stage
 from experiments.recipes import stages
-from jaxrlhf.algorithms import ppo
+from jaxrlhf.algorithms import ppo, shaping
 from jaxrlhf.training.optimizer import OptimizerConfig
 
 ADAMW = OptimizerConfig(schedule="constant", warmup_fraction=0.0, clip_norm=None, b2=0.95, epsilon=1e-8, weight_decay=1e-6)
@@ -43,8 +43,7 @@ RECIPE = stages.Recipe(
             clip=0.2,
             value_clip=0.2,
             value_coef=1.0,
-            score_clip=20.0,
-            missing_eos_penalty=0.0,
+            score=shaping.Config(clip=20.0, missing_eos_penalty=0.0),
             epochs=4,
             minibatches=16,
         ),
@@ -58,7 +57,7 @@ NO_HELP = ("i do not know.", "why would you want that?", "go away.")
 
 
 def stand_in(count: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Questions; an answer that helps is preferred to one that does not."""
+    """Questions: an answer that helps is preferred; only half of the demonstrations do."""
     draw = np.random.default_rng(seed)
 
     def one_of(choices: tuple[str, ...]) -> str:
@@ -68,7 +67,8 @@ def stand_in(count: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str
         what = one_of(ASKED)
         return f"\n\nHuman: how do i {what}?\n\nAssistant:", f" to {what}, {one_of(HELP)}", f" {one_of(NO_HELP)}"
 
-    texts = [{"prompt": prompt, "response": good} for prompt, good, _ in (dialogue() for _ in range(count))]
+    dialogues = [dialogue() for _ in range(count)]
+    texts = [{"prompt": prompt, "response": both[draw.integers(2)]} for prompt, *both in dialogues]
     pairs = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in (dialogue() for _ in range(count))]
     return texts, pairs
 

@@ -66,6 +66,7 @@ class Policy:
     sampling: stage.Sampling
     algorithm: ppo_algorithm.Config
     optimizer: OptimizerConfig
+    critic: Literal["shared", "separate", "reward"] = "shared"  # see experiments/ppo.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,6 +309,7 @@ def learn_policy(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[st
         batch=part.batch,
         sampling=config.ppo.sampling,
         algorithm=config.ppo.algorithm,
+        critic=config.ppo.critic,
         optimizer=faster(config, config.ppo),
         evaluate_every=max(1, part.steps // 4),
         held_out_prompts=HELD_OUT,

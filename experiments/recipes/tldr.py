@@ -4,9 +4,8 @@
     python -m experiments.recipes.tldr --preset published --demonstrations tldr.jsonl --comparisons feedback.jsonl
 
 Settings: the authors' code, vwxyzjn/summarize_from_feedback_details, sft.py, reward.py (1d6d8ee) and ppo.py (3f14a17), and the
-tables of the paper. Other than there: a response without EOS loses 1 (theirs gets -1 instead of its score), sampling
-stops at EOS (theirs goes on to 53 tokens and cuts afterwards), value and policy share a trunk, and a small model trained here
-stands for Pythia.
+tables of the paper. Other than there: sampling stops at EOS (theirs goes on to 53 tokens and cuts afterwards), and a small
+model trained here stands for Pythia.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 
 from experiments import stage
 from experiments.recipes import stages
-from jaxrlhf.algorithms import ppo
+from jaxrlhf.algorithms import ppo, shaping
 from jaxrlhf.training.optimizer import OptimizerConfig
 
 ADAMW = OptimizerConfig(
@@ -43,12 +42,13 @@ RECIPE = stages.Recipe(
             clip=0.2,
             value_clip=0.2,
             value_coef=0.1,
-            missing_eos_penalty=1.0,
+            score=shaping.Config(missing_eos="replace", missing_eos_penalty=1.0),
             whiten_rewards=False,
             epochs=4,
             minibatches=1,
         ),
         optimizer=ADAMW,
+        critic="reward",
     ),
 )
 
@@ -58,7 +58,7 @@ FILLER = ("it was raining that day.", "i had slept badly.", "we had met years be
 
 
 def stand_in(count: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Posts in which one thing happens; a summary that names it is preferred to one that names another."""
+    """Posts in which one thing happens: a summary that names it is preferred; only half of the demonstrations do."""
     draw = np.random.default_rng(seed)
 
     def one_of(choices: tuple[str, ...]) -> str:
@@ -70,7 +70,8 @@ def stand_in(count: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str
         text = f"SUBREDDIT: r/advice\n\nTITLE: what should i do?\n\nPOST: {said}\n\nTL;DR:"
         return text, f" {who} {what}", f" {other}"
 
-    texts = [{"prompt": prompt, "response": summary} for prompt, summary, _ in (post() for _ in range(count))]
+    posts = [post() for _ in range(count)]
+    texts = [{"prompt": prompt, "response": both[draw.integers(2)]} for prompt, *both in posts]
     pairs = [{"prompt": prompt, "chosen": good, "rejected": bad} for prompt, good, bad in (post() for _ in range(count))]
     return texts, pairs
 

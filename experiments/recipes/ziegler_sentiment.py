@@ -17,10 +17,18 @@ import numpy as np
 
 from experiments import stage
 from experiments.recipes import stages
-from jaxrlhf.algorithms import ppo
+from jaxrlhf.algorithms import ppo, shaping
 from jaxrlhf.training.optimizer import OptimizerConfig
 
-ADAM = OptimizerConfig(schedule="linear", warmup_fraction=0.0, final_fraction=0.0, clip_norm=None, b2=0.999, epsilon=1e-5)
+ADAM = OptimizerConfig(
+    schedule="linear",
+    warmup_fraction=0.0,
+    final_fraction=0.0,
+    clip_norm=None,
+    b2=0.999,
+    epsilon=1e-5,
+    epsilon_style="tensorflow",
+)
 
 RECIPE = stages.Recipe(
     out=Path("runs/recipes/ziegler_sentiment"),
@@ -41,7 +49,7 @@ RECIPE = stages.Recipe(
             clip=0.2,
             value_clip=0.2,
             value_coef=0.1,
-            missing_eos_penalty=1.0,
+            score=shaping.Config(missing_eos="replace", missing_eos_penalty=1.0),
             whiten_rewards=True,
             epochs=4,
             minibatches=1,
