@@ -3,10 +3,10 @@
     python -m experiments.recipes.hh --out runs/recipes/hh                    # a stand-in, a thousandth of the run
     python -m experiments.recipes.hh --preset published --demonstrations chosen.jsonl --comparisons hh.jsonl
 
-The paper says what the KL coefficient is (0.001, section 4.1), that preference models train for one epoch, and how many
-comparisons there are (section 2); of the rest it says little. What it leaves open is CarperAI/trlx's published run on the same
-data: examples/hh/configs/ppo_hh_6B.yml (83412fe) and sft_hh.yml (05ec02f). Batch and learning rate of the preference
-model are ours. Other than there: the score is not divided by its
+The KL coefficient (0.001), one epoch for the preference model and about 160,000 comparisons are the paper's by second-hand
+accounts, not checked against it. PPO and fine-tuning are CarperAI/trlx's published run on the same data:
+examples/hh/configs/ppo_hh_6B.yml (83412fe) and sft_hh.yml (05ec02f). Batch and learning rate of the preference model are
+ours. Other than there: the score is not divided by its
 running deviation (it is normalised once), all layers train, and a small model trained here stands for the 6 billion.
 """
 
