@@ -55,7 +55,7 @@ class Config:
     noise: float = 0.25  # share of the choices that go wrong
     layers: tuple[int, ...] = (1, 2, 4)  # sizes of the proxies
     proxy_training: reward_model.Config = reward_model.Config(
-        steps=100,
+        steps=60,
         pairs=32,
         ensemble=3,  # seeds of each size
         ensemble_of="models",
@@ -66,7 +66,8 @@ class Config:
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     best_of_prompts: int = 96
     kl_coefs: tuple[float, ...] = (0.0, 0.12)  # of PPO
-    iterations: int = 20
+    pressed: int = 2  # seeds of each size that PPO presses; best-of-n presses all
+    iterations: int = 16
     batch: int = 128
     algorithm: ppo.Config = ppo.Config()
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -78,6 +79,8 @@ class Config:
     def __post_init__(self):
         if self.proxy_training.ensemble < 2 or self.proxy_training.ensemble_of != "models":
             raise ValueError("proxy_training must be an ensemble of 2 or more models: they are the seeds of a size")
+        if not 1 <= self.pressed <= self.proxy_training.ensemble:
+            raise ValueError(f"pressed={self.pressed} must be between 1 and the {self.proxy_training.ensemble} seeds of a size")
         if not 0 <= self.noise < 0.5:
             raise ValueError(f"noise={self.noise} must be in [0, 0.5); at 0.5 the choices say nothing")
         if self.responses < 2:
@@ -244,13 +247,13 @@ def aggregated(config: Config, name: ensembles.Aggregation) -> ensembles.Config:
 
 
 def press(config: Config, lab: Lab, proxies: Mapping[int, stage.Trained], kl_coef: float) -> list[dict[str, Any]]:
-    """PPO against every seed of every size, and against every aggregation of the largest."""
+    """PPO against `config.pressed` seeds of every size, and against every aggregation of the largest."""
     optimise, rows = trainer(config, lab, kl_coef), []
     for n, judged in proxies.items():
         pooling = judged.settings["pooling"]
         alone = rewards.reward(judged.model, pooling)
         against: dict[str, tuple[Callable, Any]] = {
-            str(m): (alone, ensembles.member(judged.params, m, "models")) for m in range(config.proxy_training.ensemble)
+            str(m): (alone, ensembles.member(judged.params, m, "models")) for m in range(config.pressed)
         }
         if n == max(proxies):
             for name in config.aggregations:

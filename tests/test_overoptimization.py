@@ -56,6 +56,7 @@ def test_seeds_of_a_size_are_fitted_together_and_ensembles_apart(tmp_path):
     [
         ({"noise": 0.5}, "noise=0.5"),
         ({"responses": 1}, "responses=1"),
+        ({"pressed": 4}, "between 1 and the 3 seeds"),
         ({"proxy_training": study.reward_model.Config()}, "2 or more models"),
     ],
 )
