@@ -21,13 +21,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-ONLINE = {  # name: (script, preset on sums, preset on sentiment)
+SCRIPTS = {  # name: (script, preset on sums, preset on sentiment)
     "ppo": ("ppo", "arithmetic", "default"),
     "grpo": ("grpo", "arithmetic", "default"),
     "rloo": ("rloo", "arithmetic", "default"),
     "reinforce": ("reinforce", "arithmetic", "default"),
     "raft": ("raft", "arithmetic", "default"),
+    "dpo": ("dpo", "arithmetic", "default"),
+    "orpo": ("orpo", "arithmetic", "default"),
+    "kto": ("kto", "arithmetic", "default"),
+    "online_dpo": ("online_dpo", "arithmetic", "default"),
 }
+CHOICES = {"dpo", "orpo", "kto"}  # on sentiment they learn from a feedback store
 SHOWN = {
     "arithmetic": ("held_out/accuracy", "held_out/kl", "held_out/entropy"),
     "sentiment": ("held_out/win_vader", "held_out/win_textblob", "held_out/kl", "held_out/distinct_2", "held_out/length"),
@@ -39,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=sorted(SHOWN), default="arithmetic")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--algorithms", nargs="+", choices=sorted(ONLINE), default=list(ONLINE))
+    parser.add_argument("--algorithms", nargs="+", choices=sorted(SCRIPTS), default=list(SCRIPTS))
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="a finished loop, where sentiment starts")
     parser.add_argument("--out", type=Path, default=Path("runs/algorithms"))
     parser.add_argument("--result", type=Path, help="also write the JSON document here")
@@ -65,16 +70,20 @@ def one_seed(seed: int, config: argparse.Namespace) -> dict[str, Any]:
     folder = (config.out / config.task / f"seed{seed}").resolve()
     if config.task == "arithmetic":
         script("arithmetic", "default", seed, folder / "start")
-        start = ["--policy", str(folder / "start" / "model")]
+        start, choices = ["--policy", str(folder / "start" / "model")], []
     else:
         demo = config.demo.resolve()
         start = ["--policy", str(demo / "sft" / "model"), "--reward", str(demo / "reward_model" / "model")]
-    return {name: one(name, seed, config.task, folder / name, start) for name in config.algorithms}
+        choices = ["--choices", str(demo / "feedback.sqlite")]
+    return {
+        name: one(name, seed, config.task, folder / name, start + (choices if name in CHOICES else []))
+        for name in config.algorithms
+    }
 
 
 def one(name: str, seed: int, task: str, out: Path, start: list[str]) -> dict[str, Any]:
     """First and last point of an algorithm's curve, and its seconds."""
-    module, on_sums, on_sentiment = ONLINE[name]
+    module, on_sums, on_sentiment = SCRIPTS[name]
     result = script(module, on_sums if task == "arithmetic" else on_sentiment, seed, out, *start)
     first, last = ({key.split("/")[1]: row[key] for key in SHOWN[task]} for row in (result["curve"][0], result["curve"][-1]))
     return {"before": first, "after": last, "seconds": result["seconds"], "cpu_seconds": result["cpu_seconds"]}

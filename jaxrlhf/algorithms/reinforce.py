@@ -80,7 +80,7 @@ def _baseline(
 ) -> Float[Array, " b"]:
     if config.baseline == "greedy":
         checks.given(experience, "baseline='greedy'", "baseline")
-        return experience.baseline
+        return jnp.asarray(experience.baseline)
     if config.baseline == "group":
         return advantages.group_mean(score, experience.rollout.group, counted)[0]
     mean = masking.masked_mean(score, counted) if config.baseline == "batch" else 0.0

@@ -69,7 +69,7 @@ def _experience(model, spec, options, params, reference, rollout) -> Experience:
 
     def score(args):
         part, own = args
-        hidden = None
+        hidden: Any = None  # of the policy; not computed where the sampler's log-probs do
         if not options.reuse_sampler_logprobs or options.exact_kl:
             hidden = model.hidden(params["policy"], part.tokens)
         logprobs = own

@@ -163,9 +163,9 @@ def _tensorflow_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTran
         zeros = optax.tree.zeros_like(params)
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros, optax.tree.zeros_like(params))
 
-    def update(gradient, state, params=None):
+    def update(updates, state, params=None):
         del params
-        mu, nu = optax.tree.update_moment(gradient, state.mu, b1, 1), optax.tree.update_moment(gradient, state.nu, b2, 2)
+        mu, nu = optax.tree.update_moment(updates, state.mu, b1, 1), optax.tree.update_moment(updates, state.nu, b2, 2)
         count = state.count + 1
         step = jnp.sqrt(1 - b2**count) / (1 - b1**count)
         return jax.tree.map(lambda m, v: step * m / (jnp.sqrt(v) + epsilon), mu, nu), optax.ScaleByAdamState(count, mu, nu)
