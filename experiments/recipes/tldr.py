@@ -4,8 +4,8 @@
     python -m experiments.recipes.tldr --preset published --demonstrations tldr.jsonl --comparisons feedback.jsonl
 
 Settings: the authors' code, vwxyzjn/summarize_from_feedback_details, sft.py, reward.py (1d6d8ee) and ppo.py (3f14a17); the
-paper's own tables were not compared. Other than there: sampling stops at EOS (theirs goes on to 53 tokens and cuts afterwards), and a small
-model trained here stands for Pythia.
+paper's own tables were not compared. Other than there: sampling stops at EOS (theirs goes on to 53 tokens and cuts
+afterwards), and a small model trained here stands for Pythia.
 """
 
 from __future__ import annotations
