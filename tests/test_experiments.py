@@ -225,7 +225,7 @@ def test_help_is_quick():
     assert time.monotonic() - started < 30  # a machine under load; the figure is in the README
 
 
-@pytest.mark.parametrize("kind", ["heads", "models"])
+@pytest.mark.parametrize("kind", ["heads", pytest.param("models", marks=pytest.mark.full)])
 def test_an_ensemble_is_trained_and_ppo_reads_it(loop, tmp_path, kind):
     start = ("--reference", loop / "sft/model", "--init", loop / "pretrain/model")
     flags = ("--ensemble", 3, "--ensemble-of", kind, "--aggregation", "worst", "--normalise", "demonstrations")
@@ -244,6 +244,7 @@ def test_an_ensemble_is_trained_and_ppo_reads_it(loop, tmp_path, kind):
     assert f"holds 3 {kind}" in refreshed.stderr
 
 
+@pytest.mark.full
 def test_over_optimisation_goes_on_where_it_stopped(loop, tmp_path):
     flags = (
         "--preset",
