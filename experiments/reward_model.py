@@ -52,6 +52,7 @@ class Config:
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
     steps: int = 380
+    domains: tuple[str, ...] = DOMAINS  # whose ratings are learned
     texts: int = 64  # rated texts a set
     pairs: int = 32  # chosen pairs a set, where there are choices
     held_out_pairs: float = 0.15  # of the choices
@@ -177,7 +178,10 @@ def fresh(config: Config, shape: TransformerConfig, trunk: Any, mesh: jax.shardi
 
 def dataset(config: Config, tokenizer: Tokenizer, window: int = 12) -> tuple[Any, list[dict[str, Any]]]:
     """`dataset[step]`: a set of rated texts, with chosen pairs where there are any; and the pairs that are held out."""
-    rated = comparisons.rated_rows(human_sentiment.load("train"), tokenizer, config.width)
+    ratings = [rating for rating in human_sentiment.load("train") if rating.domain in config.domains]
+    if not ratings:
+        raise ValueError(f"domains={config.domains}: no ratings; choose from {', '.join(DOMAINS)}")
+    rated = comparisons.rated_rows(ratings, tokenizer, config.width)
     widths = comparisons.choose_widths(rated["length"], config.texts, count=config.widths)
     pairs, held_out = None, []
     if config.choices is not None:

@@ -156,7 +156,7 @@ class Outputs:
     logprobs: Array = None  # [B, R]
     entropy: Array = None  # [B, R]
     values: Array = None  # [B, R]
-    scores: Array = None  # [B]
+    scores: Array = None  # [B], of an ensemble [M, B]
     ref_kl: Array = None  # [B, R], KL(policy || reference) of the whole distribution
     text_logprobs: Array = None  # [B, T - 1] of the pre-training rows in `batch.text`
 
