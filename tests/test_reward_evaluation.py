@@ -70,6 +70,10 @@ def test_peak_and_drop():
     assert peak.drop == pytest.approx(0.45)
     assert peak.proxy_rise == pytest.approx(1.6)
     assert overoptimization.peak_and_drop(curve, "proxy").drop == 0
+    again = [{"kl": k, "proxy": float(k), "textblob": v} for k, v in enumerate([0.1, 0.5, 0.4, 0.2, 0.6, 0.55])]
+    peak = overoptimization.peak_and_drop(again, "textblob")  # the largest fall, though the curve rises again beyond its peak
+    assert (peak.index, peak.low_index, peak.final, peak.proxy_rise) == (1, 3, 0.55, 2.0)
+    assert peak.drop == pytest.approx(0.6)
     assert overoptimization.curve([{"kl": -0.01}])[0]["sqrt_kl"] == 0
     with pytest.raises(ValueError, match="no row"):
         overoptimization.peak_and_drop([], "textblob")

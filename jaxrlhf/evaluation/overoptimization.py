@@ -19,17 +19,19 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Peak(NamedTuple):
-    """Where a judge's curve was highest, and how far it has fallen since."""
+    """The largest fall of a judge's curve from what was its peak until then."""
 
     peak: float
     index: int  # row of the peak
-    final: float
-    drop: float  # (peak - final) / |peak|; 0 when the peak is the end
-    proxy_rise: float  # proxy at the end minus proxy at the peak: above 0 while drop > 0 is over-optimisation
+    low: float  # the lowest after it, in the largest fall
+    low_index: int
+    final: float  # at the end of the curve, where it may have risen again
+    drop: float  # (peak - low) / |peak|; 0 where the curve never falls
+    proxy_rise: float  # proxy at the low minus proxy at the peak: above 0 while drop > 0 is over-optimisation
 
 
 def peak_and_drop(rows: Sequence[Mapping[str, Any]], judge: str, proxy: str = "proxy") -> Peak:
-    """The peak of `judge` over the rows and the relative fall from it to the last row.
+    """The largest fall of `judge` from its highest value so far, and what the proxy did meanwhile.
 
     Raises:
         ValueError: no row.
@@ -37,10 +39,12 @@ def peak_and_drop(rows: Sequence[Mapping[str, Any]], judge: str, proxy: str = "p
     if not rows:
         raise ValueError("no row to find a peak in: evaluate the policy at several steps")
     values = np.array([row[judge] for row in rows], np.float64)
-    index = int(values.argmax())
-    peak, final = float(values[index]), float(values[-1])
-    drop = (peak - final) / abs(peak) if peak else 0.0
-    return Peak(peak, index, final, drop, float(rows[-1][proxy] - rows[index][proxy]))
+    highest = np.maximum.accumulate(values)
+    low_index = int((highest - values).argmax()) if (highest > values).any() else len(values) - 1
+    index = int(values[: low_index + 1].argmax())
+    peak, low = float(values[index]), float(values[low_index])
+    drop = (peak - low) / abs(peak) if peak else 0.0
+    return Peak(peak, index, low, low_index, float(values[-1]), drop, float(rows[low_index][proxy] - rows[index][proxy]))
 
 
 class Fit(NamedTuple):

@@ -339,7 +339,8 @@ def overoptimized(results: Results) -> list[Block]:
             peak = overoptimization.peak_and_drop(curve, judge)
             fall = (
                 f"peaks at \u221aKL {curve[peak.index]['sqrt_kl']:.1f} ({peak.peak:.2f}) and falls "
-                f"{findings.percent(peak.drop, 0)} to {peak.final:.2f}, while the proxy goes {peak.proxy_rise:+.2f}"
+                f"{findings.percent(peak.drop, 0)} to {peak.low:.2f} at {curve[peak.low_index]['sqrt_kl']:.1f}, while the proxy "
+                f"goes {peak.proxy_rise:+.2f}; at the end it is {peak.final:.2f}"
             )
             said.append(
                 f"{JUDGES[judge]} {fall if peak.drop > 0.005 else f'does not turn down ({peak.final:.2f} at the end)'}."
