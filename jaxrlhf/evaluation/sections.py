@@ -337,10 +337,10 @@ def overoptimized(results: Results) -> list[Block]:
     for judge in ("textblob", "vader"):
         if judge in curve[0]:
             peak = overoptimization.peak_and_drop(curve, judge)
+            start, low = (curve[i]["sqrt_kl"] for i in (peak.index, peak.low_index))
             fall = (
-                f"peaks at \u221aKL {curve[peak.index]['sqrt_kl']:.1f} ({peak.peak:.2f}) and falls "
-                f"{findings.percent(peak.drop, 0)} to {peak.low:.2f} at {curve[peak.low_index]['sqrt_kl']:.1f}, while the proxy "
-                f"goes {peak.proxy_rise:+.2f}; at the end it is {peak.final:.2f}"
+                f"peaks at \u221aKL {start:.1f} ({peak.peak:.2f}) and falls {findings.percent(peak.drop, 0)} to {peak.low:.2f} "
+                f"at {low:.1f}, while the proxy goes {peak.proxy_rise:+.2f}; at the end it is {peak.final:.2f}"
             )
             said.append(
                 f"{JUDGES[judge]} {fall if peak.drop > 0.005 else f'does not turn down ({peak.final:.2f} at the end)'}."
