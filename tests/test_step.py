@@ -55,9 +55,13 @@ def ppo_batch(rows: int = 16) -> ppo.Batch:
         response_len=response_len,
         mask=mask,
         old_logprobs=0.1 * noise[0] - 3,
+        ref_logprobs=0.1 * noise[1] - 3,
         old_values=noise[1],
         advantages=noise[2],
         returns=noise[3],
+        importance=jnp.ones(mask.shape),
+        kl_coef=jnp.zeros(rows),
+        learns=jnp.ones(rows),
     )
 
 
