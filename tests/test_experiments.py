@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -109,6 +110,17 @@ def test_a_killed_loop_ends_with_the_same_figures(loop, tmp_path, kills):
     assert figures(tmp_path / "killed") == figures(loop)
 
 
+@pytest.mark.full
+def test_the_control_and_the_over_optimised_run(tmp_path):
+    done = script("rlhf", "--preset", "smoke", "--control", "--overoptimize", "--out", tmp_path / "more")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "more" / "summary.json").read_text())["results"]
+    narrow = json.loads((tmp_path / "more" / "reward_model_narrow" / "result.json").read_text())
+    assert narrow["accuracy"]["model"] != results["reward_model"]["accuracy"]["model"]  # it read the ratings of movies alone
+    assert results["overoptimize"]["curve"][-1]["held_out/kl"] > 0
+    assert results["evaluate_control"]["candidate"]["kl"] != results["evaluate_2"]["candidate"]["kl"]
+
+
 def test_chat_answers_from_the_policy_alone(loop, tmp_path):
     (loop / "policy").rename(tmp_path / "policy")  # away from everything else
     try:
@@ -139,8 +151,6 @@ def test_chat_keeps_the_choice_for_the_next_round(loop, tmp_path):
 
 
 def test_a_person_labels_at_the_terminal(loop, tmp_path):
-    import shutil
-
     shutil.copy(loop / "feedback.sqlite", tmp_path / "feedback.sqlite")
     flags = ("--store", tmp_path / "feedback.sqlite", "--labeler", "human", "--name", "ann", "--out", tmp_path / "label")
     done = script("label", *flags, stdin="1\n2\nt\nu\nb\ns\nq\n")
@@ -155,8 +165,6 @@ def test_a_person_labels_at_the_terminal(loop, tmp_path):
 
 
 def test_a_sitting_that_ends_early_goes_on_with_the_same_command(loop, tmp_path):
-    import shutil
-
     shutil.copy(loop / "feedback.sqlite", tmp_path / "feedback.sqlite")
     flags = ("--store", tmp_path / "feedback.sqlite", "--labeler", "human", "--name", "bob")
     flags += ("--least", 4, "--out", tmp_path / "label")
