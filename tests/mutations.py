@@ -531,7 +531,7 @@ MUTATIONS = (
         "models/heads.py",
         "index = jnp.clip(masking.response_index(prompt_len, width) - 1, 0",
         "index = jnp.clip(masking.response_index(prompt_len, width), 0",
-        "test_sampler_agreement.py::test_the_first_ratio_is_one_and_nothing_is_clipped",
+        "test_sampler_agreement.py::test_learner_and_sampler_agree_on_the_full_softmax",
     ),
     # ------------------------------------------------------------------------------- reward functions, arithmetic
     Mutation(
