@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from experiments import stage, tasks
-from jaxrlhf.algorithms import dpo
+from jaxrlhf.algorithms import dpo, shaping
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.sampling import rollout
@@ -37,7 +37,7 @@ class Config:
     batch: int = 128  # prompts an iteration
     n: int = 2  # answers to each; the best and the worst are learned from
     soft: bool = False  # labels are the Bradley-Terry probability of the scores instead of 1
-    missing_eos_penalty: float = 1.0  # taken off the score of an answer that did not end by itself
+    score: shaping.Config = shaping.Config()  # scale, limit, and what an answer that did not end by itself loses
     epochs: int = 2  # passes over one rollout's pairs
     minibatches: int = 2  # optimizer steps a pass
     sampling: stage.Sampling = stage.Sampling()
@@ -91,7 +91,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         policy = {"policy": state.params}
         experience = rollout.collect(start.model, policy, frozen, prompts, task.spec, key, config.n, version=i, options=options)
         score, weight, rewarded = task.score(experience.rollout, prompts)
-        kept = score - config.missing_eos_penalty * ~experience.rollout.finished
+        kept = shaping.score(score, experience.rollout.finished, config.score)
         pairs = choose(dataclasses.replace(experience, score=kept, weight=weight), n=config.n, soft=config.soft)
         batch, algorithm, stats = prepare(pairs, state.algorithm, config=config.algorithm)
         state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), None, batch)

@@ -236,6 +236,13 @@ def test_raft_learns_the_best_response_of_each_group():
     assert term.sum / term.count == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_greedy_baseline_is_in_the_unit_of_the_scores():
+    data = data_for(10)
+    data = data.replace(baseline=data.score, rollout=data.rollout.replace(finished=jnp.ones(ROWS, bool)))
+    config = dataclasses.replace(reinforce.REMAX, kl_coef=0.0, score=shaping.Config(scale=3.0, clip=1.0))
+    assert not reinforce.prepare(data, (), config)[0].advantages.any()  # as good as the greedy response: nothing to learn
+
+
 @pytest.mark.parametrize("missing_eos", ["subtract", "replace"])
 def test_what_a_cut_response_scores(missing_eos):
     config = shaping.Config(scale=2.0, clip=3.0, missing_eos=missing_eos, missing_eos_penalty=0.5)

@@ -80,7 +80,8 @@ def _baseline(
 ) -> Float[Array, " b"]:
     if config.baseline == "greedy":
         checks.given(experience, "baseline='greedy'", "baseline")
-        return jnp.asarray(experience.baseline)
+        # In the unit of the scores; the greedy response counts as ended, so that only a drawn one pays for being cut.
+        return shaping.score(jnp.asarray(experience.baseline), jnp.ones_like(counted), config.score)
     if config.baseline == "group":
         return advantages.group_mean(score, experience.rollout.group, counted)[0]
     mean = masking.masked_mean(score, counted) if config.baseline == "batch" else 0.0
