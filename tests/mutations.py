@@ -720,9 +720,9 @@ MUTATIONS = (
     ),
     Mutation(
         "given-rows-are-scored-one-token-late",
-        "sampling/rollout.py",
-        "predicted = jnp.take_along_axis(tokens, index, axis=1)",
-        "predicted = jnp.take_along_axis(tokens, jnp.maximum(index - 1, 0), axis=1)",
+        "models/heads.py",
+        "jnp.take_along_axis(tokens, index, axis=1)",
+        "jnp.take_along_axis(tokens, jnp.maximum(index - 1, 0), axis=1)",
         "test_batch_logprobs.py::test_plain_softmax_of_pairs",
     ),
 )
