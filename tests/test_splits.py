@@ -140,23 +140,13 @@ ALGORITHMS: dict[str, Callable[[], Case]] = {
     "kto": lambda: pairs(kto, kto.Config()),
 }
 MESHES = [sharding.MeshConfig(data=2, fsdp=2, tensor=2), sharding.MeshConfig(fsdp=4, tensor=2), sharding.MeshConfig(data=8)]
-EVERY = [(microbatches, mesh) for microbatches in (1, 2, 4, 8) for mesh in (None, *MESHES)]
+EVERY = [(4, None), (8, None), (1, MESHES[0]), (2, MESHES[1]), (1, MESHES[2])]
+# fmt: off
 ONE_OF_EACH = [
-    "lm",
-    "reward",
-    "ppo",
-    "ppo_kl_in_loss",
-    "grpo",
-    "dapo",
-    "gspo",
-    "rloo",
-    "reinforce_pp",
-    "raft",
-    "dpo",
-    "ipo",
-    "orpo",
-    "kto",
+    "lm", "reward", "ppo", "ppo_kl_in_loss", "grpo", "dapo", "gspo", "rloo", "reinforce_pp", "raft",
+    "dpo", "ipo", "orpo", "kto",
 ]
+# fmt: on
 
 
 @functools.cache
@@ -191,8 +181,6 @@ def assert_no_split_matters(name: str, splits: list) -> None:
     moved, metrics = trained(name)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(moved)) > 1e-3  # there is a gradient
     for microbatches, mesh in splits:
-        if mesh is not None and 8 // microbatches % (mesh.data * mesh.fsdp):
-            continue  # refused: see test_step.py
         split, split_metrics = trained(name, microbatches, mesh)
         told = f"{name}, {microbatches} microbatches, {mesh}: "
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(split), jax.tree.leaves(moved), strict=True):
