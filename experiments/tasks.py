@@ -50,19 +50,39 @@ class Settings(Protocol):
     """What the configuration of a script says of its task."""
 
     @property
-    def task(self) -> Name: ...
+    def task(self) -> Name:
+        """Which task."""
+        ...
+
     @property
-    def policy(self) -> Path: ...  # where the policy starts
+    def policy(self) -> Path:
+        """Where the policy starts."""
+        ...
+
     @property
-    def reward(self) -> Path: ...  # not read by arithmetic
+    def reward(self) -> Path:
+        """The reward model; arithmetic reads none."""
+        ...
+
     @property
-    def sampling(self) -> stage.Sampling: ...
+    def sampling(self) -> stage.Sampling:
+        """How answers are drawn."""
+        ...
+
     @property
-    def batch(self) -> int: ...  # prompts an iteration
+    def batch(self) -> int:
+        """Prompts an iteration."""
+        ...
+
     @property
-    def seed(self) -> int: ...  # of their order
+    def seed(self) -> int:
+        """Of the order of the prompts."""
+        ...
+
     @property
-    def held_out_prompts(self) -> int: ...
+    def held_out_prompts(self) -> int:
+        """How many prompts the policy is judged on."""
+        ...
 
 
 def make(config: Settings, mesh: jax.sharding.Mesh) -> Task:
