@@ -45,7 +45,6 @@ JUDGED_WIDTH = 64  # tokens of a held-out text
 @dataclasses.dataclass(frozen=True)
 class Config:
     init: Path = Path("runs/demo/pretrain/model")  # language model whose trunk is the start
-    from_scratch: bool = False  # a trunk of its shape with random weights instead
     refresh: Path | None = None  # a reward model to start from instead
     reference: Path = Path("runs/demo/sft/model")  # policy on whose samples the score gets mean 0 and deviation 1
     choices: Path | None = None  # choices between answers: feedback store, .jsonl file or TFDS folder
@@ -147,8 +146,6 @@ def initial(config: Config, mesh: jax.sharding.Mesh) -> tuple[stage.Trained, dic
     """The model, and {trunk, head} to train: the language model with a new head, or an earlier reward model."""
     several = config.several
     if config.refresh is not None:
-        if config.from_scratch:
-            raise ValueError(f"from_scratch=True and refresh={config.refresh}: choose one start")
         start = stage.load(config.refresh, mesh, "reward_model")
         earlier = stage.ensembled(start.settings)
         kinds = [None if x is None else (x.members, x.of) for x in (earlier, several)]
@@ -159,11 +156,7 @@ def initial(config: Config, mesh: jax.sharding.Mesh) -> tuple[stage.Trained, dic
             )
         return start, {"trunk": start.params["trunk"], "head": start.params["head"]}
     start = stage.load(config.init, mesh)
-    trunk = start.params
-    if config.from_scratch:
-        specs = stage.specs(start.config, "policy")
-        trunk = jax.device_put(sharding.init_params(specs, jax.random.key(config.seed)), sharding.shardings(specs, mesh))
-    return start, fresh(config, start.config, trunk, mesh)
+    return start, fresh(config, start.config, start.params, mesh)
 
 
 def fresh(config: Config, shape: TransformerConfig, trunk: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -40,8 +40,8 @@ REFRESH = reward_model.Config(
 )
 # A refreshed reward model scores more steeply: a higher price keeps the policy about as near as in the first round.
 AGAIN = dataclasses.replace(ppo.Config(), algorithm=dataclasses.replace(ppo.Config().algorithm, kl_coef=0.15))
-# What few kinds of text taught to a model that knows no language is exploited soonest: it loves words for accidents.
-NARROW = reward_model.Config(domains=("movie",), from_scratch=True, steps=200)
+# What few kinds of text taught is exploited soonest: the words that films are praised with are not those of other judges.
+NARROW = reward_model.Config(domains=("movie",), steps=200)
 OVEROPTIMIZE = dataclasses.replace(
     ppo.Config(),
     iterations=60,
@@ -58,7 +58,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     labeler: Literal["simulated", "human"] = "simulated"  # who chooses between the policy's answers
     control: bool = False  # also a second round with ratings only, to see what the choices are worth
-    overoptimize: bool = False  # also PPO without the KL penalty, to see a poor reward model exploited
+    overoptimize: bool = False  # also PPO without the KL penalty, to see a narrow reward model exploited
     pretrain: pretrain.Config = pretrain.Config()
     sft: sft.Config = sft.Config()
     reward_model: reward_model.Config = reward_model.Config()
@@ -68,7 +68,7 @@ class Config:
     label: label.Config = label.Config()
     refresh: reward_model.Config = REFRESH  # the second round: from the first reward model, on ratings and choices
     ppo_again: ppo.Config = AGAIN
-    narrow: reward_model.Config = NARROW  # the reward model that is exploited: movie ratings alone, from random weights
+    narrow: reward_model.Config = NARROW  # the reward model that is exploited, of ratings of movies alone
     overoptimization: ppo.Config = OVEROPTIMIZE
 
 
@@ -156,7 +156,7 @@ SMOKE = Config(
     sample_pairs=sample_pairs.PRESETS["smoke"],
     refresh=dataclasses.replace(reward_model.PRESETS["smoke"], steps=10, texts=24, pairs=8, optimizer=REFRESH.optimizer),
     ppo_again=ppo.PRESETS["smoke"],
-    narrow=dataclasses.replace(reward_model.PRESETS["smoke"], domains=("movie",), from_scratch=True),
+    narrow=dataclasses.replace(reward_model.PRESETS["smoke"], domains=("movie",)),
     overoptimization=dataclasses.replace(OVEROPTIMIZE, iterations=4, batch=32, evaluate_every=2, held_out_prompts=48),
 )
 LARGE = dataclasses.replace(

@@ -218,8 +218,8 @@ def _caution(results: Results) -> str:
     if free:
         peak = overoptimization.peak_and_drop(free, "textblob")
         parts.append(
-            "Without the KL penalty a reward model that knows movie ratings and nothing else is exploited: its score still "
-            f"rises while TextBlob falls {percent(peak.drop, 0)} from its peak."
+            "Without the KL penalty a reward model of movie ratings alone is exploited: its score still rises while TextBlob "
+            f"falls {percent(peak.drop, 0)} from its peak."
             if peak.drop >= DROP and peak.proxy_rise > 0
             else "Without the KL penalty, over-optimisation did not show clearly in this run."
         )

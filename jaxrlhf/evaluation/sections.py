@@ -333,10 +333,7 @@ def overoptimized(results: Results) -> list[Block]:
         drawn.append(
             Figure("overoptimize_distinct", plots.lines("Distinct-2", series, "\u221aKL to the fine-tuned model", zero=True))
         )
-    said = [
-        "The reward model that is pressed here knows ratings of movies and nothing else: it started from random weights. "
-        "What knows little is exploited soonest."
-    ]
+    said = ["The reward model that is pressed here learned from ratings of movies alone: narrow feedback is exploited soonest."]
     for judge in ("textblob", "vader"):
         if judge in curve[0]:
             peak = overoptimization.peak_and_drop(curve, judge)
