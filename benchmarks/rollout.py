@@ -94,7 +94,8 @@ def compare(config: argparse.Namespace, rates: dict[str, float]) -> dict[str, An
     if differing > config.rows // 32:  # a draw within rounding of a border between two tokens may fall on either side
         raise SystemExit(f"{differing} of {config.rows} responses differ: nothing to compare")
     results = sampling.alternate({name: (case, key) for name, case in cases.items()}, config.repeats, jitted=True)
-    tokens = int(prompts.limit.sum())
+    lengths = np.asarray(prompts.limit)
+    tokens = int(lengths.sum())
     per_token = 2 * (sum(x.size for x in jax.tree.leaves(params["layers"])) + vocab * width)
     for name, result in results.items():
         result["utilisation"] = tokens / steps[name]
@@ -102,7 +103,7 @@ def compare(config: argparse.Namespace, rates: dict[str, float]) -> dict[str, An
         result["share_of_product_rate"] = tokens * per_token / rates["product_flop_per_s"] / (1e-3 * result["median_ms"])
     ratio = results["static"]["median_ms"] / results["rows leave"]["median_ms"]
     said = ", ".join(f"{name} {r['median_ms']:.0f} ms (utilisation {r['utilisation']:.2f})" for name, r in results.items())
-    print(f"{config.rows} rows, lengths {int(prompts.limit.min())} to {int(prompts.limit.max())}: {said}, {ratio:.2f} x")
+    print(f"{config.rows} rows, lengths {lengths.min()} to {lengths.max()}: {said}, {ratio:.2f} x")
     return {
         "model": vars(shape) | {"parameters": per_token // 2},
         "tokens": tokens,
