@@ -24,8 +24,8 @@ LLAMA = TransformerConfig(
     remat=False,
 )  # fmt: skip
 GPT = dataclasses.replace(LLAMA, kv_heads=4, norm="layer", positions="learned", mlp="gelu", tied_head=True)
-CONFIG = lora.Config(rank=3, alpha=6.0)
-EVERY = lora.Config(rank=3, alpha=6.0, targets=lora.TARGETS, rank_stabilised=True)
+CONFIG = lora.LoraConfig(rank=3, alpha=6.0)
+EVERY = lora.LoraConfig(rank=3, alpha=6.0, targets=lora.TARGETS, rank_stabilised=True)
 KINDS = pytest.mark.parametrize(("shape", "config"), [(LLAMA, EVERY), (GPT, CONFIG)], ids=["llama", "gpt"])
 SPEC = SamplingSpec(temperature=0.7, max_tokens=8, stop=(2,), forbidden=(0, 1))
 
@@ -38,7 +38,7 @@ def base_of(shape: TransformerConfig):
 
 
 @functools.cache
-def adapter_of(shape: TransformerConfig, config: lora.Config, seed: int = 1):
+def adapter_of(shape: TransformerConfig, config: lora.LoraConfig, seed: int = 1):
     """As after some training: b is not zero."""
     fresh = sharding.init_params(lora.specs(shape, config), jax.random.key(seed))
     return jax.tree_util.tree_map_with_path(
@@ -98,8 +98,8 @@ def test_merge_by_hand_and_back():
 
 
 def test_scales_by_hand():
-    assert lora.Config(rank=8, alpha=16).scale == 2
-    assert lora.Config(rank=16, alpha=8, rank_stabilised=True).scale == 2
+    assert lora.LoraConfig(rank=8, alpha=16).scale == 2
+    assert lora.LoraConfig(rank=16, alpha=8, rank_stabilised=True).scale == 2
 
 
 @KINDS
@@ -126,7 +126,7 @@ def batch_of(rows: int = 8) -> lm.Batch:
     return lm.responses(np.asarray(tokens(rows)), np.full(rows, 3), np.arange(rows) % 6 + 3, 9)
 
 
-def train_step_of(shape: TransformerConfig, config: lora.Config, adapter):
+def train_step_of(shape: TransformerConfig, config: lora.LoraConfig, adapter):
     update = optimizer.make(OptimizerConfig(learning_rate=0.01, epsilon=1e-3), 10, adapter)
     outputs = objective.make_outputs(transformer.build(shape), adapters=config)
     return step.make_train_step(outputs, lm.loss, lm.Config(), update), step.init_state(adapter, update, jax.random.key(0))
@@ -156,7 +156,7 @@ def test_training_holds_and_moves_the_adapter_alone():
 def test_no_product_makes_the_gradient_of_a_frozen_weight():
     """The step of the adapter has none of the products [in, rows] x [rows, out] that the step of the model has."""
 
-    def products_of(config: lora.Config, params, frozen) -> int:
+    def products_of(config: lora.LoraConfig, params, frozen) -> int:
         train_step, state = train_step_of(shape, config, params)
         text = train_step.lower(state, frozen, batch_of()).compile().as_text()
         return sum(f"= f32[{size}]" in line and " dot(" in line for line in text.splitlines() for size in sizes)
@@ -196,7 +196,7 @@ def test_the_reference_is_the_base_and_the_critic_an_adapter_of_its_own():
     own = adapter_of(LLAMA, CONFIG, seed=7)
     params = {"policy": adapter_of(LLAMA, CONFIG), "critic": {"trunk": own, "head": head}}
     beside = roles.attach(base, params, CONFIG)
-    found = rollout.collect(model, beside, {"base": base}, prompts(), SPEC, jax.random.key(1), n=2)
+    found = rollout.collect(model, beside, {"reference": base}, prompts(), SPEC, jax.random.key(1), n=2)
     merged = {
         "policy": lora.merge(base, params["policy"], CONFIG),
         "critic": {"trunk": lora.merge(base, own, CONFIG), "head": head},
@@ -209,7 +209,7 @@ def test_the_reference_is_the_base_and_the_critic_an_adapter_of_its_own():
     assert np.abs(found.logprobs - found.ref_logprobs).max() > 0.1
     fresh = sharding.init_params(lora.specs(LLAMA, CONFIG), jax.random.key(1))
     start = roles.attach(base, params | {"policy": fresh}, CONFIG)
-    found = rollout.experience(model, start, {"base": base}, found.rollout, SPEC)
+    found = rollout.experience(model, start, {"reference": base}, found.rollout, SPEC)
     np.testing.assert_array_equal(found.logprobs, found.ref_logprobs)  # before any training, to the bit
 
 
@@ -221,7 +221,7 @@ def test_a_step_reads_adapters_where_it_read_models():
     batch = dataclasses.replace(batch_of(), segments=None)
     options = {"values": True, "ref_kl": True, "trunk": "policy"}
     outputs = objective.make_outputs(transformer.build(LLAMA), spec, adapters=CONFIG, **options)
-    found = jax.jit(outputs)(params, {"base": base}, batch, None)
+    found = jax.jit(outputs)(params, {"reference": base}, batch, None)
     merged = params | {"policy": lora.merge(base, params["policy"], CONFIG)}
     plain = objective.make_outputs(transformer.build(LLAMA), spec, **options)
     want = jax.jit(plain)(merged, {"reference": base}, batch, None)
@@ -250,14 +250,14 @@ def test_a_whole_model_may_stand_in_an_adapters_place():
 )
 def test_impossible_settings(fields, told):
     with pytest.raises(ValueError, match=told):
-        lora.Config(**fields)
+        lora.LoraConfig(**fields)
 
 
 def test_a_target_that_the_model_has_not_names_those_that_it_has():
-    with pytest.raises(ValueError, match="'gate': this model has no such weight matrix; it has down, key, output|it has query"):
-        lora.specs(GPT, lora.Config(rank=2, targets=("query", "gate")))
+    with pytest.raises(ValueError, match="'gate': this model has no such weight matrix; it has query, key, value, output, up"):
+        lora.specs(GPT, lora.LoraConfig(rank=2, targets=("query", "gate")))
     with pytest.raises(ValueError, match="target 'head'"):
-        lora.specs(GPT, lora.Config(rank=2, targets=("head",)))
+        lora.specs(GPT, lora.LoraConfig(rank=2, targets=("head",)))
     with pytest.raises(ValueError, match="rank=0 has no adapter"):
         lora.specs(GPT, lora.NONE)
     with pytest.raises(ValueError, match="target 'gate', which the base has not"):

@@ -27,7 +27,7 @@ TARGETS: tuple[str, ...] = get_args(Target)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class LoraConfig:
     rank: int = 0  # r, columns of A; 0: no adapter, the whole model is trained
     alpha: float = 16.0  # of the scale alpha / r
     targets: tuple[Target, ...] | None = None  # weights with an adapter; None: all of the layers, not the head
@@ -48,10 +48,10 @@ class Config:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
-NONE = Config()
+NONE = LoraConfig()
 
 
-def specs(shape: TransformerConfig, config: Config) -> dict[str, Any]:
+def specs(shape: TransformerConfig, config: LoraConfig) -> dict[str, Any]:
     """Shape, logical axes and initialiser of the adapter's parameters: A normal, B zero, split as the weight beside them.
 
     Raises:
@@ -82,7 +82,7 @@ def _pair(weight: ParamSpec, rank: int) -> dict[str, ParamSpec]:
     }
 
 
-def attach(base: Any, adapter: Any, config: Config) -> Any:
+def attach(base: Any, adapter: Any, config: LoraConfig) -> Any:
     """The model's parameters with the adapter beside its targets, for every function of `Model`; the base gets no gradient.
 
     A whole model in the place of an adapter, with which some role may do without one, is given back as it is.
@@ -95,7 +95,7 @@ def attach(base: Any, adapter: Any, config: Config) -> Any:
     return _overlay(jax.lax.stop_gradient(base), adapter, config)
 
 
-def _overlay(base: Any, adapter: Any, config: Config) -> Any:
+def _overlay(base: Any, adapter: Any, config: LoraConfig) -> Any:
     found = dict(base)
     for name, own in adapter.items():
         if name not in base:
@@ -105,12 +105,12 @@ def _overlay(base: Any, adapter: Any, config: Config) -> Any:
     return found
 
 
-def merge(base: Any, adapter: Any, config: Config) -> Any:
+def merge(base: Any, adapter: Any, config: LoraConfig) -> Any:
     """The model as one tree of plain weights, W + scale * A B."""
     return jax.tree.map(products.whole, attach(base, adapter, config), is_leaf=lambda x: isinstance(x, Adapted))
 
 
-def unmerge(merged: Any, adapter: Any, config: Config) -> Any:
+def unmerge(merged: Any, adapter: Any, config: LoraConfig) -> Any:
     """The base that `merge` was given, W - scale * A B, up to rounding."""
     return merge(merged, jax.tree_util.tree_map_with_path(_negative_b, adapter), config)
 

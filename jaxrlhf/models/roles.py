@@ -18,7 +18,7 @@ from jaxrlhf.models import lora
 from jaxrlhf.models.model import Model
 
 
-def attach(base: Any, params: Any, config: lora.Config) -> Any:
+def attach(base: Any, params: Any, config: lora.LoraConfig) -> Any:
     """Parameters of which every adapter is laid over the base, so that a model can read them. Without adapters: as they are.
 
     `params` is one adapter, or the dict of a role that holds it at `policy` or `trunk`, with a critic's dict inside or none.
@@ -33,9 +33,9 @@ def attach(base: Any, params: Any, config: lora.Config) -> Any:
     return lora.attach(base, params, config)
 
 
-def reference(frozen: dict[str, Any]) -> Any:
-    """The tree of the reference: `frozen["reference"]` or, where adapters are trained and there is none, the base."""
-    return frozen["reference"] if "reference" in frozen else frozen["base"]
+def base(frozen: dict[str, Any]) -> Any:
+    """The model that adapters lie over: `frozen["base"]` or, where there is none, `frozen["reference"]`."""
+    return frozen["base"] if "base" in frozen else frozen["reference"]
 
 
 def has_value(params: dict[str, Any]) -> bool:

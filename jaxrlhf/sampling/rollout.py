@@ -51,15 +51,15 @@ def experience(
     spec: SamplingSpec,
     options: Options = Options(),
 ) -> Experience:
-    """A rollout with the log-probs of `params["policy"]` and of the reference (`roles.reference`) and, where `params` hold a
-    value function (`models/roles.py`), its values. The score is 0 for the caller to replace; every row has weight 1.
+    """A rollout with the log-probs of `params["policy"]` and `frozen["reference"]` and, where `params` hold a value function
+    (`models/roles.py`), its values. The score is 0 for the caller to replace; every row has weight 1.
 
     `values[:, t]` is the value before response token t; `bootstrap` that after the last token of a cut response, 0 after a
     finished one. Log-probs are of the policy (temperature and constraints, no filters), 0 past the end; with `spec.replay`
     the learner's, not the reference's, are renormalised over the kept sets, so that learner less reference estimates the KL
     of what was really drawn from.
     """
-    return _experience(model, spec, options, params, roles.reference(frozen), rollout)
+    return _experience(model, spec, options, params, frozen["reference"], rollout)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

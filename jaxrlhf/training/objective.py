@@ -31,7 +31,7 @@ def make_outputs(
     packed: bool = False,
     dropout: bool = False,
     members: Literal["heads", "adapters", "models"] | None = None,
-    adapters: lora.Config = lora.NONE,
+    adapters: lora.LoraConfig = lora.NONE,
 ) -> OutputsFn:
     """A function (params, frozen, batch, key) -> Outputs that computes what is asked for, and nothing else.
 
@@ -39,7 +39,7 @@ def make_outputs(
     (`models/roles.py`, read where `values`) or `head` (read where `scores`). The batch has `tokens` [B,T], `prompt_len`,
     `response_len`, and `segments` or none; where it holds sets of N responses, [B] is [B,N] throughout, outputs included.
 
-    Log-probs, entropies, values and `ref_kl` (against `roles.reference(frozen)`) are those of the R response tokens: of the
+    Log-probs, entropies, values and `ref_kl` (against `frozen["reference"]`) are those of the R response tokens: of the
     policy that `spec` describes, R = spec.max_tokens, or without `spec` of the plain softmax, R = the width of `batch.mask`;
     with `spec.replay` log-probs and entropies are renormalised over the sets in `batch.kept`. `text` adds plain log-probs of
     the packed rows in `batch.text` (an `lm.Batch` of as many rows). `packed`: every prompt is one token and R = T - 1
@@ -48,7 +48,7 @@ def make_outputs(
     `members`: the scores are an ensemble's [M,B,N], of heads stacked [M,...] on one trunk, or of models stacked as wholes, or
     of adapters stacked with their heads; each of the latter two reads its own rows of tokens [B,M,N,T].
 
-    `adapters` of rank > 0: `params` hold adapters in place of trees, over the base `frozen["base"]` (`roles.attach`).
+    `adapters` of rank > 0: `params` hold adapters in place of trees, over the frozen base (`roles.attach`, `roles.base`).
 
     Raises:
         ValueError: options that contradict each other.
@@ -59,7 +59,7 @@ def make_outputs(
         return params if trunk is None else params[trunk]
 
     def over_base(params: Any, frozen: Any) -> Any:
-        return roles.attach(frozen["base"], params, adapters) if adapters.rank else params
+        return roles.attach(roles.base(frozen), params, adapters) if adapters.rank else params
 
     def run(params: Any, tokens: jax.Array, segments: jax.Array | None, key: jax.Array | None) -> jax.Array:
         if dropout and key is not None:
@@ -80,7 +80,7 @@ def make_outputs(
             head, value_hidden = roles.value_states(model, params, rows.tokens, hidden)
             found["values"] = heads.values(head, heads.response_hidden(value_hidden, rows.prompt_len, width))
         if ref_kl:
-            reference = jax.lax.stop_gradient(roles.reference(frozen))
+            reference = jax.lax.stop_gradient(frozen["reference"])
             ref_states = heads.response_hidden(model.hidden(reference, rows.tokens), rows.prompt_len, width)
             found["ref_kl"] = heads.token_kl(model, tree_of(params), reference, (states, ref_states), spec)
         found = {name: None if x is None else x.reshape(*batch.tokens.shape[:-1], width) for name, x in found.items()}
@@ -94,7 +94,7 @@ def make_outputs(
 
 
 def _check(
-    per_token: bool, values: bool, scores: str | None, trunk: str | None, members: str | None, adapters: lora.Config
+    per_token: bool, values: bool, scores: str | None, trunk: str | None, members: str | None, adapters: lora.LoraConfig
 ) -> None:
     if scores is not None and per_token:
         raise ValueError(
