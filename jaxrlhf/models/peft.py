@@ -33,7 +33,9 @@ MODULES = {
 UNREAD = (
     "use_dora", "bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "lora_bias",
     "layers_to_transform", "layer_replication", "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
+    "use_qalora", "use_bdlora",
 )  # fmt: skip
+KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva")  # `init_lora_weights` that leave the base as it was
 
 
 def holds(shape: TransformerConfig) -> bool:
@@ -92,16 +94,19 @@ def load(path: Path, shape: TransformerConfig) -> tuple[dict[str, Any], lora.Lor
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise ValueError(f"{path / CONFIG}: not the settings of a LoRA adapter, the only kind that is read")
     wrong = {name: settings[name] for name in UNREAD if settings.get(name) not in (None, False, "none", [], {})}
+    if settings.get("init_lora_weights") not in KEEPS_BASE:
+        wrong["init_lora_weights"] = settings["init_lora_weights"]
     if wrong:
         raise ValueError(f"{path / CONFIG}: {wrong} would be left out; merge this adapter with peft, then read the model")
+    # peft keeps a copy of the base's own head beside an adapter on it.
+    found = {name: leaf for name, leaf in found.items() if not name.endswith(".base_layer.weight")}
     targets = tuple(name for name, module in MODULES.items() if any(f".{module}.lora_A." in key for key in found))
     if not targets:
         raise ValueError(f"{path / TENSORS}: no tensor of {', '.join(MODULES.values())}; it holds {', '.join(list(found)[:3])}")
     config = lora.LoraConfig(settings["r"], settings["lora_alpha"], targets, bool(settings.get("use_rslora")))
     wanted = lora.specs(shape, config)
-    _compare(
-        path / TENSORS, found, _tensors(jax.tree.map(lambda spec: np.broadcast_to(0.0, spec.shape), wanted, is_leaf=_is_spec))
-    )
+    empty = jax.tree.map(lambda spec: np.broadcast_to(0.0, spec.shape), wanted, is_leaf=lambda x: isinstance(x, ParamSpec))
+    _compare(path / TENSORS, found, _tensors(empty))
     own = {key: found[key].astype(np.float32).T for key in found}
 
     def leaf(place: tuple[str, ...], spec: Any) -> np.ndarray:
@@ -111,10 +116,6 @@ def load(path: Path, shape: TransformerConfig) -> tuple[dict[str, Any], lora.Lor
 
     flat = traverse_util.flatten_dict(wanted)
     return traverse_util.unflatten_dict({place: leaf(place, spec) for place, spec in flat.items()}), config
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, ParamSpec)
 
 
 def _check(shape: TransformerConfig) -> None:
