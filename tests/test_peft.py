@@ -20,6 +20,7 @@ SHAPE = TransformerConfig(
     vocab_size=40, width=24, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=32, max_length=24, tied_head=False
 )
 MODEL = transformer.build(SHAPE)
+UP = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 
 
 def numbers() -> dict[str, np.ndarray]:
@@ -91,7 +92,7 @@ def test_some_targets_alone(tmp_path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda t, s: t.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"), r"layers.1.mlp.up_proj.lora_B.weight \[32, 3\] is missing"),
+        (lambda t, s: t.pop(UP), r"layers.1.mlp.up_proj.lora_B.weight \[32, 3\] is missing"),
         (lambda t, s: t.update(extra=np.zeros((2, 3), np.float32)), r"extra \[2, 3\] is unknown"),
         (lambda t, s: s.update(r=4), r"lora_A.weight is \[3, 24\] there, \[4, 24\] in this model"),
         (lambda t, s: s.update(use_dora=True), "'use_dora': True} would be left out"),

@@ -23,7 +23,7 @@ from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.products import Adapted
 
 Target = Literal["query", "key", "value", "output", "gate", "up", "down", "head"]
-TARGETS: tuple[str, ...] = get_args(Target)
+TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 @dataclasses.dataclass(frozen=True)

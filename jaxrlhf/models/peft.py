@@ -19,7 +19,7 @@ from jaxrlhf.models import lora
 from jaxrlhf.models.config import TransformerConfig
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-MODULES = {
+MODULES: dict[lora.Target, str] = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
     "value": "self_attn.v_proj",
@@ -109,12 +109,13 @@ def load(path: Path, shape: TransformerConfig) -> tuple[dict[str, Any], lora.Lor
     _compare(path / TENSORS, found, _tensors(empty))
     own = {key: found[key].astype(np.float32).T for key in found}
 
-    def leaf(place: tuple[str, ...], spec: Any) -> np.ndarray:
-        if place[0] != "layers":
-            return own[_name(*place)]
-        return np.stack([own[_name(*place[1:], layer)] for layer in range(spec.shape[0])])
+    def leaf(place: tuple[str, ...], spec: ParamSpec) -> np.ndarray:
+        target, part = place[-2:]
+        if target == "head":
+            return own[_name(target, part)]
+        return np.stack([own[_name(target, part, layer)] for layer in range(spec.shape[0])])
 
-    flat = traverse_util.flatten_dict(wanted)
+    flat: dict[tuple[str, ...], ParamSpec] = traverse_util.flatten_dict(wanted)  # type: ignore[assignment]
     return traverse_util.unflatten_dict({place: leaf(place, spec) for place, spec in flat.items()}), config
 
 
@@ -126,7 +127,7 @@ def _check(shape: TransformerConfig) -> None:
         )
 
 
-def _name(target: str, part: str, layer: int | None = None) -> str:
+def _name(target: Any, part: str, layer: int | None = None) -> str:
     place = "" if layer is None else f"model.layers.{layer}."
     return f"base_model.model.{place}{MODULES[target]}.lora_{part.upper()}.weight"
 
@@ -134,7 +135,8 @@ def _name(target: str, part: str, layer: int | None = None) -> str:
 def _tensors(adapter: dict[str, Any]) -> dict[str, np.ndarray]:
     """Every matrix as the peft package names and turns it."""
     found = {}
-    for (*where, target, part), leaf in traverse_util.flatten_dict(adapter).items():
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(adapter)  # type: ignore[assignment]
+    for (*where, target, part), leaf in flat.items():
         if where:
             found |= {_name(target, part, layer): own.T for layer, own in enumerate(leaf)}
         else:

@@ -21,10 +21,7 @@ from jaxtyping import Array, Float
 
 @struct.dataclass
 class Adapted:
-    """W + scale * A B, the weight of a linear layer or of a stack of them; W gets no gradient.
-
-    Source: Hu et al. 2021, equation 3.
-    """
+    """W + scale * A B, the weight of a linear layer or of a stack of them. Source: Hu et al. 2021, equation 3."""
 
     weight: jax.Array  # W [..., in, out]
     a: jax.Array  # [..., in, r]
@@ -38,7 +35,7 @@ def product(
     """x [..., in] @ weight [in, out] (`flipped`: [out, in]), operands rounded to `dtype`, sums and result float32."""
     if isinstance(weight, Adapted):  # never flipped: an embedding table has no adapter
         low = product(dtype, product(dtype, x, weight.a), weight.b)
-        return product(dtype, x, jax.lax.stop_gradient(weight.weight)) + weight.scale * low
+        return product(dtype, x, weight.weight) + weight.scale * low
     # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
     rows = x.reshape(-1, x.shape[-1])
     result: jax.Array = _matmul(jnp.dtype(dtype), flipped, rows, weight)
