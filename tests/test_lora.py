@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -165,11 +167,12 @@ def test_no_product_makes_the_gradient_of_a_frozen_weight():
     sizes = ("24,36", "36,24")  # of up, gate and down; of no activation
     base = base_of(shape)
     assert products_of(lora.NONE, base, None) == 3
-    assert products_of(CONFIG, adapter_of(shape, CONFIG), {"base": base}) == 0
+    config = lora.LoraConfig(rank=3, targets=("up", "down"))
+    assert products_of(config, adapter_of(shape, config), {"base": base}) == 0
 
 
 def test_eight_devices_give_the_same():
-    shape, config = LLAMA, EVERY
+    shape, config = LLAMA, lora.LoraConfig(rank=3, targets=("query", "down", "head"))
     adapter, base = adapter_of(shape, config), base_of(shape)
     train_step, state = train_step_of(shape, config, adapter)
     state, metrics = train_step(state, {"base": base}, batch_of())
@@ -262,3 +265,13 @@ def test_a_target_that_the_model_has_not_names_those_that_it_has():
         lora.specs(GPT, lora.NONE)
     with pytest.raises(ValueError, match="target 'gate', which the base has not"):
         lora.attach(base_of(GPT), adapter_of(LLAMA, CONFIG), CONFIG)
+
+
+def test_the_code_of_the_page_runs():
+    page = (pathlib.Path(__file__).parent.parent / "docs" / "lora.md").read_text(encoding="utf-8")
+    found: dict = {}
+    exec(compile("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), "docs/lora.md", "exec"), found)
+    hidden, base, tokens = found["hidden"], found["base"], found["tokens"]
+    np.testing.assert_array_equal(found["before"], hidden(base, tokens))
+    assert np.abs(hidden(found["merged"], tokens) - found["before"]).max() > 1e-3
+    assert held_by(found["state"].params) == held_by(found["adapter"])
