@@ -100,7 +100,9 @@ def load(path: Path, shape: TransformerConfig) -> tuple[dict[str, Any], lora.Lor
         raise ValueError(f"{path / CONFIG}: {wrong} would be left out; merge this adapter with peft, then read the model")
     # peft keeps a copy of the base's own head beside an adapter on it.
     found = {name: leaf for name, leaf in found.items() if not name.endswith(".base_layer.weight")}
-    targets = tuple(name for name, module in MODULES.items() if any(f".{module}.lora_A." in key for key in found))
+    targets: tuple[lora.Target, ...] = tuple(
+        name for name, module in MODULES.items() if any(f".{module}.lora_A." in key for key in found)
+    )
     if not targets:
         raise ValueError(f"{path / TENSORS}: no tensor of {', '.join(MODULES.values())}; it holds {', '.join(list(found)[:3])}")
     config = lora.LoraConfig(settings["r"], settings["lora_alpha"], targets, bool(settings.get("use_rslora")))
