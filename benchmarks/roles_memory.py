@@ -1,8 +1,10 @@
-"""Device memory of PPO's four roles (policy, reference, value, reward): whole models, copies with adapters, one trunk.
+r"""Device memory of PPO's four roles (policy, reference, value, reward): whole models, copies with adapters, one trunk.
 
-    python benchmarks/roles_memory.py --result benchmarks/results/2026-11-22-roles-memory.json
-    python benchmarks/roles_memory.py --target h100      # with jax-cuda12-pjrt and jax-cuda12-plugin, and without any GPU
+    python benchmarks/roles_memory.py --result benchmarks/results/2026-11-22-roles-memory-cpu.json
+    JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_autotune_level=0 python benchmarks/roles_memory.py --target h100 \
+        --result benchmarks/results/2026-11-22-roles-memory-h100.json
 
+The second needs jax-cuda12-pjrt and jax-cuda12-plugin (pip install --no-deps), and no GPU.
 One program scores a rollout by all four roles and makes one update of policy and critic, so that everything that PPO holds is
 its argument; rows are read in microbatches, whose gradients add up. `trained`: four models, of which policy and critic are
 trained whole, each with Adam's two moments. `copies`: a frozen copy of the base for each role, an adapter on policy, critic and
@@ -77,7 +79,7 @@ def main() -> None:
         "benchmark": "roles_memory",
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
+        "settings": {name: value for name, value in vars(settings).items() if name != "result"},
         "model": dataclasses.asdict(GPT2) | {"parameters": count(transformer.param_specs(GPT2))},
         "adapter": dataclasses.asdict(config) | {"parameters": count(lora.specs(GPT2, config))},
         "compiled_for": "one H100" if settings.target == "h100" else "CPU",
