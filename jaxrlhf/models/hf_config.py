@@ -1,0 +1,365 @@
+"""`config.json` of Hugging Face transformers to and from our `TransformerConfig`.
+
+Nothing is guessed: a field that we do not know and that is set is refused, and a configuration is written only if reading it
+back gives the same one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxrlhf.models.config import TransformerConfig
+
+# model_type: (class of a language model, class of a reward model)
+CLASSES = {
+    "llama": ("LlamaForCausalLM", "LlamaForSequenceClassification"),
+    "mistral": ("MistralForCausalLM", "MistralForSequenceClassification"),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+    "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification"),
+    "gemma": ("GemmaForCausalLM", "GemmaForSequenceClassification"),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2ForSequenceClassification"),
+    "gemma3_text": ("Gemma3ForCausalLM", "Gemma3TextForSequenceClassification"),
+}
+_GEMMA = ("gemma", "gemma2", "gemma3_text")
+
+# Read, for each model_type.
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
+_LLAMA = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", *_ROPE),
+)
+_WINDOWS = ("sliding_window", "layer_types")
+_QWEN = ("use_sliding_window", "max_window_layers", *_WINDOWS)
+_GEMMA2 = ("hidden_activation", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", *_WINDOWS)
+_FIELDS = {
+    "llama": (*_LLAMA, "attention_bias", "mlp_bias"),
+    "mistral": (*_LLAMA, "sliding_window"),
+    "qwen2": (*_LLAMA, *_QWEN),
+    "qwen3": (*_LLAMA, "attention_bias", *_QWEN),
+    "gpt2": (
+        *("vocab_size", "n_positions", "n_ctx", "n_embd", "n_layer", "n_head", "n_inner", "activation_function"),
+        *("layer_norm_epsilon", "scale_attn_weights", "tie_word_embeddings"),
+    ),
+    "gpt_neox": (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+        *("max_position_embeddings", "layer_norm_eps", "tie_word_embeddings", "use_parallel_residual", "attention_bias"),
+        *("rotary_pct", "rotary_emb_base", "partial_rotary_factor", *_ROPE),
+    ),
+    "gemma": (*_LLAMA, "hidden_activation", "attention_bias"),
+    "gemma2": (*_LLAMA, "attention_bias", *_GEMMA2),
+    "gemma3_text": (*_LLAMA, "attention_bias", *_GEMMA2, "rope_local_base_freq", "sliding_window_pattern"),
+}
+# These change no logit: names and ids, dropout and initialisation of training, settings of generation, of caches and of kernels.
+_HARMLESS = {
+    *("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map", "torch_dtype", "dtype"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "id2label", "label2id", "num_labels"),
+    *("problem_type", "is_llama_config", "pretraining_tp", "rope_interleaved", "score_offset"),
+    *("attention_dropout", "hidden_dropout", "classifier_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    *("initializer_range", "initializer_factor", "use_cache", "cache_implementation", "is_decoder", "chunk_size_feed_forward"),
+    *("task_specific_params", "reorder_and_upcast_attn", "_attn_implementation", "attn_implementation", "output_attentions"),
+    *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
+    *("return_dict", "output_hidden_states", "transformers.js_config", "_sliding_window_pattern", "gradient_checkpointing"),
+    *("temperature", "top_p", "top_k", "do_sample", "max_length", "model_name", "unsloth_fixed", "unsloth_version"),
+}
+_GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+_PLAIN = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_exact"}
+
+
+def config_from_hf(values: dict[str, Any]) -> TransformerConfig:
+    """Our configuration of a checkpoint's `config.json`; rope parameters flat, as transformers 4 wrote them, or nested.
+
+    Raises:
+        ValueError: an architecture, a field or a value that is not supported, with those that are; or a field is missing.
+    """
+    kind = values.get("model_type")
+    if kind not in CLASSES:
+        raise ValueError(f"config.json: model_type='{kind}' is not supported: choose one of {', '.join(CLASSES)}")
+    known = {*_FIELDS[kind], *_HARMLESS}
+    if unknown := sorted(name for name, value in values.items() if name not in known and value not in (None, False)):
+        raise ValueError(
+            f"config.json: {', '.join(f'{name}={values[name]!r}' for name in unknown)} is not supported for model_type='{kind}': "
+            f"it may hold {', '.join(sorted(_FIELDS[kind]))}"
+        )
+    if kind == "gpt2":
+        return _from_gpt2(values)
+    return _from_gpt_neox(values) if kind == "gpt_neox" else _from_llama(kind, values)
+
+
+def _from_llama(kind: str, values: dict[str, Any]) -> TransformerConfig:
+    gemma, heads, layers = kind in _GEMMA, _need(values, "num_attention_heads"), _need(values, "num_hidden_layers")
+    width, bias = _need(values, "hidden_size"), bool(values.get("attention_bias"))
+    activation = values.get("hidden_activation") or values.get("hidden_act") or "silu"
+    if gemma and activation == "gelu":  # what the first files of Gemma say; it was trained with the tanh form
+        activation = "gelu_pytorch_tanh"
+    config = TransformerConfig(
+        vocab_size=_need(values, "vocab_size"),
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=values.get("num_key_value_heads") or heads,
+        head_width=values.get("head_dim") or {"qwen3": 128}.get(kind, 256 if gemma else width // heads),
+        mlp_width=_need(values, "intermediate_size"),
+        max_length=_need(values, "max_position_embeddings"),
+        norm_epsilon=values.get("rms_norm_eps", 1e-6),
+        mlp=_choice("hidden_act", activation, _GATED),
+        tied_head=values.get("tie_word_embeddings", gemma),
+        qkv_bias=bias or kind == "qwen2",
+        output_bias=bias,
+        mlp_bias=bool(values.get("mlp_bias")),
+        qk_norm=kind in ("qwen3", "gemma3_text"),
+        windows=_windows(kind, values, layers),
+        **_rope_of(kind, values),
+    )
+    if not gemma:
+        return config
+    config = dataclasses.replace(config, norm_plus_one=True, embed_scale=width**0.5)
+    if kind == "gemma":
+        return config
+    return dataclasses.replace(
+        config,
+        post_norms=True,
+        attention_scale=values.get("query_pre_attn_scalar", 256) ** -0.5,
+        attention_cap=values.get("attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
+        logit_cap=values.get("final_logit_softcapping", 30.0 if kind == "gemma2" else None),
+    )
+
+
+def _from_gpt2(values: dict[str, Any]) -> TransformerConfig:
+    width, heads = _need(values, "n_embd"), _need(values, "n_head")
+    return TransformerConfig(
+        vocab_size=_need(values, "vocab_size"),
+        width=width,
+        layers=_need(values, "n_layer"),
+        heads=heads,
+        kv_heads=heads,
+        head_width=width // heads,
+        mlp_width=values.get("n_inner") or 4 * width,
+        max_length=_need(values, "n_positions"),
+        norm="layer",
+        norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
+        positions="learned",
+        mlp=_choice("activation_function", values.get("activation_function", "gelu_new"), _PLAIN),
+        tied_head=values.get("tie_word_embeddings", True),
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        attention_scale=None if values.get("scale_attn_weights", True) else 1.0,
+    )
+
+
+def _from_gpt_neox(values: dict[str, Any]) -> TransformerConfig:
+    width, heads = _need(values, "hidden_size"), _need(values, "num_attention_heads")
+    bias = values.get("attention_bias", True)
+    return TransformerConfig(
+        vocab_size=_need(values, "vocab_size"),
+        width=width,
+        layers=_need(values, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=heads,
+        head_width=width // heads,
+        mlp_width=_need(values, "intermediate_size"),
+        max_length=_need(values, "max_position_embeddings"),
+        norm="layer",
+        norm_epsilon=values.get("layer_norm_eps", 1e-5),
+        mlp=_choice("hidden_act", values.get("hidden_act", "gelu"), _PLAIN),
+        tied_head=values.get("tie_word_embeddings", False),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=True,
+        parallel=values.get("use_parallel_residual", True),
+        **_rope_of("gpt_neox", values),
+    )
+
+
+def _need(values: dict[str, Any], name: str) -> Any:
+    if values.get(name) is None:
+        raise ValueError(f"config.json: {name} is missing: add it")
+    return values[name]
+
+
+def _choice(field: str, value: str, choices: dict[str, str]) -> Any:
+    if value not in choices:
+        raise ValueError(f"config.json: {field}='{value}' is not supported: choose one of {', '.join(choices)}")
+    return choices[value]
+
+
+def _windows(kind: str, values: dict[str, Any], layers: int) -> tuple[int, ...]:
+    """The window of each layer; empty where no layer has one."""
+    window = values.get("sliding_window")
+    if not window or (kind.startswith("qwen") and not values.get("use_sliding_window")):
+        return ()
+    types = values.get("layer_types")
+    if types is None:
+        every = {"mistral": 0, "gemma2": 2, "gemma3_text": values.get("sliding_window_pattern", 6)}
+        first = values.get("max_window_layers", 28) if kind.startswith("qwen") else 0
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+        if every.get(kind):
+            types = ["sliding_attention" if (i + 1) % every[kind] else "full_attention" for i in range(layers)]
+    if len(types) != layers or not {*types} <= {"sliding_attention", "full_attention"}:
+        raise ValueError(
+            f"config.json: layer_types={types} must name {layers} layers, each sliding_attention or full_attention"
+        )
+    windows = tuple(window if each == "sliding_attention" else 0 for each in types)
+    return windows if any(windows) else ()
+
+
+def _rope_of(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Our settings of rotary positions, from the flat fields of transformers 4 or the nested ones of transformers 5."""
+    given = values.get("rope_parameters") or {}
+    theta = {"gemma3_text": 1e6}.get(kind, values.get("rotary_emb_base", 1e4))
+    flat = {"rope_theta": values.get("rope_theta") or theta, **(values.get("rope_scaling") or {})}
+    whole = flat | (given.get("full_attention") or {} if "full_attention" in given else given)
+    if kind == "gpt_neox":
+        partial = whole.pop("partial_rotary_factor", values.get("partial_rotary_factor", values.get("rotary_pct", 0.25)))
+        head = values["hidden_size"] // values["num_attention_heads"]
+        width = int(head * partial)
+        return _rope(whole) | {"rotary_width": None if width == head else width}
+    settings = _rope(whole)
+    if kind == "gemma3_text":
+        local = {"rope_theta": values.get("rope_local_base_freq", 1e4)} | given.get("sliding_attention", {})
+        settings["rope_local_theta"] = _rope(local)["rope_theta"]
+        if "rope_scaling" in _rope(local):
+            raise ValueError(f"config.json: rope parameters {local} of sliding_attention must have rope_type='default'")
+    return settings
+
+
+def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    names = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high"}
+    names["original_max_position_embeddings"] = "rope_original_length"
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    read = {"default": (), "linear": ("factor",), "llama3": tuple(names)}
+    if kind not in read:
+        raise ValueError(f"config.json: rope_type='{kind}' is not supported: choose one of {', '.join(read)}")
+    if unknown := parameters.keys() - {"rope_theta", "rope_type", "type", *names}:
+        raise ValueError(f"config.json: rope parameters {sorted(unknown)} are not supported: choose from {', '.join(names)}")
+    settings: dict[str, Any] = {"rope_theta": float(parameters["rope_theta"])}
+    if kind != "default":
+        settings["rope_scaling"] = kind
+    return settings | {names[name]: _need(parameters, name) for name in read[kind]}
+
+
+# ------------------------------------------------------------------------------------------------------ the way back
+
+
+def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
+    """`config.json` of the architecture that this configuration is, rope parameters flat, which transformers 4 and 5 read.
+
+    Raises:
+        ValueError: no architecture of transformers that we know has these settings; it names those that do not fit.
+    """
+    kind = model_type(config)
+    values = _to_gpt2(config) if kind == "gpt2" else _to_gpt_neox(config) if kind == "gpt_neox" else _to_llama(kind, config)
+    values = {"model_type": kind, "architectures": [CLASSES[kind][0]]} | values
+    ours, again = dataclasses.asdict(config), dataclasses.asdict(config_from_hf(values))
+    speed = ("dtype", "scan", "remat", "dropout")
+    if wrong := [name for name in ours if name not in speed and ours[name] != again[name]]:
+        told = ", ".join(f"{name}={ours[name]} (there {again[name]})" for name in wrong)
+        raise ValueError(f"no architecture of transformers has these settings; nearest is {kind}, which differs in {told}")
+    return values
+
+
+def model_type(config: TransformerConfig) -> str:
+    """The architecture of transformers that comes nearest."""
+    if config.norm == "layer":
+        return "gpt2" if config.positions == "learned" else "gpt_neox"
+    if config.norm_plus_one:
+        return "gemma3_text" if config.qk_norm else "gemma2" if config.post_norms else "gemma"
+    if config.qk_norm:
+        return "qwen3"
+    if config.qkv_bias and not config.output_bias:
+        return "qwen2"
+    return "mistral" if config.windows else "llama"
+
+
+def _name(choices: dict[str, str], value: str) -> str:
+    """The first name that transformers has for our activation; '' where it has none."""
+    return next((theirs for theirs, ours in choices.items() if ours == value), "")
+
+
+def _to_llama(kind: str, config: TransformerConfig) -> dict[str, Any]:
+    activation = _name(_GATED, config.mlp) or config.mlp
+    values: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": activation,
+        "max_position_embeddings": config.max_length,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied_head,
+        "rope_theta": config.rope_theta,
+    }
+    values |= _scaling(config)
+    if kind in ("llama", "qwen3", *_GEMMA):
+        values["attention_bias"] = config.output_bias
+    if kind == "llama":
+        values["mlp_bias"] = config.mlp_bias
+    if kind in _GEMMA:
+        values["hidden_activation"] = activation
+    window = max(config.windows, default=0)
+    if kind not in ("llama", "gemma"):
+        # transformers builds a mask for the window of Gemma whether or not a layer has one.
+        values["sliding_window"] = window or (config.max_length if kind in _GEMMA else None)
+    if kind.startswith("qwen"):
+        values |= {"use_sliding_window": bool(window), "max_window_layers": config.layers}
+    if kind not in ("llama", "gemma", "mistral"):
+        windows = config.windows or (0,) * config.layers
+        values["layer_types"] = ["sliding_attention" if each else "full_attention" for each in windows]
+    if kind in ("gemma2", "gemma3_text"):
+        scale = config.attention_scale or config.head_width**-0.5
+        values |= {"query_pre_attn_scalar": round(scale**-2), "attn_logit_softcapping": config.attention_cap}
+        values["final_logit_softcapping"] = config.logit_cap
+    if kind == "gemma3_text":
+        values["rope_local_base_freq"] = config.rope_local_theta or config.rope_theta
+    return values
+
+
+def _scaling(config: TransformerConfig) -> dict[str, Any]:
+    if config.rope_scaling == "none":
+        return {}
+    scaling: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if config.rope_scaling == "llama3":
+        scaling |= {"low_freq_factor": config.rope_low, "high_freq_factor": config.rope_high}
+        scaling["original_max_position_embeddings"] = config.rope_original_length
+    return {"rope_scaling": scaling}
+
+
+def _to_gpt2(config: TransformerConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_size,
+        "n_embd": config.width,
+        "n_layer": config.layers,
+        "n_head": config.heads,
+        "n_inner": config.mlp_width,
+        "n_positions": config.max_length,
+        "activation_function": _name(_PLAIN, config.mlp) or config.mlp,
+        "layer_norm_epsilon": config.norm_epsilon,
+        "tie_word_embeddings": config.tied_head,
+        "scale_attn_weights": config.attention_scale is None,
+    }
+
+
+def _to_gpt_neox(config: TransformerConfig) -> dict[str, Any]:
+    values = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "hidden_act": _name(_PLAIN, config.mlp) or config.mlp,
+        "max_position_embeddings": config.max_length,
+        "layer_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied_head,
+        "use_parallel_residual": config.parallel,
+        "attention_bias": config.qkv_bias,
+        "rotary_pct": (config.rotary_width or config.head_width) / config.head_width,
+        "rotary_emb_base": config.rope_theta,
+        "rope_theta": config.rope_theta,
+    }
+    return values | _scaling(config)
