@@ -67,8 +67,10 @@ def rows(tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], ...]:
     """Chat replies and review continuations to learn from, and held-out continuations."""
     turns, replies = zip(*chitchat.pairs()[:20_000], strict=True)
     encoded = [tokenizer.encode_batch([pipeline.clean(text) for text in side]) for side in (turns, replies)]
-    chat = pipeline.reply_rows(list(zip(*encoded, strict=True)), prompt_width=12, response_width=24)
-    train, test = (pipeline.continuation_rows(tokenizer.encode_batch(pretrain.texts(split))) for split in ("train", "test"))
+    bos, eos = tokenizer.bos, tokenizer.eos
+    chat = pipeline.reply_rows(list(zip(*encoded, strict=True)), prompt_width=12, response_width=24, bos=bos, eos=eos)
+    reviews = (tokenizer.encode_batch(pretrain.texts(split)) for split in ("train", "test"))
+    train, test = (pipeline.continuation_rows(ids, bos=bos, eos=eos) for ids in reviews)
     return chat, train, test
 
 

@@ -1,10 +1,11 @@
 """Goldens of Hugging Face transformers, and the proof that it loads what we write.
 
-    python tests/golden/make_hf.py make            # writes hf.json and hf.npz beside this file
-    python tests/golden/make_hf.py check FOLDER    # every checkpoint below FOLDER that tests/test_hf.py wrote
+    python tests/golden/make_hf.py make                    # writes hf.json and hf.npz beside this file
+    python tests/golden/make_hf.py of CHECKPOINT G.npz     # logits or scores of any checkpoint, for experiments/import_hf.py
+    python tests/golden/make_hf.py check FOLDER            # every checkpoint below FOLDER that experiments/export_hf.py wrote
 
 Needs torch, which the library does not: run in an environment with torch 2.13.0, transformers 5.23.0 and safetensors. `check`
-reads `ours.npz` (tokens, and our logits or scores) beside each checkpoint and prints the greatest difference as JSON.
+reads `ours.npz` (tokens, and our logits or scores) from each checkpoint and prints the greatest difference as JSON.
 """
 
 from __future__ import annotations
@@ -118,21 +119,40 @@ def make() -> None:
     np.savez_compressed(HERE / "hf.npz", **arrays)
 
 
+def kind(folder: pathlib.Path | str) -> tuple[type, str]:
+    """The class that loads a checkpoint, and whether it gives logits or scores."""
+    config = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    if config["architectures"][0].endswith("ForSequenceClassification"):
+        return transformers.AutoModelForSequenceClassification, "scores"
+    return transformers.AutoModelForCausalLM, "logits"
+
+
+def outputs(model: torch.nn.Module, rows: np.ndarray, what: str) -> np.ndarray:
+    with torch.no_grad():
+        found = model(torch.from_numpy(rows)).logits.numpy()
+    return found[:, 0] + getattr(model.config, "score_offset", 0.0) if what == "scores" else found
+
+
+def of(folder: str, target: str) -> None:
+    auto, what = kind(folder)
+    model = loaded(auto, folder)
+    rows = np.random.default_rng(0).integers(0, model.config.vocab_size - 1, (2, 32))
+    rows += rows >= (model.config.vocab_size if model.config.pad_token_id is None else model.config.pad_token_id)  # never pad
+    np.savez(target, tokens=rows, **{what: outputs(model, rows, what)})
+
+
 def check(folder: str) -> None:
     figures = {}
     for file in sorted(pathlib.Path(folder).rglob("ours.npz")):
         ours = np.load(file)
-        rewards = "scores" in ours
-        auto = transformers.AutoModelForSequenceClassification if rewards else transformers.AutoModelForCausalLM
+        auto, what = kind(file.parent)
         model = loaded(auto, file.parent)
-        with torch.no_grad():
-            theirs = model(torch.from_numpy(ours["tokens"])).logits.numpy()
-        theirs = theirs[:, 0] + getattr(model.config, "score_offset", 0.0) if rewards else theirs
+        theirs = outputs(model, ours["tokens"], what)
         tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent)
         figures[file.parent.name] = {
             "class": type(model).__name__,
             "largest": float(np.abs(theirs).max()),
-            "greatest_difference": float(np.abs(theirs - ours["scores" if rewards else "logits"]).max()),
+            "greatest_difference": float(np.abs(theirs - ours[what]).max()),
             "special_ids": [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
             "chat_template": tokenizer.chat_template is not None,
         }
@@ -142,4 +162,4 @@ def check(folder: str) -> None:
 
 if __name__ == "__main__":
     transformers.utils.logging.disable_progress_bar()
-    make() if sys.argv[1] == "make" else check(sys.argv[2])
+    {"make": make, "of": of, "check": check}[sys.argv[1]](*sys.argv[2:])
