@@ -53,9 +53,12 @@ def run(config: Config) -> dict[str, Any]:
     ours = import_hf.outputs(kind, model.params, model.config, rows)
     again = import_hf.outputs(kind, *hf.load(config.out, mesh), rows)
     difference = float(np.abs(ours - again).max())
-    print(f"parity: greatest difference {difference:.2e} after reading it back, largest number {np.abs(ours).max():.3g}", flush=True)
+    print(
+        f"parity: greatest difference {difference:.2e} after reading it back, largest number {np.abs(ours).max():.3g}",
+        flush=True,
+    )
     if config.compare:
-        np.savez(config.out / "ours.npz", **{"tokens": rows, "logits" if kind == "policy" else "scores": ours})
+        np.savez(config.out / "ours.npz", tokens=rows, outputs=ours)
     architecture = values["architectures"][0]
     return {"kind": kind, "architecture": architecture, "parameters": import_hf.size(model.params), "difference": difference}
 

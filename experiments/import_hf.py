@@ -69,12 +69,13 @@ def compare(config: Config, kind: str, params: Any, shape: TransformerConfig) ->
     with np.load(config.golden or "") as file:
         golden = dict(file)
     ours = outputs(kind, params, shape, golden["tokens"])
-    theirs = golden["logits" if kind == "policy" else "scores"]
+    what = "logits" if kind == "policy" else "scores"
+    theirs = golden[what]
     difference, largest = float(np.abs(ours - theirs).max()), float(np.abs(theirs).max())
     if not difference <= config.tolerance * max(1.0, largest):
         raise ValueError(
-            f"{config.checkpoint}: our {'logits' if kind == 'policy' else 'scores'} differ from {config.golden} by {difference:.2e} "
-            f"where the largest is {largest:.3g}, more than tolerance={config.tolerance}: is the golden that of this checkpoint?"
+            f"{config.checkpoint}: our {what} differ from {config.golden} by {difference:.2e} of {largest:.3g}, "
+            f"more than tolerance={config.tolerance}: is the golden that of this checkpoint?"
         )
     return {"difference": difference, "largest": largest}
 

@@ -162,5 +162,7 @@ def _special_id(folder: Path, tokenizer: Tokenizer, field: str, token: Any) -> i
         return None
     text = token["content"] if isinstance(token, dict) else token
     if (found := tokenizer.whole.token_to_id(text)) is None:
-        raise ValueError(f"{folder / _FILES[1]}: {field}='{text}' is not in the vocabulary of {_FILES[0]}: they do not belong together")
+        raise ValueError(
+            f"{folder / _FILES[1]}: {field}='{text}' is not in the vocabulary of {_FILES[0]}: they do not belong together"
+        )
     return found

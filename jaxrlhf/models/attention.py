@@ -72,7 +72,7 @@ def _xla(query, key, value, segments, window, scale, cap):
         visible = visible & (segments[:, :, None] == segments[:, None, :])
     # [B,K,G*T,E]: one matrix product for all query heads that share a key/value head.
     query = scaled(query.reshape(b, t, k, h // k, e).transpose(0, 2, 3, 1, 4).reshape(b, k, h // k * t, e), scale)
-    mixed = _core(cap, query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), visible)
+    mixed: jax.Array = _core(cap, query, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), visible)
     return mixed.reshape(b, k, h // k, t, e).transpose(0, 3, 1, 2, 4).reshape(b, t, h, e)
 
 

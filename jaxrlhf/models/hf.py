@@ -1,7 +1,7 @@
 """Checkpoints of Hugging Face transformers in and out, without torch.
 
-A tensor is read from its safetensors file slice by slice, as each device holds it: beside the parameters, the host holds at most
-one of our leaves at a time. What is written, `AutoModelForCausalLM` or, for a reward model,
+A tensor is read from its safetensors file slice by slice, as each device holds it: beside the parameters, the host holds at
+most one of our leaves at a time. What is written, `AutoModelForCausalLM` or, for a reward model,
 `AutoModelForSequenceClassification` loads.
 """
 
@@ -44,10 +44,8 @@ class Rule:
 
 
 _QKV = ("query", "key", "value")
-_LLAMA = {
-    **{name: f"self_attn.{name[0]}_proj" for name in _QKV},
-    **{"output": "self_attn.o_proj", "up": "mlp.up_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj"},
-}
+_LLAMA = {name: f"self_attn.{name[0]}_proj" for name in _QKV}
+_LLAMA |= {"output": "self_attn.o_proj", "up": "mlp.up_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj"}
 _LLAMA_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _GEMMA2_NORMS = {
     "attention_norm": "input_layernorm",
@@ -232,7 +230,9 @@ def _check(folder: Path, places: dict[str, Path], expected: dict[str, tuple[int,
             head = headless and name in ("lm_head.weight", "embed_out.weight")  # a copy of the embedding
             if head or name.endswith(_BUFFERS):
                 continue
-            raise ValueError(f"{file}: tensor {name} of shape {found} is not one that {CONFIG} asks for: they do not belong together")
+            raise ValueError(
+                f"{file}: tensor {name} of shape {found} is not one that {CONFIG} asks for: they do not belong together"
+            )
         if found != expected[name]:
             raise ValueError(f"{file}: tensor {name} has shape {found}, but {CONFIG} asks for {expected[name]}")
 
@@ -254,7 +254,7 @@ def _read(file: Path, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
 
 def _reader(
     rule: Rule, leaf: str, places: dict[str, Path], head_width: int, spec: ParamSpec, dtype: np.dtype
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
+) -> Callable[[Any], np.ndarray]:
     """index -> that part of a leaf, for a device that holds it."""
     part = rule.leaves.index(leaf)
 
@@ -265,7 +265,7 @@ def _reader(
         tensor = _read(places[name], name, index[::-1] if rule.transposed else index)
         return tensor.T if rule.transposed else tensor
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         if not leaf.startswith("layers/"):
             return np.ascontiguousarray(one(0, index), dtype)
         layers = range(*index[0].indices(spec.shape[0]))
@@ -305,12 +305,18 @@ def save(
     leaves, extra = _flat(params["trunk"] if reward else params), {}
     if reward:
         if tokenizer.pad == tokenizer.eos:  # it takes the last token that is not pad for the last of the text
-            raise ValueError(f"pad and EOS are both id {tokenizer.eos}: a classifier would not read the EOS; choose another pad")
+            raise ValueError(
+                f"pad and EOS are both id {tokenizer.eos}: a classifier would not read the EOS; choose another pad"
+            )
         trunk = [rule for rule in trunk if rule.leaves != ("head",)]
         head, gain = params["head"], params["gain"]
         extra = {SCORE: np.asarray(gain * head["weight"])[None]}
-        values |= {"architectures": [CLASSES[values["model_type"]][1]], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        values["score_offset"] = float(gain * head["bias"] + params["bias"])
+        values |= {
+            "architectures": [CLASSES[values["model_type"]][1]],
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+        }
+        values["score_offset"] = float(np.reshape(gain * head["bias"] + params["bias"], ()))
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -52,7 +52,7 @@ _FIELDS = {
     "gemma2": (*_LLAMA, "attention_bias", *_GEMMA2),
     "gemma3_text": (*_LLAMA, "attention_bias", *_GEMMA2, "rope_local_base_freq", "sliding_window_pattern"),
 }
-# These change no logit: names and ids, dropout and initialisation of training, settings of generation, of caches and of kernels.
+# These change no logit: names and ids, dropout and initialisation of training, settings of generation, caches and kernels.
 _HARMLESS = {
     *("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map", "torch_dtype", "dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "id2label", "label2id", "num_labels"),
@@ -78,10 +78,11 @@ def config_from_hf(values: dict[str, Any]) -> TransformerConfig:
     if kind not in CLASSES:
         raise ValueError(f"config.json: model_type='{kind}' is not supported: choose one of {', '.join(CLASSES)}")
     known = {*_FIELDS[kind], *_HARMLESS}
-    if unknown := sorted(name for name, value in values.items() if name not in known and value not in (None, False)):
+    unknown = {name: value for name, value in values.items() if name not in known and value not in (None, False)}
+    if unknown:
+        named = ", ".join(f"{name}={value!r}" for name, value in sorted(unknown.items()))
         raise ValueError(
-            f"config.json: {', '.join(f'{name}={values[name]!r}' for name in unknown)} is not supported for model_type='{kind}': "
-            f"it may hold {', '.join(sorted(_FIELDS[kind]))}"
+            f"config.json: {named} is not supported for model_type='{kind}': it may hold {', '.join(sorted(_FIELDS[kind]))}"
         )
     if kind == "gpt2":
         return _from_gpt2(values)

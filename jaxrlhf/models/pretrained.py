@@ -41,7 +41,7 @@ def save(path: Path | str, params: dict[str, Any], config: dict[str, Any] | Any)
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, temporary / PARAMS)
+    save_file({name: np.asarray(leaf, order="C") for name, leaf in flat.items()}, temporary / PARAMS)
     (temporary / CONFIG).write_text(text, encoding="utf-8")
     if path.exists():
         os.replace(path, old)

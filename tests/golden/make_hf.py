@@ -1,11 +1,12 @@
 """Goldens of Hugging Face transformers, and the proof that it loads what we write.
 
+    export PYTHONPATH=tests
     python tests/golden/make_hf.py make                    # writes hf.json and hf.npz beside this file
     python tests/golden/make_hf.py of CHECKPOINT G.npz     # logits or scores of any checkpoint, for experiments/import_hf.py
     python tests/golden/make_hf.py check FOLDER            # every checkpoint below FOLDER that experiments/export_hf.py wrote
 
 Needs torch, which the library does not: run in an environment with torch 2.13.0, transformers 5.23.0 and safetensors. `check`
-reads `ours.npz` (tokens, and our logits or scores) from each checkpoint and prints the greatest difference as JSON.
+reads `ours.npz` (tokens, and our logits or scores as outputs) from each checkpoint and prints the greatest difference as JSON.
 """
 
 from __future__ import annotations
@@ -24,26 +25,34 @@ from safetensors.numpy import save_file
 
 HERE = pathlib.Path(__file__).resolve().parent
 V = 96
-LLAMA = {
-    "vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-NEOX = {key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rms_norm_eps")}
-GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+NEOX = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    **IDS,
+}
+LLAMA = NEOX | {"num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **IDS}
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+SMALL = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "tie_word_embeddings": True}
 GEMMA = LLAMA | {"head_dim": 16, "num_key_value_heads": 1}
 CASES = {
     "llama2": ("llama", LLAMA | {"num_key_value_heads": 4}),
     "llama3": ("llama", LLAMA | {"rope_parameters": LLAMA3_ROPE, "head_dim": 12}),
-    "llama_linear": (
-        "llama",
-        LLAMA
-        | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}, "attention_bias": True, "mlp_bias": True},
-    ),
-    "smollm2": ("llama", LLAMA | {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "tie_word_embeddings": True}),
+    "llama_linear": ("llama", LLAMA | {"rope_parameters": LINEAR_ROPE, "attention_bias": True, "mlp_bias": True}),
+    "smollm2": ("llama", LLAMA | SMALL),
     "mistral": ("mistral", LLAMA | {"sliding_window": 5}),
     "qwen2": ("qwen2", LLAMA | {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2_windows": ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
@@ -152,7 +161,7 @@ def check(folder: str) -> None:
         figures[file.parent.name] = {
             "class": type(model).__name__,
             "largest": float(np.abs(theirs).max()),
-            "greatest_difference": float(np.abs(theirs - ours[what]).max()),
+            "greatest_difference": float(np.abs(theirs - ours["outputs"]).max()),
             "special_ids": [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
             "chat_template": tokenizer.chat_template is not None,
         }
