@@ -725,4 +725,47 @@ MUTATIONS = (
         "predicted = jnp.take_along_axis(tokens, jnp.maximum(index - 1, 0), axis=1)",
         "test_batch_logprobs.py::test_plain_softmax_of_pairs",
     ),
+    # ------------------------------------------------------------------------------------- Hugging Face checkpoints
+    Mutation(
+        "window-one-token-too-wide",
+        "models/attention.py",
+        "return (distance < window)",
+        "return (distance <= window)",
+        "test_hf.py::test_logits_and_scores_equal_those_of_transformers[mistral]",
+    ),
+    Mutation(
+        "window-in-the-cache-does-not-move",
+        "models/transformer.py",
+        "in_prompt &= near(length[:, None] + step - jnp.arange(p), window)",
+        "in_prompt &= near(length[:, None] - jnp.arange(p), window)",
+        "test_hf.py::test_cached_logits_equal_those_of_transformers[mistral]",
+    ),
+    Mutation(
+        "rope-bases-of-local-and-global-layers-exchanged",
+        "models/transformer.py",
+        "jnp.where(window > 0, local, whole)",
+        "jnp.where(window > 0, whole, local)",
+        "test_hf.py::test_logits_and_scores_equal_those_of_transformers[gemma3]",
+    ),
+    Mutation(
+        "soft-cap-without-its-slope",
+        "models/attention.py",
+        "slope = slope * (1 - jnp.square(jnp.clip(scores / cap, -1, 1)))",
+        "slope = slope * 1.0",
+        "test_hf.py::test_the_gradient_has_the_norm_of_that_of_transformers[gemma2]",
+    ),
+    Mutation(
+        "offset-of-an-exported-reward-model-lost",
+        "models/hf.py",
+        'values.get("score_offset", 0.0)',
+        "0.0",
+        "test_hf.py::test_a_reward_model_keeps_its_unit_and_its_offset",
+    ),
+    Mutation(
+        "rows-begin-with-our-id-in-place-of-the-checkpoints",
+        "data/pipeline.py",
+        "prompts.append([tokenizer.bos, *row[",
+        "prompts.append([BOS, *row[",
+        "test_hf_scripts.py::test_rows_begin_and_end_with_the_checkpoints_own_ids",
+    ),
 )

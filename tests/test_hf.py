@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import hf_weights
 import jax
@@ -344,3 +347,49 @@ def test_ids_that_the_embedding_does_not_hold_are_refused(tmp_path):
         hf.save(tmp_path / "out", reward, config, Ids(pad=2))
     with pytest.raises(ValueError, match="in exists and is not empty"):
         hf.save(tmp_path / "in", params, config, Ids())
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+MEASURE = """
+import json, resource, sys
+import jax
+from jaxrlhf.core import sharding
+from jaxrlhf.models import hf, transformer
+mesh = sharding.make_mesh(sharding.MeshConfig(1, 2, 4))
+jax.block_until_ready(jax.device_put(jax.numpy.zeros((8, 8)), jax.sharding.NamedSharding(mesh, jax.P("fsdp", "tensor"))))
+kib = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
+params, config = hf.load(sys.argv[1], mesh)
+jax.block_until_ready(params)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+held = {path: leaf.addressable_shards[0].data.nbytes / leaf.nbytes for path, leaf in hf._flat(params).items()}
+whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print(json.dumps({"model": whole, "peak": 1024 * (peak - kib), "held": held}))
+"""
+
+
+@pytest.mark.full
+def test_a_gigabyte_in_eight_files_is_held_once(tmp_path):
+    """Peak memory less that of the process before loading, over the model; each device holds an eighth of every matrix."""
+    config = TransformerConfig(16_384, 1024, 16, 16, 16, 64, 4096, 2048, tied_head=True)
+    kind = "llama"
+    values = hf_config.config_to_hf(config)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    shapes = hf._expected(hf.rules(config, kind), hf._flat(transformer.param_specs(config)), False)
+    names, index = list(shapes), {}
+    for file in range(8):
+        part = {name: np.full(shapes[name], 0.5, np.float32) for name in names[file::8]}
+        save_file(part, tmp_path / f"{file}.safetensors")
+        index |= dict.fromkeys(part, f"{file}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path], env=environment, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"model {found['model'] / 1e9:.3f} GB, peak {found['peak'] / 1e9:.3f} GB")
+    assert found["model"] > 1e9
+    assert found["peak"] < 1.35 * found["model"]
+    assert {path: share for path, share in found["held"].items() if "norm" not in path} == dict.fromkeys(
+        ("embed", *(f"layers/{name}" for name in ("query", "key", "value", "output", "up", "gate", "down"))), 1 / 8
+    )

@@ -1,7 +1,7 @@
 """Checkpoints of Hugging Face transformers in and out, without torch.
 
 A tensor is read from its safetensors file slice by slice, as each device holds it: beside the parameters, the host holds at
-most one of our leaves at a time. What is written, `AutoModelForCausalLM` or, for a reward model,
+most one device's part of one of our leaves. What is written, `AutoModelForCausalLM` or, for a reward model,
 `AutoModelForSequenceClassification` loads.
 """
 
@@ -165,7 +165,7 @@ def load(folder: Path | str, mesh: Mesh, dtype: str = "float32") -> tuple[dict[s
     for rule in trunk:
         for leaf in rule.leaves:
             read = _reader(rule, leaf, places, config.head_width, specs[leaf], np.dtype(jax.numpy.dtype(dtype)))
-            params[leaf] = jax.make_array_from_callback(specs[leaf].shape, shardings[leaf], read)
+            params[leaf] = _placed(specs[leaf].shape, shardings[leaf], read)
     if reward and not config.tied_head:
         params["head"] = jax.device_put(np.zeros(specs["head"].shape, dtype), shardings["head"])
     params = traverse_util.unflatten_dict(params, sep="/")
@@ -250,6 +250,12 @@ def _read(file: Path, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
 
     with safe_open(file, "numpy") as opened:
         return opened.get_slice(name)[index] if index else opened.get_tensor(name)
+
+
+def _placed(shape: tuple[int, ...], place: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
+    """An array of which every device gets its part as it is read, so that the host holds one part at a time."""
+    parts = [jax.device_put(read(index), device) for device, index in place.addressable_devices_indices_map(shape).items()]
+    return jax.make_array_from_single_device_arrays(shape, place, parts)
 
 
 def _reader(
