@@ -329,15 +329,15 @@ MUTATIONS = (
     Mutation(
         "decode-does-not-see-its-own-token",
         "models/transformer.py",
-        "jnp.where(jnp.arange(r) <= step, at_response, MASKED)",
-        "jnp.where(jnp.arange(r) < step, at_response, MASKED)",
+        "jnp.arange(p) < length[:, None], jnp.arange(r) <= step",
+        "jnp.arange(p) < length[:, None], jnp.arange(r) < step",
         "test_rollout.py::test_sampler_and_learner_agree_so_that_the_first_ratio_is_one",
     ),
     Mutation(
         "decode-sees-the-padding-of-the-prompt",
         "models/transformer.py",
-        "(jnp.arange(p) < length[:, None])",
-        "(jnp.arange(p) <= length[:, None])",
+        "jnp.arange(p) < length[:, None], jnp.arange(r) <= step",
+        "jnp.arange(p) <= length[:, None], jnp.arange(r) <= step",
         "test_generate.py::test_what_stands_after_a_prompt_does_not_matter",
     ),
     # ------------------------------------------------------------------------------------------------- sampling
