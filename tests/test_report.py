@@ -105,9 +105,14 @@ def _results() -> dict[str, dict]:
         "reward_model_control": reward,
         "ppo_control": ppo,
         "evaluate_control": control,
-        "overoptimize": {"curve": _curve(60, 1.4, lambda d: 0.14 + 0.19 * d * math.exp(-d / 4.5)), "samples": SAMPLES[:2]},
+        "overoptimize": {"curve": _curve(60, 0.2, lambda d: 0.1 * d), "samples": SAMPLES[:2]},
+        "reward_model_narrow": reward,
+        "overoptimize_narrow": {
+            "curve": _curve(60, 1.4, lambda d: 0.14 + 0.19 * d * math.exp(-d / 4.5)),
+            "samples": SAMPLES[:2],
+        },
     }
-    times = [191, 14, 118, 72, 18, 9, 0.6, 45, 70, 12, 45, 70, 12, 80]
+    times = [191, 14, 118, 72, 18, 9, 0.6, 45, 70, 12, 45, 70, 12, 80, 50, 80]
     return {
         stage: result | {"seconds": float(wall), "cpu_seconds": 1.7 * wall}
         for (stage, result), wall in zip(results.items(), times, strict=True)
@@ -156,7 +161,9 @@ class _Checker(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         assert tag not in ("script", "link", "img", "iframe", "object")
-        assert not any(name in ("src", "href", "onload", "onerror") for name, _ in attrs)
+        for name, value in attrs:
+            assert name not in ("src", "onload", "onerror")
+            assert name != "href" or value.startswith("#")  # a mark drawn again
         if tag not in self.void:
             self.open.append(tag)
 
@@ -174,7 +181,7 @@ def _read(folder: Path) -> str:
     checker = _Checker()
     checker.feed(text)
     assert checker.open == []
-    assert "url(" not in text.replace("url(#tip)", "")
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
     assert "nan" not in re.findall(r"[a-z]+", " ".join(checker.words))
     return "\n".join(checker.words)
@@ -304,9 +311,17 @@ def test_best_of_n_is_called_cheaper_only_where_it_is():
     assert "51.0 % by TextBlob at 1.2 nats or less; PPO's KL is 5.1 times that." in text
 
 
+def test_the_verdict_names_the_reward_model_that_was_exploited():
+    results = _results()
+    assert "a reward model of movie ratings alone is exploited" in " ".join(findings.verdict(results))
+    for stage in ("overoptimize", "overoptimize_narrow"):
+        results[stage] = _results()["overoptimize" if stage == "overoptimize_narrow" else "overoptimize_narrow"]
+    assert "penalty the reward model is exploited" in " ".join(findings.verdict(results))
+
+
 def test_the_verdict_says_when_over_optimisation_did_not_show():
     results = _results()
-    results["overoptimize"]["curve"] = _curve(60, 0.2, lambda d: 0.1 * d)
+    results["overoptimize_narrow"]["curve"] = _curve(60, 0.2, lambda d: 0.1 * d)
     assert "did not show clearly" in " ".join(findings.verdict(results))
 
 
@@ -320,13 +335,13 @@ def test_a_person_who_chose_is_named(tmp_path):
     assert "VADER made the choices here" not in text
 
 
-@pytest.mark.parametrize("count", range(1, 15))
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6, 7, 10, 13, 14, 16])
 def test_absent_stages_are_left_out(tmp_path, count):
     results = dict(list(_results().items())[:count])
     report.write(make_run(tmp_path / "run", results))
     text = _read(tmp_path / "run")
     assert ("Second round" in text) == (count >= 7)  # from the choices on
-    assert ("Over-optimisation" in text) == (count == 14)
+    assert ("Over-optimisation" in text) == (count >= 14)
 
 
 @pytest.mark.parametrize("stage", list(_results()))
@@ -363,14 +378,6 @@ def test_unreadable_or_absent_results_are_named(tmp_path):
     (folder / "pretrain" / "result.json").write_text("{")
     with pytest.raises(ValueError, match=r"result\.json is not readable JSON"):
         report.write(folder)
-
-
-def test_ticks_are_round_and_inside():
-    assert plots.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert plots.ticks(-1.3, 0.2) == [-1.0, -0.5, 0.0]
-    assert plots.ticks(4.41, 4.47) == [4.42, 4.44, 4.46]
-    assert plots.tick_texts([-0.25, 0.0, 0.30000000000000004]) == ["\u22120.25", "0.00", "0.30"]
-    assert plots.tick_texts([0.0, 2000.0]) == ["0", "2000"]
 
 
 def test_smoothing_keeps_a_straight_line():
