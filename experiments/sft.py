@@ -1,8 +1,10 @@
 """Stage 2: fine-tune the language model on continuations of reviews and on replies in a chat.
 
     python -m experiments.sft --init runs/demo/pretrain/model --out runs/demo/sft
+    python -m experiments.sft --init runs/smollm2/model --conversations mine.jsonl --out runs/smollm2/sft
 
-Its job at this size is to teach stopping and length, not a lower loss: more steps over-fit.
+Its job at this size is to teach stopping and length, not a lower loss: more steps over-fit. With `--conversations` an imported
+checkpoint learns the assistant's turns of a .jsonl file instead, by its own chat template (docs/hugging_face.md).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from experiments import pretrain, stage
 from jaxrlhf.algorithms import lm
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.data import chitchat, pipeline
+from jaxrlhf.data import chitchat, conversations, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
@@ -34,6 +36,9 @@ class Config:
     steps: int = 50
     batch: int = 64  # rows
     review_share: float = 0.75  # of a batch; the rest are chat turns with their replies
+    conversations: Path | None = None  # .jsonl of {"messages": [{"role": ..., "content": ...}, ...]}, in place of both
+    width: int = 512  # tokens of a conversation; a turn that ends later is left out
+    held_out: float = 0.05  # of the conversations' turns
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon", muon_dtype="bfloat16", learning_rate=0.002, adam_learning_rate=4e-4, warmup_fraction=0.1, clip_norm=None
     )
@@ -46,9 +51,7 @@ def run(config: Config) -> dict[str, Any]:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         start = stage.load(config.init, mesh)
-        replies, reviews, held_out = rows(start.tokenizer)
-        share = (config.review_share, config.review_share)
-        data = pipeline.mixed(replies, reviews, config.batch, config.seed, config.steps, share)
+        data, held_out, left_out = dataset(config, start.tokenizer)
         with jax.set_mesh(mesh):
             update = optimizer.make(config.optimizer, config.steps, start.params)
             state = run.restore(step.init_state(start.params, update, jax.random.key(config.seed)))
@@ -60,7 +63,23 @@ def run(config: Config) -> dict[str, Any]:
                 run.maybe_save(i, state)
             nll = {"before": loss(outputs, start.params, held_out), "after": loss(outputs, state.params, held_out)}
         stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
-        return run.done({"nll_per_token": nll["after"], "nll_per_token_before": nll["before"]})
+        return run.done({"nll_per_token": nll["after"], "nll_per_token_before": nll["before"], "turns_left_out": left_out})
+
+
+def dataset(config: Config, tokenizer: Tokenizer) -> tuple[Any, dict[str, np.ndarray], int]:
+    """`[step]`: rows to learn from; rows held out; and how many turns of conversations were too long."""
+    if config.conversations is None:
+        replies, reviews, held_out = rows(tokenizer)
+        share = (config.review_share, config.review_share)
+        return pipeline.mixed(replies, reviews, config.batch, config.seed, config.steps, share), held_out, 0
+    turns, left_out = conversations.answer_rows(conversations.read(config.conversations), tokenizer, config.width)
+    count = len(turns["tokens"])
+    few = max(1, round(config.held_out * count))
+    if few >= count:
+        raise ValueError(f"{config.conversations}: {count} turn(s) of the assistant, of which {few} are held out: give more")
+    order = np.random.default_rng(config.seed).permutation(count)
+    held_out, learned = ({name: array[part] for name, array in turns.items()} for part in (order[:few], order[few:]))
+    return pipeline.batches(learned, config.batch, config.seed), held_out, left_out
 
 
 def rows(tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], ...]:
