@@ -768,4 +768,18 @@ MUTATIONS = (
         "prompts.append([BOS, *row[",
         "test_hf_scripts.py::test_rows_begin_and_end_with_the_checkpoints_own_ids",
     ),
+    Mutation(
+        "end-of-the-assistants-turn-not-learned",
+        "data/conversations.py",
+        "spoken and k == 0 and token in special",
+        "spoken and k < 0",
+        "test_conversations.py::test_the_mask_holds_what_the_assistant_wrote_and_the_end_of_its_turn",
+    ),
+    Mutation(
+        "message-read-with-its-special-tokens",
+        "data/conversations.py",
+        'tokenizer.encode(messages[i]["content"], continuation=True)',
+        'reader.encode(messages[i]["content"], add_special_tokens=False).ids',
+        "test_conversations.py::test_a_message_cannot_forge_a_turn",
+    ),
 )

@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf.core import sharding
-from jaxrlhf.models import heads, hf, hf_config, transformer
+from jaxrlhf.models import heads, hf, hf_config, hf_export, transformer
 from jaxrlhf.models.config import TransformerConfig
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -255,7 +255,7 @@ def test_published_configurations(name):
     config = hf_config.config_from_hf(PUBLISHED[name]["config"])
     expected = PUBLISHED[name]["expected"]
     assert {field: json.loads(json.dumps(getattr(config, field))) for field in expected} == expected
-    assert hf_config.config_from_hf(hf_config.config_to_hf(config)) == config
+    assert hf_config.config_from_hf(hf_export.config_to_hf(config)) == config
     assert TransformerConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
@@ -373,7 +373,7 @@ def test_a_gigabyte_in_eight_files_is_held_once(tmp_path):
     """Peak memory less that of the process before loading, over the model; each device holds an eighth of every matrix."""
     config = TransformerConfig(16_384, 1024, 16, 16, 16, 64, 4096, 2048, tied_head=True)
     kind = "llama"
-    values = hf_config.config_to_hf(config)
+    values = hf_export.config_to_hf(config)
     (tmp_path / "config.json").write_text(json.dumps(values))
     shapes = hf._expected(hf.rules(config, kind), hf._flat(transformer.param_specs(config)), False)
     names, index = list(shapes), {}

@@ -112,7 +112,7 @@ def _named(tokenizer: Tokenizer) -> dict[str, Any]:
         ValueError: there is none.
     """
     values = json.loads(tokenizer.files["tokenizer_config.json"])
-    template = tokenizer.files.get("chat_template.jinja", values.get("chat_template"))
+    template: Any = tokenizer.files.get("chat_template.jinja", values.get("chat_template"))
     if isinstance(template, list):  # several, by name
         template = next((each["template"] for each in template if each["name"] == "default"), None)
     if not template:

@@ -24,7 +24,8 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import ParamSpec
 from jaxrlhf.models import transformer
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.models.hf_config import CLASSES, config_from_hf, config_to_hf
+from jaxrlhf.models.hf_config import CLASSES, config_from_hf
+from jaxrlhf.models.hf_export import config_to_hf
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SCORE = "score.weight"  # of a reward model, [1, D]
