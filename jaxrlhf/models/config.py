@@ -60,7 +60,7 @@ class TransformerConfig:
             )
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(f"head_width={self.head_width} must be even with positions='rope', which rotates pairs")
-        if self.rotary_width is not None and not 0 < self.rotary_width <= self.head_width - self.rotary_width % 2:
+        if self.rotary_width is not None and (self.rotary_width % 2 or not 0 < self.rotary_width <= self.head_width):
             raise ValueError(f"rotary_width={self.rotary_width} must be even and at most head_width={self.head_width}")
         if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
             raise ValueError(f"windows={self.windows} must be empty or hold layers={self.layers} numbers, 0 or more")
