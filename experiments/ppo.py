@@ -123,7 +123,7 @@ def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh
 def text_batches(config: Config, start: stage.Trained) -> Any:
     """`[iteration]`: as many packed rows of reviews as answers, for the language-model loss beside PPO's."""
     rows, _ = pipeline.encode_rows(pretrain.texts("train"), start.tokenizer, 8 * config.batch, TEXT_WIDTH, config.seed)
-    tokens, segments = pipeline.pack(rows, TEXT_WIDTH)
+    tokens, segments = pipeline.pack(rows, TEXT_WIDTH, start.tokenizer.bos, start.tokenizer.eos)
     return pipeline.batches({"tokens": tokens, "segments": segments}, config.batch, config.seed)
 
 

@@ -270,7 +270,7 @@ def normalised(config: Config, trunk: stage.Trained, params: Any, mesh: jax.shar
     rows = policy.tokenizer.encode_batch([pipeline.clean(r.text) for r in human_sentiment.reviews("train")])
     score = scores_of(config, trunk.model)
     if config.normalise == "demonstrations":
-        shown = pipeline.continuation_rows(rows)
+        shown = pipeline.continuation_rows(rows, bos=policy.tokenizer.bos, eos=policy.tokenizer.eos)
         few = np.random.default_rng(config.seed).permutation(len(shown["tokens"]))[: config.reference_samples]
         length = (shown["prompt_len"] + shown["response_len"])[few]
         return rewards.centre(params, score(params, shown["tokens"][few], length))
