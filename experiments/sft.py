@@ -46,21 +46,30 @@ def run(config: Config) -> dict[str, Any]:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         start = stage.load(config.init, mesh)
-        replies, reviews, held_out = rows(start.tokenizer)
+        replies, reviews, test = rows(start.tokenizer)
+        held_out = {name: array[:512] for name, array in test.items()}
         share = (config.review_share, config.review_share)
         data = pipeline.mixed(replies, reviews, config.batch, config.seed, config.steps, share)
+        batches = pipeline.by_step(lambda i: batch_of(data[i]))
         with jax.set_mesh(mesh):
-            update = optimizer.make(config.optimizer, config.steps, start.params)
-            state = run.restore(step.init_state(start.params, update, jax.random.key(config.seed)))
             outputs = objective.make_outputs(start.model)
-            train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
-            for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
-                state, metrics = train_step(state, None, sharding.shard_batch(batch_of(data[i]), mesh))
-                run.log(i, metrics)
-                run.maybe_save(i, state)
-            nll = {"before": loss(outputs, start.params, held_out), "after": loss(outputs, state.params, held_out)}
-        stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
-        return run.done({"nll_per_token": nll["after"], "nll_per_token_before": nll["before"]})
+            before = loss(outputs, start.params, batch_of(held_out))
+            params = train(run, config, start.params, outputs, batches, mesh)
+            after = loss(outputs, params, batch_of(held_out))
+        stage.save(config.out / "model", "policy", jax.device_get(params), start.config, start.tokenizer)
+        return run.done({"nll_per_token": after, "nll_per_token_before": before})
+
+
+def train(run: Run, config: Config, params: Any, outputs: objective.OutputsFn, batches: Any, mesh: jax.sharding.Mesh) -> Any:
+    """`config.steps` updates of a language model on `batches[step]` (`lm.Batch`), from where `run` left off."""
+    update = optimizer.make(config.optimizer, config.steps, params)
+    state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
+    train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
+    for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
+        state, metrics = train_step(state, None, sharding.shard_batch(batches[i], mesh))
+        run.log(i, metrics)
+        run.maybe_save(i, state)
+    return state.params
 
 
 def rows(tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], ...]:
@@ -77,9 +86,8 @@ def batch_of(rows: dict[str, np.ndarray]) -> lm.Batch:
     return lm.responses(rows["tokens"], rows["prompt_len"], rows["response_len"], rows["tokens"].shape[1] - 1)
 
 
-def loss(outputs: objective.OutputsFn, params: Any, rows: dict[str, np.ndarray], most: int = 512) -> float:
+def loss(outputs: objective.OutputsFn, params: Any, batch: lm.Batch) -> float:
     """Nats per response token of held-out rows."""
-    batch = batch_of({name: array[:most] for name, array in rows.items()})
     term = jax.jit(lambda p: lm.loss(outputs(p, None, batch, None), batch, lm.Config())[0]["loss/lm"])(params)
     return float(term.sum / term.count)
 
