@@ -64,14 +64,14 @@ class Config:
     best_of: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     best_of_prompts: int = 96
     kl_coefs: tuple[float, ...] = (0.0,)  # of PPO
-    pressed: int = 2  # seeds of each size that PPO presses; best-of-n presses all
+    pressed: int = 3  # seeds of each size that PPO presses; best-of-n presses all
     ppo: ppo.Config = dataclasses.replace(
         ppo.Config(),
-        iterations=16,
+        iterations=24,
         batch=128,
         sampling=stage.Sampling(min_tokens=0),
-        optimizer=dataclasses.replace(ppo.Config().optimizer, learning_rate=1e-3),
-        evaluate_every=2,
+        optimizer=dataclasses.replace(ppo.Config().optimizer, learning_rate=2e-3),
+        evaluate_every=3,
         held_out_prompts=256,
     )
 
@@ -122,7 +122,17 @@ def run(config: Config) -> dict[str, Any]:
         (config.out / "plots").mkdir(exist_ok=True)
         for name, picture in figures.items():
             write_atomic(config.out / "plots" / f"{name}.svg", picture)
-        return run.done({"best_of_n": best, "ppo": pressed, "fits": overoptimization.fits([*best, *pressed])})
+        every = [*best, *pressed]
+        peaks = [overoptimization.peak_and_drop(one["rows"], "gold")._asdict() for one in every]
+        named = [{key: one.get(key) for key in ("size", "proxy", "kl_coef")} for one in every]
+        result = {
+            "best_of_n": best,
+            "ppo": pressed,
+            "fits": overoptimization.fits(every),
+            "peaks": [name | peak for name, peak in zip(named, peaks, strict=True)],
+            "at_equal_distance": overoptimization.at_equal_distance(every),
+        }
+        return run.done(result)
 
 
 def chosen(config: Config, lab: Lab, size: int = 128) -> Arrays:
@@ -243,6 +253,7 @@ def _smoke() -> Config:
         aggregations=("worst",),
         best_of=(1, 2, 4, 8),
         best_of_prompts=16,
+        pressed=1,
         ppo=dataclasses.replace(Config().ppo, iterations=4, batch=16, evaluate_every=1, held_out_prompts=16),
     )
 

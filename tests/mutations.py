@@ -725,4 +725,32 @@ MUTATIONS = (
         "predicted = jnp.take_along_axis(tokens, jnp.maximum(index - 1, 0), axis=1)",
         "test_batch_logprobs.py::test_plain_softmax_of_pairs",
     ),
+    Mutation(
+        "gain-counted-from-the-row-before",
+        "evaluation/overoptimization.py",
+        "(after[judge] - before[judge]) - rows[0][judge])",
+        "(after[judge] - before[judge]) - before[judge])",
+        "test_overoptimization.py::test_curves_are_compared_at_equal_distance_counted_from_their_own_start",
+    ),
+    Mutation(
+        "proxies-compared-where-the-farthest-came",
+        "evaluation/overoptimization.py",
+        "distance = min(max(row",
+        "distance = max(max(row",
+        "test_overoptimization.py::test_proxies_of_a_size_are_compared_where_all_of_them_came",
+    ),
+    Mutation(
+        "each-seed-is-fitted-alone",
+        "evaluation/overoptimization.py",
+        'proxy = "seeds" if one["proxy"].isdigit() else one["proxy"]',
+        'proxy = one["proxy"]',
+        "test_overoptimization.py::test_seeds_of_a_size_are_fitted_together_and_ensembles_apart",
+    ),
+    Mutation(
+        "every-choice-may-be-turned-round-twice",
+        "evaluation/overoptimization.py",
+        "wrong = wrong | wrong.swapaxes(1, 2)",
+        "wrong = wrong & wrong.swapaxes(1, 2)",
+        "test_overoptimization.py::test_a_share_of_the_choices_goes_wrong",
+    ),
 )

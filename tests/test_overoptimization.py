@@ -57,6 +57,15 @@ def test_curves_are_compared_at_equal_distance_counted_from_their_own_start():
     assert np.isnan(overoptimization.at_distance(rows, 6.1))
 
 
+def test_proxies_of_a_size_are_compared_where_all_of_them_came():
+    near, far = curve(0, 0.5, 0.0, True)[:3], curve(3, 0.4, 0.0, True)  # reach 2 and 4; straight lines
+    found = [{"size": "small", "proxy": "0", "kl_coef": 0.0, "rows": near}, {"size": "large", "proxy": "0", "rows": far}]
+    found.append({"size": "small", "proxy": "worst", "kl_coef": 0.0, "rows": far})
+    small, large = overoptimization.at_equal_distance(found)
+    assert small == {"size": "small", "kl_coef": 0.0, "sqrt_kl": 2.0, "gain": pytest.approx({"0": 1.0, "worst": 0.8})}
+    assert large == {"size": "large", "kl_coef": None, "sqrt_kl": 4.0, "gain": pytest.approx({"0": 1.6})}
+
+
 def test_the_figure_shows_the_mean_over_the_seeds_of_each_size():
     rows = [{"size": "small", "proxy": str(m), "rows": curve(m, 0.5, 0.1, True)} for m in range(2)]
     rows.append({"size": "small", "proxy": "worst", "rows": curve(100, 0.5, 0.1, True)})

@@ -117,6 +117,22 @@ def at_distance(rows: Sequence[Mapping[str, Any]], distance: float, judge: str =
     return float("nan")
 
 
+def at_equal_distance(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Gains in gold score (see `at_distance`) of all proxies of a size, at the largest distance that each of them reached.
+
+    `found` is as for `fits`.
+    """
+    groups: dict[tuple, dict[str, Any]] = {}
+    for one in found:
+        groups.setdefault((one["size"], one.get("kl_coef")), {})[one["proxy"]] = one["rows"]
+    compared = []
+    for (size, kl_coef), curves in groups.items():
+        distance = min(max(row["sqrt_kl"] for row in rows) for rows in curves.values())
+        gain = {proxy: at_distance(rows, distance) for proxy, rows in curves.items()}
+        compared.append({"size": size, "kl_coef": kl_coef, "sqrt_kl": distance, "gain": gain})
+    return compared
+
+
 def chosen_pairs(gold: Float[np.ndarray, "s n"], noise: float, seed: int) -> Float[np.ndarray, "s n n"]:
     """1 where answer i of a set was chosen over j: by the gold score, in a share `noise` against it; equal ones by neither."""
     sets, n = gold.shape
