@@ -21,6 +21,7 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import pipeline
 from jaxrlhf.models import heads, roles
+from jaxrlhf.rewards import ensemble
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
@@ -115,9 +116,12 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
 
 
 def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """{"value": head} on the policy's trunk, or {"critic": trunk and head}: see models/roles.py."""
+    """{"value": head} on the policy's trunk, or {"critic": trunk and head}: see models/roles.py. Of an ensemble of rewards it is the first."""
     if config.critic == "reward":
-        return {"critic": roles.critic_from_reward(stage.load(config.reward, mesh, "reward_model").params)}
+        judged = stage.load(config.reward, mesh, "reward_model")
+        several = stage.ensembled(judged.settings)
+        params = judged.params if several is None else ensemble.member(judged.params, 0, several.of)
+        return {"critic": roles.critic_from_reward(params)}
     if config.critic == "separate":
         return {"critic": roles.critic(start.params, start.config.width)}
     value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
