@@ -116,8 +116,8 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
 
 
 def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """{"value": head} on the policy's trunk, or {"critic": trunk and head}: see models/roles.py. Of an ensemble of rewards it is the first."""
-    if config.critic == "reward":
+    """{"value": head} on the policy's trunk, or {"critic": trunk and head}: see models/roles.py."""
+    if config.critic == "reward":  # of an ensemble, its first member
         judged = stage.load(config.reward, mesh, "reward_model")
         several = stage.ensembled(judged.settings)
         params = judged.params if several is None else ensemble.member(judged.params, 0, several.of)

@@ -1,14 +1,12 @@
 """What the recipes share: from two JSON-lines files, or a synthetic stand-in, to a fine-tuned model, a reward model, a policy.
 
-A recipe is published settings; nothing here chooses any. Files: demonstrations {"prompt", "response"} a line, comparisons
-{"prompt", "chosen", "rejected"} a line; a response begins with the space or line break that stands between it and the prompt.
+A recipe is published settings; nothing here chooses any. What the files hold: `examples.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,15 +14,14 @@ import jax
 import numpy as np
 
 from experiments import held_out, ppo, reward_model, sft, stage, tasks
+from experiments.recipes import examples
 from jaxrlhf.algorithms import lm
 from jaxrlhf.algorithms import ppo as ppo_algorithm
 from jaxrlhf.algorithms import reward as reward_algorithm
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.core.types import Prompts
-from jaxrlhf.data import comparisons, pipeline, sources
+from jaxrlhf.data import comparisons, pipeline
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.data.tokenizer import BOS, EOS, Tokenizer
 from jaxrlhf.models import transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import ensemble as ensembles
@@ -32,15 +29,6 @@ from jaxrlhf.rewards import model as rewards
 from jaxrlhf.training import cli, objective
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
-
-Row = Mapping[str, Any]
-StandIn = Callable[[int, int], tuple[list[dict[str, str]], list[dict[str, str]]]]
-"""(rows, seed) -> as many demonstrations and comparisons."""
-
-DEMONSTRATION = sources.Schema({"prompt": str, "response": str}, filled=frozenset({"prompt", "response"}))
-COMPARISON = sources.Schema({"prompt": str, "chosen": str, "rejected": str}, filled=frozenset({"prompt"}))
-STAND_IN = 2000  # rows of each kind, where no file is given
-HELD_OUT = 48  # of each, never trained on
 
 MODEL = TransformerConfig(
     vocab_size=1024, width=96, layers=2, heads=4, kv_heads=4, head_width=24, mlp_width=256, max_length=640
@@ -90,11 +78,6 @@ class Recipe:
     warm_up: int = 0  # steps of our own on the demonstrations, in the place of a pre-trained model
 
 
-class Data(NamedTuple):
-    demonstrations: Sequence[Row]
-    comparisons: Sequence[Row]
-
-
 class Amount(NamedTuple):
     steps: int
     batch: int
@@ -106,7 +89,7 @@ def amount(examples: int, batch: int, scale: float, multiple: int = 8) -> Amount
     return Amount(math.ceil(examples * scale / smaller), smaller)
 
 
-def main(recipe: Recipe, stand_in: StandIn, about: str, scale: float) -> None:
+def main(recipe: Recipe, stand_in: examples.StandIn, about: str, scale: float) -> None:
     """A recipe as a script: its stand-in at `scale`; the published run, for local files; and a smoke test."""
     small = dataclasses.replace(recipe.model, width=32, layers=1, heads=2, kv_heads=2, head_width=16, mlp_width=64)
     smoke = dataclasses.replace(recipe, model=small, scale=1e-5, faster=10.0, warm_up=20)
@@ -115,7 +98,7 @@ def main(recipe: Recipe, stand_in: StandIn, about: str, scale: float) -> None:
     cli.main(lambda config: run(config, stand_in), Recipe, presets, about)
 
 
-def run(config: Recipe, stand_in: StandIn) -> dict[str, Any]:
+def run(config: Recipe, stand_in: examples.StandIn) -> dict[str, Any]:
     """Every stage that is not done, each in a folder of its own below `config.out`.
 
     Raises:
@@ -126,7 +109,7 @@ def run(config: Recipe, stand_in: StandIn) -> dict[str, Any]:
     with Run.open(config.out, config, tensorboard=False, free=("mesh", "out")) as whole:
         if whole.result is not None:
             return whole.result
-        data = read(config, stand_in)
+        data = examples.read(config.demonstrations, config.comparisons, stand_in, config.seed)
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             results = {
@@ -136,21 +119,6 @@ def run(config: Recipe, stand_in: StandIn) -> dict[str, Any]:
                 "ppo": learn_policy(config, data, mesh),
             }
         return whole.done(results)
-
-
-def read(config: Recipe, stand_in: StandIn) -> Data:
-    """Rows of the files that are given, else of the stand-in.
-
-    Raises:
-        ValueError: a file is malformed, or holds too few rows to hold some out.
-    """
-    made = stand_in(STAND_IN, config.seed) if config.demonstrations is None or config.comparisons is None else ([], [])
-    pairs = ((config.demonstrations, DEMONSTRATION), (config.comparisons, COMPARISON))
-    data = Data(*(sources.read_jsonl(path, schema) if path else rows for (path, schema), rows in zip(pairs, made, strict=True)))
-    for name, rows in zip(data._fields, data, strict=True):
-        if len(rows) < 3 * HELD_OUT:
-            raise ValueError(f"{name}: {len(rows)} rows, of which {HELD_OUT} are held out: give {3 * HELD_OUT} or more")
-    return data
 
 
 def rate(config: OptimizerConfig, learning_rate: float) -> OptimizerConfig:
@@ -166,25 +134,9 @@ def faster(config: Recipe, part: Supervised | Policy) -> OptimizerConfig:
 # ------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def demonstration_rows(data: Data, tokenizer: Tokenizer, query: int, response: int) -> tuple[dict[str, np.ndarray], int]:
-    """Rows bos + prompt + response + eos that fit, and how many were left out.
-
-    Raises:
-        ValueError: fewer fit than are held out.
-    """
-    starts = tokenizer.encode_batch([row["prompt"] for row in data.demonstrations])
-    ends = tokenizer.encode_batch([row["response"] for row in data.demonstrations], continuation=True)
-    pairs = [(p, r) for p, r in zip(starts, ends, strict=True) if len(p) + 1 <= query and len(r) + 1 <= response]
-    if len(pairs) < 2 * HELD_OUT:
-        raise ValueError(f"{len(pairs)} demonstrations have room in {query} + {response} tokens: give shorter texts, or widen")
-    whole = [[BOS, *p, *r, EOS] for p, r in pairs]
-    tokens, length = pipeline.pad_rows(whole, max(map(len, whole)))  # the widest there is: padding costs as text does
-    prompt_len = np.fromiter((len(p) + 1 for p, _ in pairs), np.int32, len(pairs))
-    rows = {"tokens": tokens, "prompt_len": prompt_len, "response_len": length - prompt_len}
-    return rows, len(starts) - len(pairs)
-
-
-def language_model(config: Recipe, data: Data, mesh: jax.sharding.Mesh, name: Literal["warm_up", "sft"]) -> dict[str, Any]:
+def language_model(
+    config: Recipe, data: examples.Data, mesh: jax.sharding.Mesh, name: Literal["warm_up", "sft"]
+) -> dict[str, Any]:
     """A model from nothing, trained a while on the demonstrations (`warm_up`), or the published fine-tuning of it (`sft`)."""
     part = Amount(config.warm_up, 32) if name == "warm_up" else amount(config.sft.examples, config.sft.batch, config.scale)
     update = WARM_UP if name == "warm_up" else faster(config, config.sft)
@@ -195,10 +147,13 @@ def language_model(config: Recipe, data: Data, mesh: jax.sharding.Mesh, name: Li
             return run.result
         start = fresh(config, data, mesh) if name == "warm_up" else stage.load(before, mesh)
         response = config.ppo.sampling.max_tokens
-        rows, left_out = demonstration_rows(data, start.tokenizer, config.query, response)
-        train, test = ({name: array[part] for name, array in rows.items()} for part in (slice(HELD_OUT, None), slice(HELD_OUT)))
-        examples = pipeline.batches(train, part.batch, config.seed)
-        batches = pipeline.by_step(lambda i: responses(examples[i], response))
+        rows, left_out = examples.demonstration_rows(data, start.tokenizer, config.query, response)
+        train, test = (
+            {name: array[part] for name, array in rows.items()}
+            for part in (slice(examples.HELD_OUT, None), slice(examples.HELD_OUT))
+        )
+        drawn = pipeline.batches(train, part.batch, config.seed)
+        batches = pipeline.by_step(lambda i: responses(drawn[i], response))
         outputs = objective.make_outputs(start.model)
         params = sft.train(run, settings, start.params, outputs, batches, mesh) if part.steps else start.params
         nll = sft.loss(outputs, params, responses(test, response))
@@ -206,7 +161,7 @@ def language_model(config: Recipe, data: Data, mesh: jax.sharding.Mesh, name: Li
         return run.done({"nll_per_token": nll, "steps": part.steps, "left_out": left_out})
 
 
-def fresh(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> stage.Trained:
+def fresh(config: Recipe, data: examples.Data, mesh: jax.sharding.Mesh) -> stage.Trained:
     """A tokenizer of the demonstrations, and a model of random weights."""
     tokenizer = tokenizers.train((row["prompt"] + row["response"] for row in data.demonstrations), config.model.vocab_size)
     shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
@@ -223,7 +178,7 @@ def responses(rows: dict[str, np.ndarray], width: int) -> lm.Batch:
 # ------------------------------------------------------------------------------------------------------ reward model
 
 
-def learn_reward(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def learn_reward(config: Recipe, data: examples.Data, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Bradley-Terry on the comparisons from the fine-tuned trunk, one pass, then its scale; writes `reward_model/`."""
     settings, several = reward_settings(config), reward_settings(config).several
     with Run.open(settings.out, settings) as run:
@@ -232,28 +187,32 @@ def learn_reward(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[st
         start = stage.load(settings.init, mesh)
         fitting = comparisons.fitting(data.comparisons, start.tokenizer, settings.width)
         left_out = len(data.comparisons) - len(fitting)
-        if len(fitting) < 2 * HELD_OUT:
+        if len(fitting) < 2 * examples.HELD_OUT:
             raise ValueError(f"{len(fitting)} comparisons have room in {settings.width} tokens: give shorter texts, or widen")
-        train, test = (sets(part, start.tokenizer, settings.width) for part in (fitting[HELD_OUT:], fitting[:HELD_OUT]))
+        train, test = (
+            examples.sets(part, start.tokenizer, settings.width)
+            for part in (fitting[examples.HELD_OUT :], fitting[: examples.HELD_OUT])
+        )
 
         def ordered(seed: int) -> Any:
             return pipeline.batches(train, settings.pairs, seed)
 
-        batches = ordered(config.seed) if several is None else reward_model.of_members(several, ordered, config.seed)
+        drawn = ordered(config.seed) if several is None else reward_model.of_members(several, ordered, config.seed)
+        batches = pipeline.by_step(lambda i: sharding.shard_batch(drawn[i], mesh))
         params = reward_model.fresh(settings, start.config, start.params, mesh)
         params = rewards.with_scale(reward_model.train(run, settings, start.config, params, batches))
         rows = {"tokens": test["tokens"], "length": test["prompt_len"] + test["response_len"]}
         rows = {name: array.reshape(-1, *array.shape[2:]) for name, array in rows.items()}
         scores = reward_model.together(settings, reward_model.score_texts(settings, start.model, params, rows)).reshape(-1, 2)
-        shown, _ = demonstration_rows(data, start.tokenizer, config.query, config.ppo.sampling.max_tokens)
-        shown = {name: array[: 4 * HELD_OUT] for name, array in shown.items()}
+        shown, _ = examples.demonstration_rows(data, start.tokenizer, config.query, config.ppo.sampling.max_tokens)
+        shown = {name: array[: 4 * examples.HELD_OUT] for name, array in shown.items()}
         if config.normalise == "demonstrations":
             params = reward_model.centred(settings, start.model, params, shown)
         else:
-            params = reward_model.scaled(settings, start.model, params, start, queries(shown), mesh)
+            params = reward_model.scaled(settings, start.model, params, start, examples.queries(shown), mesh)
         reward_model.save(settings.out / "model", settings, params, start.config, start.tokenizer)
         accuracy = float((scores[:, 0] > scores[:, 1]).mean())
-        return run.done({"accuracy": accuracy, "held_out": HELD_OUT, "steps": settings.steps, "left_out": left_out})
+        return run.done({"accuracy": accuracy, "held_out": examples.HELD_OUT, "steps": settings.steps, "left_out": left_out})
 
 
 def reward_settings(config: Recipe) -> reward_model.Config:
@@ -279,26 +238,10 @@ def reward_settings(config: Recipe) -> reward_model.Config:
     )
 
 
-def sets(rows: Sequence[Row], tokenizer: Tokenizer, width: int) -> dict[str, np.ndarray]:
-    """The pairs as sets of two (fields of `reward.Batch`), as wide as the widest row."""
-    pairs = comparisons.preference_rows(rows, tokenizer, width)
-    longest = int(np.max(pairs.prompt_len + pairs.response_len))
-    batch = reward_algorithm.from_preferences(dataclasses.replace(pairs, tokens=pairs.tokens[..., :longest]))
-    return {name: np.asarray(getattr(batch, name)) for name in ("tokens", "prompt_len", "response_len", "preferred", "margin")}
-
-
-def queries(rows: dict[str, np.ndarray]) -> Prompts:
-    """The prompts of demonstration rows."""
-    width = int(rows["prompt_len"].max())
-    index = np.arange(len(rows["prompt_len"]), dtype=np.int32)
-    inside = np.arange(width) < rows["prompt_len"][:, None]
-    return Prompts(np.where(inside, rows["tokens"][:, :width], 0).astype(np.int32), rows["prompt_len"], index, index)
-
-
 # ------------------------------------------------------------------------------------------------------------ policy
 
 
-def learn_policy(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def learn_policy(config: Recipe, data: examples.Data, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """PPO against the reward model; writes `ppo/`."""
     out, multiple = config.out / "ppo", max(8, config.ppo.algorithm.minibatches)
     part = amount(config.ppo.episodes, config.ppo.batch, config.scale, multiple)
@@ -315,7 +258,7 @@ def learn_policy(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[st
         critic=config.ppo.critic,
         optimizer=faster(config, config.ppo),
         evaluate_every=max(1, part.steps // 4),
-        held_out_prompts=HELD_OUT,
+        held_out_prompts=examples.HELD_OUT,
     )
     with Run.open(out, settings) as run:
         if run.result is not None:
@@ -323,20 +266,20 @@ def learn_policy(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[st
         return ppo.train(run, settings, task(config, settings, data, mesh), mesh)
 
 
-def task(config: Recipe, settings: ppo.Config, data: Data, mesh: jax.sharding.Mesh) -> tasks.Task:
+def task(config: Recipe, settings: ppo.Config, data: examples.Data, mesh: jax.sharding.Mesh) -> tasks.Task:
     """Prompts of the demonstrations, the reward model's score, and on held-out prompts score, length and KL."""
     start, judged = stage.load(settings.policy, mesh), stage.load(settings.reward, mesh, "reward_model")
     value = stage.reward(judged)
-    rows, _ = demonstration_rows(data, start.tokenizer, config.query, settings.sampling.max_tokens)
-    every = queries(rows)
+    rows, _ = examples.demonstration_rows(data, start.tokenizer, config.query, settings.sampling.max_tokens)
+    every = examples.queries(rows)
     setting = held_out.Setting(
         model=start.model,
         reference=start.params,
         reward=lambda answers: value(judged.params, answers),
-        prompts=pipeline.take_prompts(every, slice(HELD_OUT)),
+        prompts=pipeline.take_prompts(every, slice(examples.HELD_OUT)),
         spec=stage.spec(settings.sampling, start.tokenizer),
         tokenizer=start.tokenizer,
         mesh=mesh,
     )
-    train = pipeline.take_prompts(every, slice(HELD_OUT, None))
+    train = pipeline.take_prompts(every, slice(examples.HELD_OUT, None))
     return tasks.learned(setting, start, pipeline.prompt_batches(train, settings.batch, settings.seed), {})
