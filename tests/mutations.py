@@ -753,4 +753,11 @@ MUTATIONS = (
         "wrong = wrong & wrong.swapaxes(1, 2)",
         "test_overoptimization.py::test_a_share_of_the_choices_goes_wrong",
     ),
+    Mutation(
+        "the-proxy-in-the-place-of-the-gold-score",
+        "evaluation/policy.py",
+        'row["gold"] = float(np.mean(samples.gold))',
+        'row["gold"] = float(np.mean(samples.proxy))',
+        "test_win_rate.py::test_row_of_a_policy",
+    ),
 )
