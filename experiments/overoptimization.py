@@ -123,13 +123,11 @@ def run(config: Config) -> dict[str, Any]:
         for name, picture in figures.items():
             write_atomic(config.out / "plots" / f"{name}.svg", picture)
         every = [*best, *pressed]
-        peaks = [overoptimization.peak_and_drop(one["rows"], "gold")._asdict() for one in every]
-        named = [{key: one.get(key) for key in ("size", "proxy", "kl_coef")} for one in every]
         result = {
             "best_of_n": best,
             "ppo": pressed,
             "fits": overoptimization.fits(every),
-            "peaks": [name | peak for name, peak in zip(named, peaks, strict=True)],
+            "peaks": overoptimization.peaks(every),
             "at_equal_distance": overoptimization.at_equal_distance(every),
         }
         return run.done(result)
@@ -154,8 +152,8 @@ def chosen(config: Config, lab: Lab, size: int = 128) -> Arrays:
 def proxy(config: Config, lab: Lab, sets: Arrays, layers: int, choices: int) -> stage.Trained:
     """All seeds of the proxy of that size, each normalised on the answers that it learned from."""
     settings = dataclasses.replace(config.proxy, out=config.out / f"proxy_{layers}_{choices}", seed=config.seed)
-    trunk, several = lab.trunk, settings.several
-    if layers > trunk.config.layers or several is None:
+    trunk, several = lab.trunk, aggregated(config, "mean")
+    if layers > trunk.config.layers:
         raise ValueError(f"layers={layers}: the language model in {config.init} has {trunk.config.layers}")
     with Run.open(settings.out, settings) as run:
         if run.result is None:
@@ -176,7 +174,7 @@ def proxy(config: Config, lab: Lab, sets: Arrays, layers: int, choices: int) -> 
 
 def aggregated(config: Config, name: ensembles.Aggregation) -> ensembles.Config:
     """The seeds of a size as an ensemble."""
-    return dataclasses.replace(config.proxy, aggregation=name).several or ensembles.Config(config.proxy.ensemble)
+    return ensembles.Config(config.proxy.ensemble, "models", name, config.proxy.uncertainty_coef)
 
 
 def choose_best(config: Config, lab: Lab, proxies: Mapping[str, stage.Trained], prompts: int = 16) -> list[dict[str, Any]]:

@@ -740,11 +740,11 @@ MUTATIONS = (
         "test_overoptimization.py::test_proxies_of_a_size_are_compared_where_all_of_them_came",
     ),
     Mutation(
-        "each-seed-is-fitted-alone",
+        "seeds-are-fitted-with-the-ensembles-of-them",
         "evaluation/overoptimization.py",
-        'proxy = "seeds" if one["proxy"].isdigit() else one["proxy"]',
-        'proxy = one["proxy"]',
-        "test_overoptimization.py::test_seeds_of_a_size_are_fitted_together_and_ensembles_apart",
+        'for proxy in (one["proxy"], "seeds") if one["proxy"].isdigit() else (one["proxy"],):',
+        'for proxy in (one["proxy"], "seeds"):',
+        "test_overoptimization.py::test_seeds_are_fitted_alone_and_all_of_a_size_together",
     ),
     Mutation(
         "every-choice-may-be-turned-round-twice",

@@ -33,19 +33,31 @@ def curve(start: float, a: float, b: float, best: bool) -> list[dict]:
     return [{"sqrt_kl": x, "gold": start + y, "proxy": 2 * x} for x, y in zip(d.tolist(), gain.tolist(), strict=True)]
 
 
-def test_seeds_of_a_size_are_fitted_together_and_ensembles_apart():
-    best = [{"size": "small", "proxy": str(m), "rows": curve(m, 0.5, 0.1, True)} for m in range(3)]
+def test_seeds_are_fitted_alone_and_all_of_a_size_together():
+    best = [{"size": "small", "proxy": str(m), "rows": curve(m, 0.5, 0.1, True)} for m in range(2)]
     best.append({"size": "small", "proxy": "worst", "rows": curve(0, 0.7, 0.1, True)})
-    pressed = [{"size": "large", "proxy": str(m), "kl_coef": 0.0, "rows": curve(m, 0.4, 0.3, False)} for m in range(2)]
+    slopes = (0.3, 0.5)  # of the form the fit of both together is the mean, as they have the same distances
+    pressed = [{"size": "large", "proxy": str(m), "kl_coef": 0.0, "rows": curve(m, slopes[m], 0.3, False)} for m in range(2)]
     short = {"size": "large", "proxy": "0", "rows": curve(0, 0.5, 0.1, True)[:3]}  # two points away from the start
     found = overoptimization.fits([*best, *pressed, short])
-    assert [(row["size"], row["proxy"], row["kl_coef"]) for row in found] == [
-        ("small", "seeds", None),
-        ("small", "worst", None),
-        ("large", "seeds", 0.0),
-    ]
-    for row, (a, b) in zip(found, [(0.5, 0.1), (0.7, 0.1), (0.4, 0.3)], strict=True):
-        assert (row["a"], row["b"], row["r2"]) == pytest.approx((a, b, 1.0))
+    expected = {
+        ("small", "0", None): (0.5, 0.1),
+        ("small", "1", None): (0.5, 0.1),
+        ("small", "seeds", None): (0.5, 0.1),
+        ("small", "worst", None): (0.7, 0.1),
+        ("large", "0", 0.0): (0.3, 0.3),
+        ("large", "1", 0.0): (0.5, 0.3),
+        ("large", "seeds", 0.0): (0.4, 0.3),
+    }
+    fitted = {(row["size"], row["proxy"], row["kl_coef"]): (row["a"], row["b"]) for row in found}
+    assert fitted == {key: pytest.approx(value) for key, value in expected.items()}
+    assert all((row["r2"] == pytest.approx(1.0)) == (row["size"] == "small" or row["proxy"] != "seeds") for row in found)
+
+
+def test_the_peak_of_each_proxy():
+    rows = [{"sqrt_kl": float(d), "gold": g, "proxy": float(d)} for d, g in enumerate([0.0, 0.5, 0.2])]
+    (peak,) = overoptimization.peaks([{"size": "small", "proxy": "0", "kl_coef": 0.0, "rows": rows}])
+    assert (peak["size"], peak["proxy"], peak["kl_coef"], peak["peak"], peak["low"]) == ("small", "0", 0.0, 0.5, 0.2)
 
 
 def test_curves_are_compared_at_equal_distance_counted_from_their_own_start():

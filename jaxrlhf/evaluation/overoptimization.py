@@ -89,19 +89,24 @@ def fit_curves(curves: Sequence[Sequence[Mapping[str, Any]]], best_of_n: bool = 
 
 
 def fits(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The forms of Gao et al. 2022 fitted to the gold score of each group of `found`: all seeds of a size together, and each
-    ensemble of them.
+    """The forms of Gao et al. 2022 fitted to the gold score of each proxy, and of all seeds of a size together (`seeds`).
 
     Each of `found` has `size`, `proxy` (a seed's number, or the name of an ensemble), `rows` (a curve) and, if PPO drew it,
-    `kl_coef`; without, it is best-of-n's. Groups with fewer than three points away from the start are left out.
+    `kl_coef`; without, it is best-of-n's. Curves with fewer than three points away from the start are left out.
     """
     groups: dict[tuple, list[Any]] = {}
     for one in found:
-        proxy = "seeds" if one["proxy"].isdigit() else one["proxy"]
-        groups.setdefault((one["size"], proxy, one.get("kl_coef")), []).append(one["rows"])
+        for proxy in (one["proxy"], "seeds") if one["proxy"].isdigit() else (one["proxy"],):
+            groups.setdefault((one["size"], proxy, one.get("kl_coef")), []).append(one["rows"])
     fitted = {key: fit_curves(curves, best_of_n=key[2] is None) for key, curves in groups.items()}
     names = ("size", "proxy", "kl_coef")
     return [{**dict(zip(names, key, strict=True)), **fit._asdict()} for key, fit in fitted.items() if fit is not None]
+
+
+def peaks(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`peak_and_drop` of the gold score of each of `found` (as for `fits`)."""
+    names = ("size", "proxy", "kl_coef")
+    return [{name: one.get(name) for name in names} | peak_and_drop(one["rows"], "gold")._asdict() for one in found]
 
 
 def at_distance(rows: Sequence[Mapping[str, Any]], distance: float, judge: str = "gold") -> float:
