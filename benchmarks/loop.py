@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jaxrlhf.evaluation import findings, overoptimization
+
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = 10  # stages of the default run; control and over-optimisation come on top
 
@@ -63,6 +65,7 @@ def one(seed: int, config: argparse.Namespace) -> dict[str, Any]:
         "command": command if new else None,  # the same by the clock outside, imports and report included
         "times": summary["times"],
         "second_round": second_round(summary["results"]),
+        "overoptimized": overoptimized(summary["results"]),
         "machine": summary["about"]["machine"],
         "versions": summary["about"]["versions"],
     }
@@ -83,6 +86,18 @@ def second_round(results: dict[str, Any]) -> dict[str, Any]:
     names = {"first": "evaluate", "control": "evaluate_control", "second": "evaluate_2"}
     kept = ("kl", "judges", "win_rate", "length", "distinct_2", "entropy")
     return {name: {key: results[stage]["candidate"][key] for key in kept} for name, stage in names.items() if stage in results}
+
+
+def overoptimized(results: dict[str, Any]) -> dict[str, Any]:
+    """PPO without the KL penalty against each reward model: TextBlob's largest fall, and the curve."""
+    kept = ("step", "kl", "proxy", "textblob", "vader", "distinct_2")
+    return {
+        pressed: {
+            "fall": overoptimization.peak_and_drop(rows, "textblob")._asdict(),
+            "curve": [{key: round(row[key], 4) for key in kept} for row in rows],
+        }
+        for pressed, rows in findings.overoptimized(results).items()
+    }
 
 
 if __name__ == "__main__":

@@ -55,17 +55,7 @@ def run(config: Config) -> dict[str, Any]:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            task = tasks.make(
-                config.task,
-                mesh,
-                config.policy,
-                config.reward,
-                config.sampling,
-                config.batch,
-                config.seed,
-                config.held_out_prompts,
-            )
-            return train(run, config, task, mesh)
+            return train(run, config, tasks.make(config, mesh), mesh)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:

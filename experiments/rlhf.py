@@ -58,7 +58,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     labeler: Literal["simulated", "human"] = "simulated"  # who chooses between the policy's answers
     control: bool = False  # also a second round with ratings only, to see what the choices are worth
-    overoptimize: bool = False  # also PPO without the KL penalty, to see a narrow reward model exploited
+    overoptimize: bool = False  # also PPO without the KL penalty, to see reward models exploited
     pretrain: pretrain.Config = pretrain.Config()
     sft: sft.Config = sft.Config()
     reward_model: reward_model.Config = reward_model.Config()
@@ -68,7 +68,7 @@ class Config:
     label: label.Config = label.Config()
     refresh: reward_model.Config = REFRESH  # the second round: from the first reward model, on ratings and choices
     ppo_again: ppo.Config = AGAIN
-    narrow: reward_model.Config = NARROW  # the reward model that is exploited, of ratings of movies alone
+    narrow: reward_model.Config = NARROW  # a second reward model to exploit, of ratings of movies alone
     overoptimization: ppo.Config = OVEROPTIMIZE
 
 
@@ -127,13 +127,11 @@ def plan(config: Config) -> list[tuple[str, Callable[[Any], dict[str, Any]], Any
             *tuned("_control"),
         ]
     if c.overoptimize:
+        free = dataclasses.replace(c.overoptimization, policy=start, **mesh)
         steps += [
+            ("overoptimize", ppo.run, dataclasses.replace(free, reward=folder("reward_model"))),
             ("reward_model_narrow", reward_model.run, dataclasses.replace(c.narrow, **trunk)),
-            (
-                "overoptimize",
-                ppo.run,
-                dataclasses.replace(c.overoptimization, policy=start, reward=folder("reward_model_narrow"), **mesh),
-            ),
+            ("overoptimize_narrow", ppo.run, dataclasses.replace(free, reward=folder("reward_model_narrow"))),
         ]
     return steps
 

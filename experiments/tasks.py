@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -46,43 +46,69 @@ class Task:
     """(policy params) -> held-out figures, the KL to the reference (`held_out/kl`) among them; answers beside the start's."""
 
 
-def make(
-    name: Name,
-    mesh: jax.sharding.Mesh,
-    start: Path,
-    reward: Path,
-    sampling: stage.Sampling,
-    batch: int,
-    seed: int,
-    held_out_prompts: int,
-) -> Task:
-    """The task called `name`: `batch` prompts an iteration, in an order drawn by `seed`. Arithmetic reads no `reward`.
+class Settings(Protocol):
+    """What the configuration of a script says of its task."""
+
+    @property
+    def task(self) -> Name:
+        """Which task."""
+        ...
+
+    @property
+    def policy(self) -> Path:
+        """Where the policy starts."""
+        ...
+
+    @property
+    def reward(self) -> Path:
+        """The reward model; arithmetic reads none."""
+        ...
+
+    @property
+    def sampling(self) -> stage.Sampling:
+        """How answers are drawn."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Prompts an iteration."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of the order of the prompts."""
+        ...
+
+    @property
+    def held_out_prompts(self) -> int:
+        """How many prompts the policy is judged on."""
+        ...
+
+
+def make(config: Settings, mesh: jax.sharding.Mesh) -> Task:
+    """The task called `config.task`.
 
     Raises:
         ValueError, FileNotFoundError: a folder holds no such model, or more held-out prompts are asked for than there are.
     """
-    if name == "arithmetic":
-        return arithmetic(mesh, start, sampling, batch, seed, held_out_prompts)
-    return sentiment(mesh, start, reward, sampling, batch, seed, held_out_prompts)
+    return arithmetic(config, mesh) if config.task == "arithmetic" else sentiment(config, mesh)
 
 
-def sentiment(
-    mesh: jax.sharding.Mesh, start: Path, reward: Path, sampling: stage.Sampling, batch: int, seed: int, held_out_prompts: int
-) -> Task:
-    """Continue the first words of a review; the reward model in `reward` scores."""
-    first = stage.load(start, mesh)
-    judged = stage.load(reward, mesh, "reward_model")
+def sentiment(config: Settings, mesh: jax.sharding.Mesh) -> Task:
+    """Continue the first words of a review; the reward model in `config.reward` scores."""
+    first = stage.load(config.policy, mesh)
+    judged = stage.load(config.reward, mesh, "reward_model")
     value = stage.reward(judged)
     setting = held_out.Setting(
         model=first.model,
         reference=first.params,
         reward=lambda answers: value(judged.params, answers),
-        prompts=held_out.prompts(first.tokenizer, held_out_prompts),
-        spec=stage.spec(sampling, first.tokenizer),
+        prompts=held_out.prompts(first.tokenizer, config.held_out_prompts),
+        spec=stage.spec(config.sampling, first.tokenizer),
         tokenizer=first.tokenizer,
         mesh=mesh,
     )
-    return learned(setting, first, review_prompts(first.tokenizer, batch, seed), held_out.JUDGES)
+    return learned(setting, first, review_prompts(first.tokenizer, config.batch, config.seed), held_out.JUDGES)
 
 
 def learned(setting: held_out.Setting, start: stage.Trained, prompts: Any, judged_by: Mapping[str, judges.Judge]) -> Task:
@@ -107,13 +133,11 @@ def review_prompts(tokenizer: Tokenizer, batch: int, seed: int) -> Any:
     return pipeline.prompt_batches(pipeline.cut_prompts(tokenizer.encode_batch(texts), tokenizer, seed), batch, seed)
 
 
-def arithmetic(
-    mesh: jax.sharding.Mesh, start: Path, sampling: stage.Sampling, batch: int, seed: int, held_out_prompts: int
-) -> Task:
+def arithmetic(config: Settings, mesh: jax.sharding.Mesh) -> Task:
     """Write a sum: 1 for the right answer, and 0.1 for an answer of digits alone."""
-    first = stage.load(start, mesh)
-    tokenizer, spec, rows = first.tokenizer, stage.spec(sampling, first.tokenizer), sums.problems("train")
-    asked = held_out_sums(held_out_prompts)
+    first = stage.load(config.policy, mesh)
+    tokenizer, spec, rows = first.tokenizer, stage.spec(config.sampling, first.tokenizer), sums.problems("train")
+    asked = held_out_sums(config.held_out_prompts)
     parts = {"correct": functions.exact_match, "digits": functions.format_match(r"\d+")}
     weights = {"correct": 1.0, "digits": 0.1}
     setting = held_out.Setting(
@@ -125,7 +149,7 @@ def arithmetic(
         tokenizer=tokenizer,
         mesh=mesh,
     )
-    _, before = greedy(first, first.params, sampling, held_out_prompts, mesh)
+    _, before = greedy(first, first.params, config.sampling, config.held_out_prompts, mesh)
 
     def score(rollout: Rollout, prompts: Prompts) -> tuple[jax.Array, jax.Array, Figures]:
         index = np.repeat(np.asarray(prompts.row), rollout.tokens.shape[0] // prompts.row.shape[0])
@@ -135,7 +159,7 @@ def arithmetic(
         return *sharding.shard_batch((total.score, total.weight), mesh), figures
 
     def judge(params: Any) -> tuple[Figures, list[dict[str, str]]]:
-        accuracy, answers = greedy(first, params, sampling, held_out_prompts, mesh)
+        accuracy, answers = greedy(first, params, config.sampling, config.held_out_prompts, mesh)
         drawn = held_out.sample(setting, params, jax.random.key(1))
         figures = {
             "held_out/accuracy": accuracy,
@@ -149,7 +173,7 @@ def arithmetic(
         return figures, [{"prompt": row["prompt"], "before": old, "after": new} for row, old, new in shown]
 
     texts = [row["prompt"] for row in rows]
-    prompts = pipeline.prompt_batches(pipeline.text_prompts(texts, tokenizer, PROMPT_WIDTH), batch, seed)
+    prompts = pipeline.prompt_batches(pipeline.text_prompts(texts, tokenizer, PROMPT_WIDTH), config.batch, config.seed)
     return Task(first, spec, prompts, score, judge)
 
 

@@ -517,7 +517,7 @@ MUTATIONS = (
         "models/heads.py",
         "jnp.where(masking.unpack_bits(kept, model.vocab_size), logits, IMPOSSIBLE)",
         "logits + 0.0 * masking.unpack_bits(kept, model.vocab_size)",
-        "test_sampler_agreement.py::test_replayed_over_the_kept_set_the_learner_has_the_distribution_drawn_from",
+        "test_sampler_agreement.py::test_replayed_over_the_kept_set_the_learner_has_the_distribution_drawn_from[k5]",
     ),
     Mutation(
         "scorer-forgets-the-temperature",
@@ -720,9 +720,9 @@ MUTATIONS = (
     ),
     Mutation(
         "given-rows-are-scored-one-token-late",
-        "sampling/rollout.py",
-        "predicted = jnp.take_along_axis(tokens, index, axis=1)",
-        "predicted = jnp.take_along_axis(tokens, jnp.maximum(index - 1, 0), axis=1)",
+        "models/heads.py",
+        "jnp.take_along_axis(tokens, index, axis=1)",
+        "jnp.take_along_axis(tokens, jnp.maximum(index - 1, 0), axis=1)",
         "test_batch_logprobs.py::test_plain_softmax_of_pairs",
     ),
     Mutation(

@@ -1,4 +1,4 @@
-"""Random pairs with every edge case, and the train step's gradient under a split: shared by the tests of DPO, ORPO and KTO."""
+"""Random pairs with every edge case, shared by the tests of DPO, ORPO and KTO."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Preferences
 from jaxrlhf.models import transformer
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.training import objective, step
 
 ROWS, PROMPT, WIDTH, VOCAB = 8, 3, 6, 22
 T = PROMPT + WIDTH
@@ -70,37 +67,6 @@ def finite_differences(function, x: np.ndarray, step_size: float = 1e-5) -> np.n
         low[place] -= step_size
         out[place] = (function(high) - function(low)) / (2 * step_size)
     return out
-
-
-def assert_same_gradient_for_every_split(loss, config, batch) -> None:
-    """Through the train step and a real model: microbatches 1, 2 and 8, relative 1e-5."""
-    params = jax.jit(MODEL.init)(jax.random.key(0))
-    outputs = objective.make_outputs(MODEL)
-    found = []
-    for microbatches in (1, 2, 8):
-        train_step = step.make_train_step(outputs, loss, config, optax.sgd(1.0), microbatches)
-        state = step.init_state(params, optax.sgd(1.0), jax.random.key(1))
-        state, metrics = train_step(state, None, batch)
-        moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, state.params)
-        found.append((moved, jax.device_get(metrics)))
-    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(found[0][0])) > 1e-3  # there is a gradient
-    for moved, metrics in found[1:]:
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(found[0][0]), strict=True):
-            # Relative to the leaf's largest number, since single entries may cancel; plus a weight's rounding.
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() + 1e-7, err_msg=sharding.path_name(path))
-        for name, value in found[0][1].items():
-            np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-
-
-def assert_same_on_eight_devices(loss, config, batch, outputs) -> None:
-    """Terms and metrics of rows that are spread over devices."""
-    run = jax.jit(lambda o, b: loss(o, b, config))
-    one = run(outputs, batch)
-    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=8))
-    with jax.set_mesh(mesh):
-        eight = run(*sharding.shard_batch((outputs, batch), mesh))
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # sums over devices add in another order
 
 
 def spoiled(leaves, batch, garbage: float):

@@ -233,16 +233,6 @@ def test_nothing_to_learn_from_gives_zero_not_nan():
     assert (term.sum, term.count, metrics["preferences/pairs"]) == (0, 0, 0)
 
 
-def test_loss_and_gradient_do_not_depend_on_the_split():
-    config = dataclasses.replace(dpo.CDPO, nll_coef=0.2)
-    batch, _, _ = dpo.prepare(cases.preferences(11), (), config)
-    cases.assert_same_gradient_for_every_split(dpo.loss, config, batch)
-
-
-def test_the_number_of_devices_changes_nothing():
-    cases.assert_same_on_eight_devices(dpo.loss, dpo.CDPO, *prepared(12, dpo.CDPO))
-
-
 def test_before_the_first_update_policy_and_reference_are_one():
     """Reference log-probs computed ahead and the objective's are of the same distribution: every implicit reward is 0."""
     params = jax.jit(cases.MODEL.init)(jax.random.key(3))

@@ -117,7 +117,8 @@ def test_the_control_and_the_over_optimised_run(tmp_path):
     results = json.loads((tmp_path / "more" / "summary.json").read_text())["results"]
     narrow = json.loads((tmp_path / "more" / "reward_model_narrow" / "result.json").read_text())
     assert narrow["accuracy"]["model"] != results["reward_model"]["accuracy"]["model"]  # it read the ratings of movies alone
-    assert results["overoptimize"]["curve"][-1]["held_out/kl"] > 0
+    for stage in ("overoptimize", "overoptimize_narrow"):
+        assert results[stage]["curve"][-1]["held_out/kl"] > 0
     assert results["evaluate_control"]["candidate"]["kl"] != results["evaluate_2"]["candidate"]["kl"]
 
 

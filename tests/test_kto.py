@@ -169,16 +169,6 @@ def test_extreme_log_ratios_give_finite_numbers(far):
     assert np.isfinite(gradient).all()
 
 
-def test_loss_and_gradient_do_not_depend_on_the_split():
-    batch, _, _ = kto.prepare(examples(7), (), CONFIG)
-    cases.assert_same_gradient_for_every_split(kto.loss, CONFIG, batch)
-
-
-def test_the_number_of_devices_changes_nothing():
-    batch, outputs = prepared(8)
-    cases.assert_same_on_eight_devices(kto.loss, CONFIG, batch, outputs)
-
-
 def test_what_makes_no_sense_is_refused():
     for name in ("beta", "desirable_weight", "undesirable_weight"):
         with pytest.raises(ValueError, match=f"{name}=0.0"):

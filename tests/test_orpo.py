@@ -113,15 +113,6 @@ def test_masked_places_are_not_read(garbage):
     cases.assert_bit_equal(everything(outputs, batch), everything(dirty_outputs, dirty_batch))
 
 
-def test_loss_and_gradient_do_not_depend_on_the_split():
-    batch, _, _ = orpo.prepare(cases.preferences(5), (), CONFIG)
-    cases.assert_same_gradient_for_every_split(orpo.loss, CONFIG, batch)
-
-
-def test_the_number_of_devices_changes_nothing():
-    cases.assert_same_on_eight_devices(orpo.loss, CONFIG, *prepared(6))
-
-
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match=r"odds_coef=-0\.1"):
         orpo.Config(odds_coef=-0.1)

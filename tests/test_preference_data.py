@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from preference_cases import preferences
 
-from experiments import arithmetic, preference_data, stage, tasks
+from experiments import arithmetic, ppo, preference_data, stage, tasks
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import sources, tfds_preferences
@@ -101,7 +101,7 @@ def test_own_answers_are_paired_by_the_tasks_score(tmp_path):
         return total, jnp.where(rollout.group == rollout.group[0], 0.0, 1.0), {}
 
     with jax.set_mesh(mesh):
-        task = tasks.make("arithmetic", mesh, tmp_path, tmp_path, tasks.ARITHMETIC, 4, 1, 48)
+        task = tasks.make(dataclasses.replace(ppo.ARITHMETIC, policy=tmp_path, batch=4, held_out_prompts=48), mesh)
         config = preference_data.Config(prompts=8, n=3, held_out=0.3)
         pairs = preference_data.judged(config, dataclasses.replace(task, score=score), mesh, 1)
     sides = [pairs.train, pairs.held_out]

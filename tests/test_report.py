@@ -105,9 +105,14 @@ def _results() -> dict[str, dict]:
         "reward_model_control": reward,
         "ppo_control": ppo,
         "evaluate_control": control,
-        "overoptimize": {"curve": _curve(60, 1.4, lambda d: 0.14 + 0.19 * d * math.exp(-d / 4.5)), "samples": SAMPLES[:2]},
+        "overoptimize": {"curve": _curve(60, 0.2, lambda d: 0.1 * d), "samples": SAMPLES[:2]},
+        "reward_model_narrow": reward,
+        "overoptimize_narrow": {
+            "curve": _curve(60, 1.4, lambda d: 0.14 + 0.19 * d * math.exp(-d / 4.5)),
+            "samples": SAMPLES[:2],
+        },
     }
-    times = [191, 14, 118, 72, 18, 9, 0.6, 45, 70, 12, 45, 70, 12, 80]
+    times = [191, 14, 118, 72, 18, 9, 0.6, 45, 70, 12, 45, 70, 12, 80, 50, 80]
     return {
         stage: result | {"seconds": float(wall), "cpu_seconds": 1.7 * wall}
         for (stage, result), wall in zip(results.items(), times, strict=True)
@@ -304,9 +309,17 @@ def test_best_of_n_is_called_cheaper_only_where_it_is():
     assert "51.0 % by TextBlob at 1.2 nats or less; PPO's KL is 5.1 times that." in text
 
 
+def test_the_verdict_names_the_reward_model_that_was_exploited():
+    results = _results()
+    assert "a reward model of movie ratings alone is exploited" in " ".join(findings.verdict(results))
+    for stage in ("overoptimize", "overoptimize_narrow"):
+        results[stage] = _results()["overoptimize" if stage == "overoptimize_narrow" else "overoptimize_narrow"]
+    assert "penalty the reward model is exploited" in " ".join(findings.verdict(results))
+
+
 def test_the_verdict_says_when_over_optimisation_did_not_show():
     results = _results()
-    results["overoptimize"]["curve"] = _curve(60, 0.2, lambda d: 0.1 * d)
+    results["overoptimize_narrow"]["curve"] = _curve(60, 0.2, lambda d: 0.1 * d)
     assert "did not show clearly" in " ".join(findings.verdict(results))
 
 
@@ -320,13 +333,13 @@ def test_a_person_who_chose_is_named(tmp_path):
     assert "VADER made the choices here" not in text
 
 
-@pytest.mark.parametrize("count", range(1, 15))
+@pytest.mark.parametrize("count", range(1, 17))
 def test_absent_stages_are_left_out(tmp_path, count):
     results = dict(list(_results().items())[:count])
     report.write(make_run(tmp_path / "run", results))
     text = _read(tmp_path / "run")
     assert ("Second round" in text) == (count >= 7)  # from the choices on
-    assert ("Over-optimisation" in text) == (count == 14)
+    assert ("Over-optimisation" in text) == (count >= 14)
 
 
 @pytest.mark.parametrize("stage", list(_results()))

@@ -8,15 +8,11 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import reference_reward
 
 from jaxrlhf.algorithms import pairwise, reward
 from jaxrlhf.core.types import Outputs, Preferences
-from jaxrlhf.models import transformer
-from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.training import objective, step
 
 TIES = ("half", "davidson", "rao_kupper")
 
@@ -237,30 +233,3 @@ def test_choices_that_length_cannot_explain_are_refused():
 def test_impossible_configurations(field, value):
     with pytest.raises(ValueError, match=f"{field}=.?{value}"):
         reward.Config(**{field: value})
-
-
-@pytest.mark.parametrize("ties", TIES)
-def test_any_split_gives_the_same_gradient(ties):
-    config = TransformerConfig(23, 8, 1, 2, 2, 4, 16, 24)
-    model = transformer.build(config)
-    params = {
-        "trunk": jax.jit(model.init)(jax.random.key(0)),
-        "head": {"weight": jnp.linspace(-1, 1, 8), "bias": jnp.float32(0)},
-    }
-    batch = random_batch(6)[0]
-    tokens = jax.random.randint(jax.random.key(1), (4, 5, 24), 3, 23)
-    batch = dataclasses.replace(batch, tokens=tokens)
-    outputs = objective.make_outputs(model, logprobs=False, scores="mean", trunk="trunk")
-    settings = reward.Config(ties=ties, length_coef=0.05, centre_coef=0.1)
-
-    def moved(microbatches: int):
-        train = step.make_train_step(outputs, reward.loss, settings, optax.sgd(1.0), microbatches)
-        state = step.init_state(params, optax.sgd(1.0), jax.random.key(2))
-        state, metrics = train(state, None, batch)
-        return jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, state.params), jax.device_get(metrics)
-
-    (whole, metrics), (parts, again) = moved(1), moved(4)
-    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max() + 1e-7)
-    for name, value in metrics.items():
-        assert again[name] == pytest.approx(value, rel=1e-5), name

@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import struct
 
-from jaxrlhf.algorithms import lm, ppo
+from jaxrlhf.algorithms import ppo
 from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.types import Outputs, SamplingSpec, Term
 from jaxrlhf.models import heads, transformer
@@ -127,23 +127,6 @@ def test_loss_and_gradient_do_not_depend_on_the_split(microbatches):
     assert metrics.keys() == split_metrics.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(split_metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
-
-
-def test_packed_language_modelling_does_not_depend_on_the_split():
-    rng = np.random.default_rng(0)
-    segments = np.zeros((8, 12), np.int32)
-    for row in range(8):  # between 2 and 12 real tokens, in one or two texts
-        segments[row, : 2 + row] = 1
-        segments[row, 2 + row : 2 + row + rng.integers(0, 10 - row)] = 2
-    batch = lm.packed(jnp.asarray(rng.integers(3, 22, (8, 12)), jnp.int32), jnp.asarray(segments))
-    outputs = objective.make_outputs(MODEL, packed=True)
-    found = []
-    for microbatches in (1, 4):
-        train_step = step.make_train_step(outputs, lm.loss, lm.Config(), optax.sgd(1.0), microbatches)
-        state, metrics = run(train_step, batch, params=parameters()["policy"])
-        found.append((less(parameters()["policy"], state.params), metrics["loss/lm"]))
-    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5)
-    assert_close(found[1][0], found[0][0], 1e-5)
 
 
 def test_a_batch_that_does_not_divide_is_refused():

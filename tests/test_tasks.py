@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from experiments import arithmetic as start
-from experiments import stage, tasks
+from experiments import ppo, stage, tasks
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Rollout
@@ -41,7 +43,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def task(mesh, folder):
     with jax.set_mesh(mesh):
-        return tasks.make("arithmetic", mesh, folder, folder, tasks.ARITHMETIC, 4, 1, 48)
+        return tasks.make(dataclasses.replace(ppo.ARITHMETIC, policy=folder, batch=4, held_out_prompts=48), mesh)
 
 
 def answered(prompts, answers: list[list[str]], tokenizer) -> Rollout:
@@ -87,7 +89,7 @@ def test_prompts_are_drawn_by_the_seed_and_none_is_held_out(mesh, folder):
     orders = []
     for seed in (1, 1, 2):
         with jax.set_mesh(mesh):
-            task = tasks.make("arithmetic", mesh, folder, folder, tasks.ARITHMETIC, 64, seed, 8)
+            task = tasks.make(dataclasses.replace(ppo.ARITHMETIC, policy=folder, batch=64, seed=seed, held_out_prompts=8), mesh)
         tokens = np.concatenate([task.prompts[i].tokens for i in range(4)])
         index = np.concatenate([task.prompts[i].row for i in range(4)])
         prompts = task.start.tokenizer.decode_batch(tokens)

@@ -11,6 +11,10 @@ Number = int | float
 Results = Mapping[str, Mapping[str, Any]]  # stage -> result.json
 
 MAIN = ("pretrain", "sft", "reward_model", "ppo", "evaluate", "sample_pairs", "label", "reward_model_2", "ppo_2", "evaluate_2")
+PRESSED = {  # stages of PPO without the KL penalty, and what each was trained against
+    "overoptimize": "the reward model",
+    "overoptimize_narrow": "a reward model of movie ratings alone",
+}
 JUDGES = {"vader": "VADER", "textblob": "TextBlob", "ridge": "ridge"}
 ENOUGH = 384  # held-out prompts from which on the bars mean something
 DROP = 0.15  # fall of the outside judge from its peak that counts as over-optimisation
@@ -69,6 +73,18 @@ def curve(results: Results, stage: str) -> list[dict[str, Any]]:
     """The held-out evaluations of a PPO stage: kl, sqrt_kl, proxy, judges, ... and `step`."""
     rows = get(results, stage, "curve") or []
     return overoptimization.curve([{key.removeprefix("held_out/"): value for key, value in row.items()} for row in rows])
+
+
+def overoptimized(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """The curves of PPO without the KL penalty, by what was pressed."""
+    curves = {name: curve(results, stage) for stage, name in PRESSED.items()}
+    return {name: rows for name, rows in curves.items() if len(rows) > 1}
+
+
+def clearest_fall(results: Results) -> tuple[str, overoptimization.Peak] | None:
+    """What was pressed where TextBlob fell most, and how; None without such runs."""
+    peaks = [(name, overoptimization.peak_and_drop(rows, "textblob")) for name, rows in overoptimized(results).items()]
+    return max(peaks, key=lambda found: found[1].drop, default=None)
 
 
 def best_of(results: Results) -> dict[str, Any] | None:
@@ -149,10 +165,9 @@ def _policy_bars(results: Results, add: Any) -> None:
 
 
 def _round_bars(results: Results, add: Any) -> None:
-    free = curve(results, "overoptimize")
-    if free:
-        peak = overoptimization.peak_and_drop(free, "textblob")
-        add("Without KL penalty: TextBlob's fall from its peak", peak.drop, DROP, form="{:.1f} %")
+    if (fall := clearest_fall(results)) is not None:
+        peak = fall[1]
+        add("Without KL penalty: TextBlob's largest fall from a peak", peak.drop, DROP, form="{:.1f} %")
         add("Without KL penalty: proxy's rise since that peak", peak.proxy_rise, 0.0, form="{:.2f}")
     choices = get(results, "label", "choices")
     if choices is not None:
@@ -214,12 +229,11 @@ def _caution(results: Results) -> str:
     parts = [_against_ridge(results)]
     tuned = get(results, "evaluate", "candidate")
     parts.append(_against_best_of(results))
-    free = curve(results, "overoptimize")
-    if free:
-        peak = overoptimization.peak_and_drop(free, "textblob")
+    if (fall := clearest_fall(results)) is not None:
+        pressed, peak = fall
         parts.append(
-            "Without the KL penalty a reward model of movie ratings alone is exploited: its score still rises while TextBlob "
-            f"falls {percent(peak.drop, 0)} from its peak."
+            f"Without the KL penalty {pressed} is exploited: its score still rises while TextBlob falls "
+            f"{percent(peak.drop, 0)} from its peak."
             if peak.drop >= DROP and peak.proxy_rise > 0
             else "Without the KL penalty, over-optimisation did not show clearly in this run."
         )

@@ -20,7 +20,8 @@ reward_model_2  as reward_model; choices {held_out, accuracy}, optional accuracy
 ppo_2           as ppo
 evaluate_2      as evaluate (best_of_n not needed)
 *_control       reward_model_control, ppo_control, evaluate_control: as *_2, refreshed without the choices
-overoptimize    as ppo, trained without the KL penalty against `reward_model_narrow` (ratings of movies); optional samples
+overoptimize*   as ppo, trained without the KL penalty: overoptimize against `reward_model`, overoptimize_narrow against
+                `reward_model_narrow` (ratings of movies); optional samples
 ==============  ====================================================================================================
 
 `config.yaml` of the run, or of its first stage, gives the seed.
@@ -43,7 +44,7 @@ from jaxrlhf.evaluation import findings, page, plots, sections
 STAGES = (
     *findings.MAIN,
     *("reward_model_control", "ppo_control", "evaluate_control"),
-    *("reward_model_narrow", "overoptimize"),
+    *("overoptimize", "reward_model_narrow", "overoptimize_narrow"),
 )
 PACKAGES = (
     "jaxrlhf",

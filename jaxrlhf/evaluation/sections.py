@@ -323,17 +323,26 @@ def _columns(found: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 
 
 def overoptimized(results: Results) -> list[Block]:
-    """PPO without the KL penalty: proxy, judges and diversity against the distance."""
-    curve = findings.curve(results, "overoptimize")
-    if len(curve) < 2:
+    """PPO without the KL penalty: proxy, judges and diversity against the distance, for each reward model that was pressed."""
+    curves = findings.overoptimized(results)
+    if not curves:
         return []
-    drawn = _distance("overoptimize", curve)
+    blocks: list[Block] = [Heading("Over-optimisation: PPO without the KL penalty")]
+    for stage, pressed in findings.PRESSED.items():
+        if pressed in curves:
+            blocks += _pressed(results, stage, pressed, curves[pressed])
+    advice = "VADER adds up word scores, so praise stuffed into a text saturates it: never read it alone."
+    return [*blocks, Paragraph(f"{advice} TextBlob averages the words that it knows: it sees neither repetition nor grammar.")]
+
+
+def _pressed(results: Results, stage: str, pressed: str, curve: list[dict[str, Any]]) -> list[Block]:
+    drawn = _distance(stage, curve)
     if all("distinct_2" in row for row in curve):
         series = [plots.Series("distinct-2", *_xy(curve, "distinct_2"), 2, marks=True)]
         drawn.append(
-            Figure("overoptimize_distinct", plots.lines("Distinct-2", series, "\u221aKL to the fine-tuned model", zero=True))
+            Figure(f"{stage}_distinct", plots.lines("Distinct-2", series, "\u221aKL to the fine-tuned model", zero=True))
         )
-    said = ["The reward model that is pressed here learned from ratings of movies alone: narrow feedback is exploited soonest."]
+    said = [f"Pressed: {pressed}."]
     for judge in ("textblob", "vader"):
         if judge in curve[0]:
             peak = overoptimization.peak_and_drop(curve, judge)
@@ -345,13 +354,11 @@ def overoptimized(results: Results) -> list[Block]:
             said.append(
                 f"{JUDGES[judge]} {fall if peak.drop > 0.005 else f'does not turn down ({peak.final:.2f} at the end)'}."
             )
-    said.append("VADER adds up word scores, so praise stuffed into a text saturates it: never read it alone.")
     shown = [
         Sample(row["prompt"], [("fine-tuned", row["before"]), ("no KL penalty", row["after"])])
-        for row in get(results, "overoptimize", "samples") or []
+        for row in get(results, stage, "samples") or []
     ]
-    blocks = [Figures(drawn), Paragraph(" ".join(said)), *([Samples(shown)] if shown else [])]
-    return [Heading("Over-optimisation: PPO without the KL penalty"), *blocks]
+    return [Figures(drawn), Paragraph(" ".join(said)), *([Samples(shown)] if shown else [])]
 
 
 def second_round(results: Results) -> list[Block]:

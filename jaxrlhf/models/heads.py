@@ -178,6 +178,12 @@ def response_hidden(hidden: Float[Array, "b t d"], prompt_len: Int[Array, " b"],
     return jnp.take_along_axis(hidden, index[..., None], axis=1)
 
 
+def response_tokens(tokens: Int[Array, "b t"], prompt_len: Int[Array, " b"], width: int) -> Int[Array, "b {width}"]:
+    """The tokens of the response, at places prompt_len + t. Places past the row's end repeat its last token."""
+    index = jnp.clip(masking.response_index(prompt_len, width), 0, tokens.shape[1] - 1)
+    return jnp.take_along_axis(tokens, index, axis=1)
+
+
 def value_specs(width: int) -> dict[str, ParamSpec]:
     """A value head that starts at 0. Source: openai/lm-human-preferences model.py (`scale=0`)."""
     return {"weight": ParamSpec((width,), (None,), sharding.zeros), "bias": ParamSpec((), (), sharding.zeros)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,7 @@ def experience(
 def _experience(model, spec, options, params, reference, rollout) -> Experience:
     critic = roles.has_value(params)
     own = rollout.sampled_logprobs if spec.replayed else rollout.logprobs
+    width = own.shape[1]
 
     def score(args):
         part, own = args
@@ -74,10 +75,10 @@ def _experience(model, spec, options, params, reference, rollout) -> Experience:
             hidden = model.hidden(params["policy"], part.tokens)
         logprobs = own
         if not options.reuse_sampler_logprobs:
-            logprobs = _logprobs(model, params["policy"], hidden, part, spec, kept=part.kept)[0]
+            logprobs = _logprobs(model, params["policy"], hidden, part, width, spec, kept=part.kept)[0]
         values = _values(*roles.value_states(model, params, part.tokens, hidden), part) if critic else (None, None)
         ref_hidden = model.hidden(reference, part.tokens)
-        ref_logprobs = _logprobs(model, reference, ref_hidden, part, spec)[0]
+        ref_logprobs = _logprobs(model, reference, ref_hidden, part, width, spec)[0]
         ref_kl = _token_kl(model, (params["policy"], reference), (hidden, ref_hidden), part, spec) if options.exact_kl else None
         return logprobs, *values, ref_logprobs, ref_kl
 
@@ -105,7 +106,7 @@ def score_rollout(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score_rollout(model, spec, rows, policy, rollout):
     def score(part: Rollout):
-        return _logprobs(model, policy, model.hidden(policy, part.tokens), part, spec, entropy=True)
+        return _logprobs(model, policy, model.hidden(policy, part.tokens), part, rollout.logprobs.shape[1], spec, entropy=True)
 
     return _by_rows(score, rollout, rows)
 
@@ -131,17 +132,17 @@ def _logprobs(
     model: Model,
     trunk: Any,
     hidden: Float[Array, "b t d"],
-    part: Rollout,
-    spec: SamplingSpec,
+    rows: Any,
+    width: int,
+    spec: SamplingSpec | None,
     entropy: bool = False,
     kept: UInt32[Array, "b r w"] | None = None,
 ) -> tuple[Float[Array, "b r"], Float[Array, "b r"] | None]:
-    width = part.logprobs.shape[1]
-    index = jnp.minimum(masking.response_index(part.prompt_len, width), part.tokens.shape[1] - 1)
-    tokens = jnp.take_along_axis(part.tokens, index, axis=1)
-    states = heads.response_hidden(hidden, part.prompt_len, width)
+    """Log-probs and entropies of the response tokens of `rows` (tokens, prompt_len, response_len), 0 past the end."""
+    tokens = heads.response_tokens(rows.tokens, rows.prompt_len, width)
+    states = heads.response_hidden(hidden, rows.prompt_len, width)
     logprobs, entropies = heads.token_logprobs(model, trunk, states, tokens, spec, entropy, kept=kept)
-    mask = masking.response_mask(part.response_len, width)
+    mask = masking.length_mask(rows.response_len, width)
     return masking.masked(logprobs, mask), None if entropies is None else masking.masked(entropies, mask)
 
 
@@ -194,21 +195,21 @@ def batch_logprobs(
     return _batch_logprobs(model, spec, width, rows, policy, *fields)
 
 
+class _Rows(NamedTuple):
+    tokens: jax.Array  # [B, T]
+    prompt_len: jax.Array  # [B]
+    response_len: jax.Array  # [B]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _batch_logprobs(model, spec, width, rows, policy, tokens, prompt_len, response_len):
     shape = response_len.shape
     count = response_len.size
     rows = min(rows, count)
-    flat = tokens.reshape(count, -1), prompt_len.reshape(count), response_len.reshape(count)
+    flat = _Rows(tokens.reshape(count, -1), prompt_len.reshape(count), response_len.reshape(count))
     filled = jax.tree.map(lambda x: jnp.pad(x, [(0, -count % rows)] + [(0, 0)] * (x.ndim - 1)), flat)
 
-    def score(part):
-        tokens, prompt_len, response_len = part
-        hidden = model.hidden(policy, tokens)
-        index = jnp.clip(masking.response_index(prompt_len, width), 0, tokens.shape[1] - 1)
-        states = heads.response_hidden(hidden, prompt_len, width)
-        predicted = jnp.take_along_axis(tokens, index, axis=1)
-        logprobs, _ = heads.token_logprobs(model, policy, states, predicted, spec)
-        return masking.masked(logprobs, masking.length_mask(response_len, width))
+    def score(part: _Rows) -> jax.Array:
+        return _logprobs(model, policy, model.hidden(policy, part.tokens), part, width, spec)[0]
 
     return _by_rows(score, filled, rows)[:count].reshape(*shape, width)

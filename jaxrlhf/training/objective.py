@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from jaxrlhf.core import masking, sharding
 from jaxrlhf.core import members as ensembles
+from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Outputs, SamplingSpec
 from jaxrlhf.models import heads, roles
 from jaxrlhf.models.model import Model
@@ -147,5 +146,5 @@ def _shifted(tokens: jax.Array, hidden: jax.Array, width: int) -> tuple[jax.Arra
 
 def _gathered(rows: _Rows, hidden: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     """The R response tokens of each row, and the states that predict them."""
-    index = jnp.clip(masking.response_index(rows.prompt_len, width), 0, rows.tokens.shape[1] - 1)
-    return jnp.take_along_axis(rows.tokens, index, axis=1), heads.response_hidden(hidden, rows.prompt_len, width)
+    tokens = heads.response_tokens(rows.tokens, rows.prompt_len, width)
+    return tokens, heads.response_hidden(hidden, rows.prompt_len, width)
