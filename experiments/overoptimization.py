@@ -114,10 +114,10 @@ def run(config: Config) -> dict[str, Any]:
             proxies = {f"{n} layers, {k} choices": proxy(config, lab, sets, n, k) for n, k in sizes}
             best = choose_best(config, lab, proxies)
             pressed = [row for size, judged in proxies.items() for row in press(config, lab, size, judged)]
-        figures = {"best_of_n": overoptimization.figure("Best of n: gold score, and (faint) the proxy's", best)}
+        figures = {"best_of_n": overoptimization.figure("Best of n: gold score (faint: the proxy's)", best)}
         for coef in config.kl_coefs:
             rows = [row for row in pressed if row["kl_coef"] == coef]
-            title = f"PPO, KL coefficient {coef:g}: gold score, and (faint) the proxy's"
+            title = f"PPO, KL price {coef:g}: gold score (faint: the proxy's)"
             figures[f"ppo_{coef:g}"] = overoptimization.figure(title, rows)
         (config.out / "plots").mkdir(exist_ok=True)
         for name, picture in figures.items():
