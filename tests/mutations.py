@@ -726,6 +726,27 @@ MUTATIONS = (
         "test_batch_logprobs.py::test_plain_softmax_of_pairs",
     ),
     Mutation(
+        "rows-that-left-come-back-in-another-place",
+        "sampling/generate.py",
+        "every.at[row].set(own)",
+        "every.at[jnp.arange(row.shape[0])].set(own)",
+        "test_generate.py::test_rows_that_have_ended_leave_and_change_nothing[one]",
+    ),
+    Mutation(
+        "rows-that-go-on-leave",
+        "sampling/generate.py",
+        "jnp.argsort(~_live(wave), stable=True)[:size]",
+        "jnp.argsort(_live(wave), stable=True)[:size]",
+        "test_generate.py::test_rows_that_have_ended_leave_and_change_nothing[one]",
+    ),
+    Mutation(
+        "a-row-continues-another-prompt",
+        "models/transformer.py",
+        'prompts = rows // (responses // cache["length"].shape[0])',
+        'prompts = rows % cache["length"].shape[0]',
+        "test_generate.py::test_rows_that_have_ended_leave_and_change_nothing[one]",
+    ),
+    Mutation(
         "gain-counted-from-the-row-before",
         "evaluation/overoptimization.py",
         "(after[judge] - before[judge]) - rows[0][judge])",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import overoptimization as study
-from jaxrlhf.evaluation import overoptimization
+from jaxrlhf.evaluation import overoptimization, plots
 
 
 def test_pairs_follow_the_gold_score():
@@ -79,10 +79,13 @@ def test_proxies_of_a_size_are_compared_where_all_of_them_came():
 
 
 def test_the_figure_shows_the_mean_over_the_seeds_of_each_size():
-    rows = [{"size": "small", "proxy": str(m), "rows": curve(m, 0.5, 0.1, True)} for m in range(2)]
+    rows = [{"size": "small", "proxy": str(m), "rows": curve(m, 0.5, 0.0, True)} for m in range(2)]
     rows.append({"size": "small", "proxy": "worst", "rows": curve(100, 0.5, 0.1, True)})
-    picture = overoptimization.figure("Best of n", rows)
-    assert "small: 0.5 at 0" in picture  # the gold scores of the seeds start at 0 and 1, those of the ensemble at 100
+    x = [0.0, 1.0, 2.0, 3.0, 4.0]
+    gold = plots.Series("small", x, [0.5, 1.0, 1.5, 2.0, 2.5], 0, marks=True)  # the seeds start at 0 and 1
+    proxy = plots.Series("small, proxy", x, [0.0, 2.0, 4.0, 6.0, 8.0], 0, faint=True)
+    expected = plots.lines("Best of n", [gold, proxy], "\u221aKL to the fine-tuned model (nats)")
+    assert overoptimization.figure("Best of n", rows) == plots.alone(expected)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def build(config: TransformerConfig) -> Model:
         decode_params=functools.partial(decode_params, config),
         prefill=functools.partial(prefill, config),
         decode=functools.partial(decode, config),
+        take=take,
     )
 
 
@@ -293,6 +294,21 @@ def decode(
         x = sharding.constrain(x, "batch", "residual")
         grown.append(response)
     return _norm(config, params["norm"], x), cache | {"response": tuple(grown)}
+
+
+def take(cache: Cache, rows: Int[Array, " m"]) -> Cache:
+    """The cache of some rows, in this order, each with a prompt of its own: samples of one prompt end at different times."""
+    responses = cache["response"][0][0].shape[0]
+    prompts = rows // (responses // cache["length"].shape[0])
+
+    def of(index: jax.Array, x: jax.Array) -> jax.Array:
+        return sharding.constrain(x[index], "batch", *("kv_heads", None, None)[: x.ndim - 1])
+
+    return cache | {
+        "length": cache["length"][prompts],
+        "prompt": jax.tree.map(functools.partial(of, prompts), cache["prompt"]),
+        "response": jax.tree.map(functools.partial(of, rows), cache["response"]),
+    }
 
 
 def _decode_attention(query, prompt, response, length, step):
