@@ -89,11 +89,11 @@ def amount(examples: int, batch: int, scale: float, multiple: int = 8) -> Amount
     return Amount(math.ceil(examples * scale / smaller), smaller)
 
 
-def main(recipe: Recipe, stand_in: examples.StandIn, about: str, scale: float) -> None:
-    """A recipe as a script: its stand-in at `scale`; the published run, for local files; and a smoke test."""
+def main(recipe: Recipe, stand_in: examples.StandIn, about: str, scale: float, faster: float = 100.0) -> None:
+    """A recipe as a script: its stand-in at `scale` and `faster`; the published run, for local files; and a smoke test."""
     small = dataclasses.replace(recipe.model, width=32, layers=1, heads=2, kv_heads=2, head_width=16, mlp_width=64)
     smoke = dataclasses.replace(recipe, model=small, scale=1e-5, faster=10.0, warm_up=20)
-    default = dataclasses.replace(recipe, scale=scale, faster=100.0, warm_up=300)
+    default = dataclasses.replace(recipe, scale=scale, faster=faster, warm_up=300)
     presets = {"default": default, "published": recipe, "smoke": smoke}
     cli.main(lambda config: run(config, stand_in), Recipe, presets, about)
 
