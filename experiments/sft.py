@@ -53,20 +53,29 @@ def run(config: Config) -> dict[str, Any]:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         start = stage.load(config.init, mesh)
-        data, held_out, left_out = dataset(config, start.tokenizer)
+        data, test, left_out = dataset(config, start.tokenizer)
+        held_out = batch_of({name: array[:512] for name, array in test.items()})
+        batches = pipeline.by_step(lambda i: sharding.shard_batch(batch_of(data[i]), mesh))
         with jax.set_mesh(mesh):
             params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
-            update = optimizer.make(config.optimizer, config.steps, params)
-            state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
             outputs = objective.make_outputs(start.model, adapters=config.lora)
-            train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
-            for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
-                state, metrics = train_step(state, frozen, sharding.shard_batch(batch_of(data[i]), mesh))
-                run.log(i, metrics)
-                run.maybe_save(i, state)
-            nll = {name: loss(outputs, p, frozen, held_out) for name, p in (("before", params), ("after", state.params))}
-            stage.save_policy(config.out, start, state.params, config.lora, config.init)
-        return run.done({"nll_per_token": nll["after"], "nll_per_token_before": nll["before"], "turns_left_out": left_out})
+            before = loss(outputs, params, frozen, held_out)
+            params = train(run, config, params, frozen, outputs, batches)
+            after = loss(outputs, params, frozen, held_out)
+            stage.save_policy(config.out, start, params, config.lora, config.init)
+        return run.done({"nll_per_token": after, "nll_per_token_before": before, "turns_left_out": left_out})
+
+
+def train(run: Run, config: Config, params: Any, frozen: Any, outputs: objective.OutputsFn, batches: Any) -> Any:
+    """`config.steps` updates of a language model, or its adapter, on `batches[step]` (`lm.Batch`), from where `run` left off."""
+    update = optimizer.make(config.optimizer, config.steps, params)
+    state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
+    train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
+    for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
+        state, metrics = train_step(state, frozen, batches[i])
+        run.log(i, metrics)
+        run.maybe_save(i, state)
+    return state.params
 
 
 def dataset(config: Config, tokenizer: Tokenizer) -> tuple[Any, dict[str, np.ndarray], int]:
@@ -101,9 +110,8 @@ def batch_of(rows: dict[str, np.ndarray]) -> lm.Batch:
     return lm.responses(rows["tokens"], rows["prompt_len"], rows["response_len"], rows["tokens"].shape[1] - 1)
 
 
-def loss(outputs: objective.OutputsFn, params: Any, frozen: Any, rows: dict[str, np.ndarray], most: int = 512) -> float:
+def loss(outputs: objective.OutputsFn, params: Any, frozen: Any, batch: lm.Batch) -> float:
     """Nats per response token of held-out rows."""
-    batch = batch_of({name: array[:most] for name, array in rows.items()})
     term = jax.jit(lambda p, f: lm.loss(outputs(p, f, batch, None), batch, lm.Config())[0]["loss/lm"])(params, frozen)
     return float(term.sum / term.count)
 
