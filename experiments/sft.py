@@ -67,7 +67,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def train(run: Run, config: Config, params: Any, frozen: Any, outputs: objective.OutputsFn, batches: Any) -> Any:
-    """`config.steps` updates of a language model, or its adapter, on `batches[step]` (`lm.Batch`), from where `run` left off."""
+    """`config.steps` updates of a model, or of its adapter, on `batches[step]` (`lm.Batch`), from where `run` left off."""
     update = optimizer.make(config.optimizer, config.steps, params)
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
