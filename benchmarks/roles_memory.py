@@ -113,7 +113,7 @@ def memory(setup: str, config: lora.LoraConfig, settings: Any, place: Any) -> di
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
     step = iteration(setup, GPT2, config, update, settings.width // 2, settings.microbatches)
     program = jax.jit(step, donate_argnums=(0, 1))
-    sizes = program.lower(*args).compile().memory_analysis()
+    sizes: Any = program.lower(*args).compile().memory_analysis()
     found = {"arguments": sizes.argument_size_in_bytes, "temporaries": sizes.temp_size_in_bytes}
     print(f"{setup}: " + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in found.items()))
     return found
