@@ -170,12 +170,15 @@ def initial(config: Config, mesh: jax.sharding.Mesh) -> tuple[stage.Trained, Any
         earlier = stage.ensembled(start.settings)
         kinds = [None if x is None else (x.members, x.of, x.lora) for x in (earlier, several)]
         if kinds[0] != kinds[1]:
+            held = "one reward model" if earlier is None else f"{earlier.members} {earlier.of}"
+            if earlier is not None and earlier.lora.rank:
+                held += f" of {earlier.lora}"
             raise ValueError(
-                f"{config.refresh} holds {'one reward model' if earlier is None else f'{earlier.members} {earlier.of}'}, but "
-                f"ensemble={config.ensemble} of {config.ensemble_of} is asked for: refresh it as what it is"
+                f"{config.refresh} holds {held}, but ensemble={config.ensemble} of {config.ensemble_of} with {config.lora} is "
+                "asked for: refresh it as what it is"
             )
-        base, earlier = start.params["trunk"], start.params.get("adapters")
-        trunk = own_trunk(config, start.config, base, mesh) if earlier is None else earlier
+        base, adapters = start.params["trunk"], start.params.get("adapters")
+        trunk = own_trunk(config, start.config, base, mesh) if adapters is None else adapters
         return start, base, {"trunk": trunk, "head": start.params["head"]}
     start = stage.load(config.init, mesh)
     return start, start.params, fresh(config, start.config, start.params, mesh)
