@@ -22,6 +22,7 @@ from jaxrlhf.models import hf, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import model as rewards
 
+ONE = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 TEXTS = ["the film is good", "a bad film, but a good end", "what a film that was", "he said it was the end"] * 5
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -165,7 +166,7 @@ def test_import_and_export(name, reward, tmp_path, capsys):
     assert result["difference"] < 1e-5
     assert f"parity: greatest difference {result['difference']:.2e}" in capsys.readouterr().out
     kind = "reward_model" if reward else "policy"
-    loaded = stage.load(tmp_path / "model", sharding.make_mesh(sharding.MeshConfig()), kind)
+    loaded = stage.load(tmp_path / "model", ONE, kind)
     assert loaded.config.max_length == 20
     assert loaded.tokenizer.encode("a film") == tokenizers.load(source).encode("a film")
     if reward:
@@ -201,6 +202,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     source = write(checkpoint(tmp_path / "in", "mistral"), gpt2)
     with pytest.raises(ValueError, match="the tokenizer has 292 ids, but the embedding has vocab_size=96 rows"):
         import_hf.run(import_hf.Config(source, tmp_path / "model"))
+    import_hf.run(import_hf.Config(checkpoint(tmp_path / "good", "mistral"), tmp_path / "model"))
+    write(tmp_path / "model", gpt2)  # nor where a stage begins: the device would read another row in silence
+    with pytest.raises(ValueError, match="the tokenizer has 292 ids, but the embedding has vocab_size=96 rows"):
+        stage.load(tmp_path / "model", ONE)
 
 
 def test_what_transformers_cannot_hold_is_not_exported(tmp_path):
