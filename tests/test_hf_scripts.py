@@ -128,6 +128,25 @@ def test_a_tokenizer_is_written_as_it_was_read(kind, tmp_path):
     assert (tmp_path / "b" / "chat_template.jinja").read_text() == TEMPLATE
 
 
+def test_special_tokens_that_config_json_alone_names(tmp_path):
+    """As in GPT-2's own files. What is saved names them, since a model folder of ours has another config.json."""
+    write(tmp_path / "in", llama3)
+    (tmp_path / "in" / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    made = llama3()
+    ids = {
+        "bos_token_id": made.token_to_id("<|begin|>"),
+        "eos_token_id": [made.token_to_id("<|end|>"), 5],
+        "pad_token_id": None,
+    }
+    (tmp_path / "in" / "config.json").write_text(json.dumps(ids))
+    tokenizer = tokenizers.load(tmp_path / "in")
+    tokenizer.save(tmp_path / "out")
+    for each in (tokenizer, tokenizers.load(tmp_path / "out")):
+        assert (each.bos, each.eos, each.pad) == (ids["bos_token_id"], ids["eos_token_id"][0], ids["eos_token_id"][0])
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written == {"model_max_length": 1024, "bos_token": "<|begin|>", "eos_token": "<|end|>"}
+
+
 def test_special_tokens_that_do_not_fit_are_refused(tmp_path):
     file = write(tmp_path, gpt2) / "tokenizer_config.json"
     file.write_text(json.dumps({"bos_token": "<|endoftext|>"}))
