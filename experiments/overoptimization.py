@@ -253,7 +253,7 @@ def press(config: Config, lab: Lab, proxies: Mapping[int, stage.Trained], kl_coe
         pooling = judged.settings["pooling"]
         alone = rewards.reward(judged.model, pooling)
         against: dict[str, tuple[Callable, Any]] = {
-            str(m): (alone, ensembles.member(judged.params, m, "models")) for m in range(config.pressed)
+            str(m): (alone, ensembles.member(judged.params, m, aggregated(config, "mean"))) for m in range(config.pressed)
         }
         if n == max(proxies):
             for name in config.aggregations:

@@ -22,6 +22,7 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import chitchat, conversations, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
@@ -39,6 +40,7 @@ class Config:
     conversations: Path | None = None  # .jsonl of {"messages": [{"role": ..., "content": ...}, ...]}, in place of both
     width: int = 512  # tokens of a conversation; a turn that ends later is left out
     held_out: float = 0.05  # of the conversations' turns
+    lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon", muon_dtype="bfloat16", learning_rate=0.002, adam_learning_rate=4e-4, warmup_fraction=0.1, clip_norm=None
     )
@@ -53,16 +55,17 @@ def run(config: Config) -> dict[str, Any]:
         start = stage.load(config.init, mesh)
         data, held_out, left_out = dataset(config, start.tokenizer)
         with jax.set_mesh(mesh):
-            update = optimizer.make(config.optimizer, config.steps, start.params)
-            state = run.restore(step.init_state(start.params, update, jax.random.key(config.seed)))
-            outputs = objective.make_outputs(start.model)
+            params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
+            update = optimizer.make(config.optimizer, config.steps, params)
+            state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
+            outputs = objective.make_outputs(start.model, adapters=config.lora)
             train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
             for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
-                state, metrics = train_step(state, None, sharding.shard_batch(batch_of(data[i]), mesh))
+                state, metrics = train_step(state, frozen, sharding.shard_batch(batch_of(data[i]), mesh))
                 run.log(i, metrics)
                 run.maybe_save(i, state)
-            nll = {"before": loss(outputs, start.params, held_out), "after": loss(outputs, state.params, held_out)}
-        stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
+            nll = {name: loss(outputs, p, frozen, held_out) for name, p in (("before", params), ("after", state.params))}
+            stage.save_policy(config.out, start, state.params, config.lora, config.init)
         return run.done({"nll_per_token": nll["after"], "nll_per_token_before": nll["before"], "turns_left_out": left_out})
 
 
@@ -98,10 +101,10 @@ def batch_of(rows: dict[str, np.ndarray]) -> lm.Batch:
     return lm.responses(rows["tokens"], rows["prompt_len"], rows["response_len"], rows["tokens"].shape[1] - 1)
 
 
-def loss(outputs: objective.OutputsFn, params: Any, rows: dict[str, np.ndarray], most: int = 512) -> float:
+def loss(outputs: objective.OutputsFn, params: Any, frozen: Any, rows: dict[str, np.ndarray], most: int = 512) -> float:
     """Nats per response token of held-out rows."""
     batch = batch_of({name: array[:most] for name, array in rows.items()})
-    term = jax.jit(lambda p: lm.loss(outputs(p, None, batch, None), batch, lm.Config())[0]["loss/lm"])(params)
+    term = jax.jit(lambda p, f: lm.loss(outputs(p, f, batch, None), batch, lm.Config())[0]["loss/lm"])(params, frozen)
     return float(term.sum / term.count)
 
 

@@ -746,6 +746,49 @@ MUTATIONS = (
         'prompts = rows % cache["length"].shape[0]',
         "test_generate.py::test_rows_that_have_ended_leave_and_change_nothing[one]",
     ),
+    # ---------------------------------------------------------------------------------------------- low-rank adapters
+    Mutation(
+        "adapter-without-its-scale",
+        "models/products.py",
+        "+ weight.scale * low",
+        "+ low",
+        "test_lora.py::test_merged_equals_unmerged",
+    ),
+    Mutation(
+        "gradient-to-the-frozen-weight",
+        "models/lora.py",
+        "_overlay(jax.lax.stop_gradient(base), adapter, config)",
+        "_overlay(base, adapter, config)",
+        "test_lora.py::test_gradients_are_those_through_the_merged_weight",
+    ),
+    Mutation(
+        "sampling-without-the-adapter",
+        "models/transformer.py",
+        "products.whole(w).astype(dtype)",
+        "getattr(w, 'weight', w).astype(dtype)",
+        "test_lora.py::test_merged_equals_unmerged",
+    ),
+    Mutation(
+        "rank-stabilised-by-the-rank",
+        "models/lora.py",
+        "math.sqrt(self.rank) if self.rank_stabilised else self.rank",
+        "self.rank",
+        "test_lora.py::test_scales_by_hand",
+    ),
+    Mutation(
+        "peft-matrices-not-transposed",
+        "models/peft.py",
+        "found[key].astype(np.float32).T for key",
+        "found[key].astype(np.float32).reshape(found[key].shape[::-1]) for key",
+        "test_peft.py::test_logits_are_those_of_the_peft_package",
+    ),
+    Mutation(
+        "every-adapter-of-an-ensemble-scores-by-the-bare-trunk",
+        "rewards/ensemble.py",
+        'own if config.of == "models" else lora.attach(trunk, own, config.lora)',
+        'own if config.of == "models" else trunk',
+        "test_ensemble.py::test_a_reward_of_several_is_its_members_taken_together",
+    ),
     # ------------------------------------------------------------------------------------- Hugging Face checkpoints
     Mutation(
         "window-one-token-too-wide",

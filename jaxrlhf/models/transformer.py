@@ -307,17 +307,19 @@ def _dropout(config, key, x):
 
 
 def decode_params(config: TransformerConfig, params: Params) -> Params:
-    """Weights as `prefill`, `decode` and `logits` read them while sampling: products' operands in `config.dtype`.
+    """Weights as `prefill`, `decode` and `logits` read them while sampling: products' operands in `config.dtype`, adapters
+    merged.
 
     On a CPU the stack of layers becomes a tuple, because indexing a stacked array there copies it at every step.
     The embedding table stays float32 for look-ups; a tied head becomes a separate narrow copy of it.
     """
     dtype = jnp.dtype(config.dtype)
-    layers = {name: w if isinstance(w, dict) else w.astype(dtype) for name, w in params["layers"].items()}
+    layers = {name: w if isinstance(w, dict) else products.whole(w).astype(dtype) for name, w in params["layers"].items()}
     if jax.default_backend() == "cpu":
         layers = tuple(_at(layers, i) for i in range(config.layers))
-    head = products.transpose(params["embed"].astype(dtype)) if config.tied_head else params["head"].astype(dtype)
-    return params | {"layers": layers, "head": head}
+    if config.tied_head:
+        return params | {"layers": layers, "head": products.transpose(params["embed"].astype(dtype))}
+    return params | {"layers": layers, "head": products.whole(params["head"]).astype(dtype)}
 
 
 def prefill(
