@@ -22,6 +22,7 @@ from jaxrlhf.models import hf, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import model as rewards
 
+ONE = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
 GOLDEN = pathlib.Path(__file__).resolve().parent / "golden"
 TEXTS = ["the film is good", "a bad film, but a good end", "what a film that was", "he said it was the end"] * 5
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -127,6 +128,25 @@ def test_a_tokenizer_is_written_as_it_was_read(kind, tmp_path):
     assert (tmp_path / "b" / "chat_template.jinja").read_text() == TEMPLATE
 
 
+def test_special_tokens_that_config_json_alone_names(tmp_path):
+    """As in GPT-2's own files. What is saved names them, since a model folder of ours has another config.json."""
+    write(tmp_path / "in", llama3)
+    (tmp_path / "in" / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+    made = llama3()
+    ids = {
+        "bos_token_id": made.token_to_id("<|begin|>"),
+        "eos_token_id": [made.token_to_id("<|end|>"), 5],
+        "pad_token_id": None,
+    }
+    (tmp_path / "in" / "config.json").write_text(json.dumps(ids))
+    tokenizer = tokenizers.load(tmp_path / "in")
+    tokenizer.save(tmp_path / "out")
+    for each in (tokenizer, tokenizers.load(tmp_path / "out")):
+        assert (each.bos, each.eos, each.pad) == (ids["bos_token_id"], ids["eos_token_id"][0], ids["eos_token_id"][0])
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written == {"model_max_length": 1024, "bos_token": "<|begin|>", "eos_token": "<|end|>"}
+
+
 def test_special_tokens_that_do_not_fit_are_refused(tmp_path):
     file = write(tmp_path, gpt2) / "tokenizer_config.json"
     file.write_text(json.dumps({"bos_token": "<|endoftext|>"}))
@@ -165,7 +185,7 @@ def test_import_and_export(name, reward, tmp_path, capsys):
     assert result["difference"] < 1e-5
     assert f"parity: greatest difference {result['difference']:.2e}" in capsys.readouterr().out
     kind = "reward_model" if reward else "policy"
-    loaded = stage.load(tmp_path / "model", sharding.make_mesh(sharding.MeshConfig()), kind)
+    loaded = stage.load(tmp_path / "model", ONE, kind)
     assert loaded.config.max_length == 20
     assert loaded.tokenizer.encode("a film") == tokenizers.load(source).encode("a film")
     if reward:
@@ -201,6 +221,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     source = write(checkpoint(tmp_path / "in", "mistral"), gpt2)
     with pytest.raises(ValueError, match="the tokenizer has 292 ids, but the embedding has vocab_size=96 rows"):
         import_hf.run(import_hf.Config(source, tmp_path / "model"))
+    import_hf.run(import_hf.Config(checkpoint(tmp_path / "good", "mistral"), tmp_path / "model"))
+    write(tmp_path / "model", gpt2)  # nor where a stage begins: the device would read another row in silence
+    with pytest.raises(ValueError, match="the tokenizer has 292 ids, but the embedding has vocab_size=96 rows"):
+        stage.load(tmp_path / "model", ONE)
 
 
 def test_what_transformers_cannot_hold_is_not_exported(tmp_path):

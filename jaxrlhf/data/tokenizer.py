@@ -130,7 +130,8 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load(folder: Path | str) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` or transformers wrote into this folder.
 
-    A missing pad token is EOS, which no mask here is ever read from; a missing BOS is EOS too, which then begins every row.
+    Where its files name no EOS, as those of GPT-2, the ids in the `config.json` beside them say which tokens are special. A
+    missing pad token is EOS, which no mask here is ever read from; a missing BOS is EOS too, which then begins every row.
 
     Raises:
         FileNotFoundError: no `tokenizer.json` or `tokenizer_config.json` in the folder.
@@ -147,6 +148,9 @@ def load(folder: Path | str) -> Tokenizer:
         raise ValueError(f"{folder / _FILES[0]}: not a tokenizer: {error}") from None
     try:
         named = json.loads(files.get(_FILES[2], "{}")) | json.loads(files[_FILES[1]])
+        if named.get("eos_token") is None:
+            named |= (added := _named_by_id(folder, tokenizer))
+            files[_FILES[1]] = json.dumps(json.loads(files[_FILES[1]]) | added, indent=2) + "\n"
     except ValueError as error:
         raise ValueError(f"{folder / _FILES[1]}: not readable JSON ({error})") from None
     ids = {name: _special_id(folder, tokenizer, f"{name}_token", named.get(f"{name}_token")) for name in ("pad", "bos", "eos")}
@@ -154,6 +158,19 @@ def load(folder: Path | str) -> Tokenizer:
         raise ValueError(f"{folder / _FILES[1]}: eos_token is missing: without it no text ends")
     given = {name: eos if i is None else i for name, i in ids.items()}
     return dataclasses.replace(tokenizer, pad=given["pad"], bos=given["bos"], eos=eos)
+
+
+def _named_by_id(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens by the ids of a checkpoint's `config.json`; of several EOS the first."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = {}
+    for name in ("pad", "bos", "eos"):
+        given = values.get(f"{name}_token_id")
+        given = given[0] if isinstance(given, list) else given
+        if given is not None and (token := tokenizer.whole.id_to_token(given)) is not None:
+            found[f"{name}_token"] = token
+    return found
 
 
 def _special_id(folder: Path, tokenizer: Tokenizer, field: str, token: Any) -> int | None:
