@@ -24,6 +24,8 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Preferences
 from jaxrlhf.data import pipeline
+from jaxrlhf.models import lora
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
@@ -43,6 +45,7 @@ class Config:
     steps: int = 120
     batch: int = 64  # pairs
     algorithm: dpo.Config = dpo.Config(beta=0.3)  # at 0.1 this small model leaves 18 nats between itself and the reference
+    lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=1e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -67,31 +70,32 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     pairs = preference_data.gather(config, task, mesh)
     learned, test = (referenced(config, start, part, pairs.longest) for part in (pairs.train, pairs.held_out))
     data = pipeline.batches(preference_data.arrays(learned), config.batch, config.seed)
-    update = optimizer.make(config.optimizer, config.steps, start.params)
-    state = run.restore(step.init_state(start.params, update, jax.random.key(config.seed)))
-    outputs = objective.make_outputs(start.model)
+    params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
+    update = optimizer.make(config.optimizer, config.steps, params)
+    state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
+    outputs = objective.make_outputs(start.model, adapters=config.lora)
     train_step = step.make_train_step(outputs, dpo.loss, config.algorithm, update)
     prepare = jax.jit(dpo.prepare, static_argnames="config")
     test, _, counts = prepare(test, (), config=config.algorithm)
-    of_pairs = jax.jit(lambda params, batch: dpo.loss(outputs(params, None, batch, None), batch, config.algorithm)[1])
+    of_pairs = jax.jit(lambda params, frozen, batch: dpo.loss(outputs(params, frozen, batch, None), batch, config.algorithm)[1])
 
     def judge(params: Any) -> tuple[dict[str, float], list[dict[str, str]]]:
-        figures, samples = task.judge(params)
+        figures, samples = task.judge(lora.attach(start.params, params, config.lora))
         # Before the first update this says nothing: all implicit rewards are 0 up to rounding.
-        right = of_pairs(params, test)["reward/accuracy"]
+        right = of_pairs(params, frozen, test)["reward/accuracy"]
         return figures | {"held_out/pair_accuracy": float(right.sum / right.count)}, samples
 
     for i in run.steps(run.start, config.steps, "dpo", show=("reward/accuracy", "reward/margin")):
         judged = {} if i % config.evaluate_every else judge(state.params)[0]
         batch = sharding.shard_batch(Preferences(**data[i]), mesh)
         batch, algorithm, stats = prepare(batch, state.algorithm, config=config.algorithm)
-        state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), None, batch)
+        state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
         run.log(i, judged | stats | metrics)
         run.maybe_save(i, state)
     run.maybe_save(config.steps - 1, state, last=True)
     judged, samples = judge(state.params)
     run.log(config.steps, judged)
-    stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
+    stage.save_policy(config.out, start, state.params, config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     told = {"train": len(pairs.train.weight), "held_out": counts, "too_long": pairs.too_long}
     return run.done({"curve": curve, "pairs": told, "samples": samples})

@@ -209,7 +209,7 @@ def press(config: Config, lab: Lab, size: str, judged: stage.Trained) -> list[di
     pooling = judged.settings["pooling"]
     alone = rewards.reward(judged.model, pooling)
     against: dict[str, tuple[Callable, Any]] = {
-        str(m): (alone, ensembles.member(judged.params, m, "models")) for m in range(config.pressed)
+        str(m): (alone, ensembles.member(judged.params, m, aggregated(config, "mean"))) for m in range(config.pressed)
     }
     for name in config.aggregations:
         against[name] = (ensembles.reward(judged.model, pooling, aggregated(config, name)), judged.params)

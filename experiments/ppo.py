@@ -21,6 +21,7 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import pipeline
 from jaxrlhf.models import heads, roles
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import ensemble
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
@@ -43,6 +44,7 @@ class Config:
     sampling: stage.Sampling = stage.Sampling()
     algorithm: ppo.Config = ppo.Config(kl_coef=0.12)
     critic: Literal["shared", "separate", "reward"] = "shared"  # value head on the policy's trunk; its own; the reward model's
+    lora: LoraConfig = LoraConfig()  # with a rank > 0: train adapters over the frozen start, of policy and separate critic
     ema_decay: float | None = None  # serve an average of the policy's weights over iterations instead of the last ones
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
@@ -64,7 +66,7 @@ def run(config: Config) -> dict[str, Any]:
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy, whatever the task is."""
     start, algorithm = task.start, config.algorithm
-    params = {"policy": start.params} | value_function(config, start, mesh)
+    params = {"policy": stage.trainable(start, config.lora, mesh, config.seed)} | value_function(config, start, mesh)
     frozen = {"reference": start.params}
     exact, mixed = algorithm.kl_estimator == "exact", algorithm.text_coef > 0
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
@@ -75,17 +77,21 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     state = run.restore(state)
     in_loss = exact and algorithm.kl_in == "loss"
     outputs = objective.make_outputs(
-        start.model, task.spec, entropy=True, values=True, ref_kl=in_loss, text=mixed, trunk="policy"
+        start.model, task.spec, entropy=True, values=True, ref_kl=in_loss, text=mixed, trunk="policy", adapters=config.lora
     )
     run_epochs = step.make_epochs(outputs, ppo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
     options, texts = rollout.Options(exact_kl=exact), text_batches(config, start) if mixed else None
     prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
 
+    def over_start(params: Any) -> Any:
+        return roles.attach(start.params, params, config.lora)
+
     for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
-        judged = {} if i % config.evaluate_every else task.judge(served(state))[0]
+        judged = {} if i % config.evaluate_every else task.judge(over_start(served(state)))[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
-        experience = rollout.collect(start.model, state.params, frozen, prompts, task.spec, key, version=i, options=options)
+        current = over_start(state.params)
+        experience = rollout.collect(start.model, current, frozen, prompts, task.spec, key, version=i, options=options)
         score, weight, rewarded = task.score(experience.rollout, prompts)
         experience = dataclasses.replace(experience, score=score, weight=weight)
         drawn = describe(experience)
@@ -98,22 +104,24 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         run.log(i, judged | rewarded | drawn | stats | metrics)
         run.maybe_save(i, state)
     run.maybe_save(config.iterations - 1, state, last=True)
-    judged, samples = task.judge(served(state))
+    judged, samples = task.judge(over_start(served(state)))
     run.log(config.iterations, judged)
-    stage.save(config.out / "model", "policy", jax.device_get(served(state)), start.config, start.tokenizer)
+    stage.save_policy(config.out, start, served(state), config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     return run.done({"curve": curve, "samples": samples})
 
 
 def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """{"value": head} on the policy's trunk, or {"critic": trunk and head}: see models/roles.py."""
+    """{"value": head} on the policy's trunk, or {"critic": trunk (or an adapter) and head}: see models/roles.py."""
     if config.critic == "reward":  # of an ensemble, its first member
         judged = stage.load(config.reward, mesh, "reward_model")
         several = stage.ensembled(judged.settings)
-        params = judged.params if several is None else ensemble.member(judged.params, 0, several.of)
+        if several is not None and several.of == "adapters":
+            raise ValueError(f"critic='reward': {config.reward} is an ensemble of adapters; take critic='separate'")
+        params = judged.params if several is None else ensemble.member(judged.params, 0, several)
         return {"critic": roles.critic_from_reward(params)}
     if config.critic == "separate":
-        return {"critic": roles.critic(start.params, start.config.width)}
+        return {"critic": roles.critic(stage.trainable(start, config.lora, mesh, config.seed + 1), start.config.width)}
     value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
     return {"value": jax.device_put(value, sharding.replicated(mesh))}
 
@@ -121,12 +129,12 @@ def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh
 def text_batches(config: Config, start: stage.Trained) -> Any:
     """`[iteration]`: as many packed rows of reviews as answers, for the language-model loss beside PPO's."""
     rows, _ = pipeline.encode_rows(pretrain.texts("train"), start.tokenizer, 8 * config.batch, TEXT_WIDTH, config.seed)
-    tokens, segments = pipeline.pack(rows, TEXT_WIDTH)
+    tokens, segments = pipeline.pack(rows, TEXT_WIDTH, start.tokenizer.bos, start.tokenizer.eos)
     return pipeline.batches({"tokens": tokens, "segments": segments}, config.batch, config.seed)
 
 
 def served(state: Any) -> Any:
-    """The policy as it is judged and saved: the average of its weights where there is one."""
+    """The policy, or its adapter, as it is judged and saved: the average of its weights where there is one."""
     return (state.params if state.ema is None else state.ema)["policy"]
 
 

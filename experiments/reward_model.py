@@ -2,12 +2,13 @@
 
     python -m experiments.reward_model --init runs/demo/pretrain/model --out runs/demo/reward_model
     python -m experiments.reward_model --ensemble 4 --ensemble-of heads --aggregation worst --out runs/demo/ensemble
+    python -m experiments.reward_model --ensemble 4 --ensemble-of adapters --lora.rank 8 --out runs/demo/adapters
 
 The language model's trunk with a linear head on the mean of its hidden states. Each batch is a set of rated texts; every pair
 of one domain whose mean ratings differ by half a point or more is a choice that people made (Bradley-Terry over some thousand
 pairs for the price of 64 forward passes). With `--choices` (a feedback store, a .jsonl file or a TFDS folder), pairs of answers
 join each set with equal total weight, and training starts from `--refresh`, an earlier reward model. An ensemble's heads learn
-from a bootstrap each, its models from an order each, in one program.
+from a bootstrap each, its models and adapters from an order each, in one program.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import preference_data, stage
-from jaxrlhf.algorithms import pairwise
-from jaxrlhf.algorithms import reward as algorithm
+from jaxrlhf.algorithms import pairwise, reward
 from jaxrlhf.core import members, sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Prompts
@@ -31,8 +31,9 @@ from jaxrlhf.data import comparisons, human_sentiment, pipeline
 from jaxrlhf.data.human_sentiment import DOMAINS
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, reward_model
-from jaxrlhf.models import heads, transformer
+from jaxrlhf.models import heads, lora, transformer
 from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import ensemble as ensembles
 from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import generate
@@ -64,11 +65,12 @@ class Config:
     head_init: Literal["zeros", "normal"] = "zeros"  # normal: of deviation 1 / sqrt(D + 1), as the literature has it
     debias_length: bool = False  # fit algorithm.length_coef to the choices first, so that the score need not pay for length
     normalise: Literal["samples", "demonstrations"] = "samples"  # mean 0, deviation 1 on the reference's samples; or mean 0
-    ensemble: int = 1  # heads or models; 1: a single reward model
-    ensemble_of: ensembles.Of = "heads"  # on one trunk; or whole models
+    lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen trunk, or an ensemble of them
+    ensemble: int = 1  # heads, adapters or models; 1: a single reward model
+    ensemble_of: ensembles.Of = "heads"  # on one trunk, over which adapters lie; or whole models
     aggregation: ensembles.Aggregation = "mean"  # how a policy is scored by an ensemble
     uncertainty_coef: float = 0.5  # of the members' variance, for aggregation='uncertainty'
-    algorithm: algorithm.Config = algorithm.Config()
+    algorithm: reward.Config = reward.Config()
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon",
         muon_dtype="bfloat16",
@@ -86,7 +88,8 @@ class Config:
         """The ensemble, if it is one."""
         if self.ensemble == 1:
             return None
-        return ensembles.Config(self.ensemble, self.ensemble_of, self.aggregation, self.uncertainty_coef)
+        own = lora.NONE if self.ensemble_of == "heads" else self.lora  # heads may share one adapter
+        return ensembles.Config(self.ensemble, self.ensemble_of, self.aggregation, self.uncertainty_coef, own)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -96,14 +99,14 @@ def run(config: Config) -> dict[str, Any]:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            trunk, params = initial(config, mesh)
+            trunk, base, params = initial(config, mesh)
             data, held_out = dataset(config, trunk.tokenizer)
-            before = choice_accuracy(config, trunk, rewards.with_scale(params), held_out) if held_out else None
+            before = choice_accuracy(config, trunk, whole(config, base, params), held_out) if held_out else None
             learned = config.algorithm
             if config.debias_length:
                 learned = dataclasses.replace(learned, length_coef=length_coef(config, trunk.tokenizer))
-            params = train(run, dataclasses.replace(config, algorithm=learned), trunk.config, params, data)
-            params = normalised(config, trunk, rewards.with_scale(params), mesh)
+            params = train(run, dataclasses.replace(config, algorithm=learned), trunk.config, params, data, base)
+            params = normalised(config, trunk, whole(config, base, params), mesh)
             result = evaluate(config, trunk, params)
             if config.debias_length:
                 result["length_coef"] = learned.length_coef
@@ -114,23 +117,32 @@ def run(config: Config) -> dict[str, Any]:
         return run.done(result)
 
 
-def train(run: Run, config: Config, shape: TransformerConfig, params: Any, data: Any) -> Any:
-    """`config.steps` updates of {trunk, head}, or of an ensemble of them, from where `run` left off."""
+def train(run: Run, config: Config, shape: TransformerConfig, params: Any, data: Any, base: Any = None) -> Any:
+    """`config.steps` updates of {trunk, head}, or of an ensemble of them, from where `run` left off.
+
+    `base` is what adapters lie over.
+    """
     several = config.several
     kind = None if several is None else several.of
     update = optimizer.make(config.optimizer, config.steps, single(params, kind))
-    if kind == "models":
+    if kind in ("adapters", "models"):
         update = optimizer.of_members(update)
     # A generator for dropout: the default one costs a CPU as much as the layers.
     key = jax.random.key(config.seed, impl="rbg")
     state = run.restore(step.init_state(params, update, key))
     model = transformer.build(dataclasses.replace(shape, dropout=config.dropout))
     outputs = objective.make_outputs(
-        model, logprobs=False, scores=config.pooling, trunk="trunk", dropout=config.dropout > 0, members=kind
+        model,
+        logprobs=False,
+        scores=config.pooling,
+        trunk="trunk",
+        dropout=config.dropout > 0,
+        members=kind,
+        adapters=config.lora,
     )
-    train_step = step.make_train_step(outputs, algorithm.loss, config.algorithm, update)
+    train_step = step.make_train_step(outputs, reward.loss, config.algorithm, update)
     for i in run.steps(run.start, config.steps, "reward model", show=("reward/accuracy",)):
-        state, metrics = train_step(state, None, algorithm.Batch(**data[i]))
+        state, metrics = train_step(state, {"base": base}, reward.Batch(**data[i]))
         run.log(i, {name: x.mean() if x.ndim else x for name, x in metrics.items()})  # the members' mean
         run.maybe_save(i, state)
     return state.params
@@ -138,43 +150,62 @@ def train(run: Run, config: Config, shape: TransformerConfig, params: Any, data:
 
 def single(params: Any, kind: ensembles.Of | None) -> Any:
     """What one member would train alone: names and ranks of it decide who updates what."""
-    if kind == "models":
+    if kind in ("adapters", "models"):
         return members.one(params, 0)
     return params if kind is None else params | {"head": members.one(params["head"], 0)}
 
 
-def initial(config: Config, mesh: jax.sharding.Mesh) -> tuple[stage.Trained, dict[str, Any]]:
-    """The model, and {trunk, head} to train: the language model with a new head, or an earlier reward model."""
+def whole(config: Config, base: Any, params: dict[str, Any]) -> dict[str, Any]:
+    """Reward parameters as they are scored with and saved: an adapter merged with the base; several beside it."""
+    if config.several is not None and config.several.of == "adapters":
+        return rewards.with_scale({"trunk": base, "adapters": params["trunk"], "head": params["head"]})
+    return rewards.with_scale(params | {"trunk": lora.merge(base, params["trunk"], config.lora)})
+
+
+def initial(config: Config, mesh: jax.sharding.Mesh) -> tuple[stage.Trained, Any, dict[str, Any]]:
+    """The model, its trunk, and {trunk, head} to train: the language model with a new head, or an earlier reward model."""
     several = config.several
     if config.refresh is not None:
         start = stage.load(config.refresh, mesh, "reward_model")
         earlier = stage.ensembled(start.settings)
-        kinds = [None if x is None else (x.members, x.of) for x in (earlier, several)]
+        kinds = [None if x is None else (x.members, x.of, x.lora) for x in (earlier, several)]
         if kinds[0] != kinds[1]:
             raise ValueError(
                 f"{config.refresh} holds {'one reward model' if earlier is None else f'{earlier.members} {earlier.of}'}, but "
                 f"ensemble={config.ensemble} of {config.ensemble_of} is asked for: refresh it as what it is"
             )
-        return start, {"trunk": start.params["trunk"], "head": start.params["head"]}
+        base, earlier = start.params["trunk"], start.params.get("adapters")
+        trunk = own_trunk(config, start.config, base, mesh) if earlier is None else earlier
+        return start, base, {"trunk": trunk, "head": start.params["head"]}
     start = stage.load(config.init, mesh)
-    return start, fresh(config, start.config, start.params, mesh)
+    return start, start.params, fresh(config, start.config, start.params, mesh)
 
 
 def fresh(config: Config, shape: TransformerConfig, trunk: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """{trunk, head} to train: the language model with a new head or, of an ensemble, as many of either as it has."""
+    """{trunk, head} to train: the language model or an adapter with a new head; of an ensemble as many of either as it has."""
     several = config.several
     # A head of zeros, as a new direction of the trained features would only add noise to them at first.
     specs = heads.value_specs(shape.width) if config.head_init == "zeros" else heads.score_specs(shape.width)
     key = jax.random.key(config.seed)
     if several is None:
-        return {"trunk": trunk, "head": jax.device_put(sharding.init_params(specs, key), sharding.replicated(mesh))}
-    own = [sharding.init_params(specs, jax.random.fold_in(key, m)) for m in range(several.members)]
-    params = {
-        "trunk": members.stack([trunk] * several.members) if several.of == "models" else trunk,
-        "head": members.stack(own),
-    }
+        head = jax.device_put(sharding.init_params(specs, key), sharding.replicated(mesh))
+        return {"trunk": own_trunk(config, shape, trunk, mesh), "head": head}
+    own = members.stack([sharding.init_params(specs, jax.random.fold_in(key, m)) for m in range(several.members)])
+    if several.of == "adapters":
+        apart = [stage.adapter(shape, config.lora, mesh, config.seed + 1000 * m) for m in range(several.members)]
+        params = {"adapters": members.stack(apart), "head": own}
+    else:
+        copies = several.of == "models"
+        params = {"trunk": members.stack([trunk] * several.members) if copies else trunk, "head": own}
     placed = stage.specs(shape, "reward_model", several)
-    return jax.device_put(params, sharding.shardings({name: placed[name] for name in params}, mesh))
+    params = jax.device_put(params, sharding.shardings({name: placed[name] for name in params}, mesh))
+    found = params["adapters"] if several.of == "adapters" else own_trunk(config, shape, params["trunk"], mesh)
+    return {"trunk": found, "head": params["head"]}
+
+
+def own_trunk(config: Config, shape: TransformerConfig, trunk: Any, mesh: jax.sharding.Mesh) -> Any:
+    """What is trained of one trunk: all of it, or an adapter over it."""
+    return stage.adapter(shape, config.lora, mesh, config.seed) if config.lora.rank else trunk
 
 
 def dataset(config: Config, tokenizer: Tokenizer, window: int = 12) -> tuple[Any, list[dict[str, Any]]]:
@@ -200,8 +231,8 @@ def dataset(config: Config, tokenizer: Tokenizer, window: int = 12) -> tuple[Any
 
 
 def of_members(several: ensembles.Config, sets: Callable[[int], Any], seed: int) -> Any:
-    """The data of an ensemble from `sets(seed)`: an order for each model, or a bootstrap for each head."""
-    if several.of == "models":
+    """The data of an ensemble from `sets(seed)`: an order for each model or adapter, or a bootstrap for each head."""
+    if several.of != "heads":
         return comparisons.stacked_sets([sets(seed + 1000 * m) for m in range(several.members)])
     return comparisons.bootstrapped_sets(sets(seed), several.members, seed)
 
@@ -231,8 +262,7 @@ def scores_of(config: Config, model: Any) -> Callable[[Any, Any, Any], jax.Array
     several = config.several
     if several is None:
         return jax.jit(lambda params, tokens, length: rewards.score(model, params, tokens, length, config.pooling))
-    of: ensembles.Of = several.of
-    return jax.jit(lambda params, tokens, length: ensembles.scores(model, params, tokens, length, config.pooling, of))
+    return jax.jit(lambda params, tokens, length: ensembles.scores(model, params, tokens, length, config.pooling, several))
 
 
 def normalised(config: Config, trunk: stage.Trained, params: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -240,7 +270,7 @@ def normalised(config: Config, trunk: stage.Trained, params: Any, mesh: jax.shar
     policy = stage.load(config.reference, mesh)
     rows = policy.tokenizer.encode_batch([pipeline.clean(r.text) for r in human_sentiment.reviews("train")])
     if config.normalise == "demonstrations":
-        shown = pipeline.continuation_rows(rows)
+        shown = pipeline.continuation_rows(rows, bos=policy.tokenizer.bos, eos=policy.tokenizer.eos)
         few = np.random.default_rng(config.seed).permutation(len(shown["tokens"]))[: config.reference_samples]
         return centred(config, trunk.model, params, {name: array[few] for name, array in shown.items()})
     prompts = pipeline.cut_prompts(rows, policy.tokenizer, config.seed)

@@ -14,8 +14,9 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Rollout, SamplingSpec
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.models import heads, pretrained, transformer
+from jaxrlhf.models import heads, hf, lora, peft, pretrained, transformer
 from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import Model
 from jaxrlhf.rewards import ensemble
 from jaxrlhf.rewards import model as rewards
@@ -36,9 +37,9 @@ class Sampling:
 
 def spec(sampling: Sampling, tokenizer: Tokenizer) -> SamplingSpec:
     """The sampling distribution over this tokenizer's ids."""
-    return SamplingSpec(
-        **dataclasses.asdict(sampling), stop=(tokenizer.eos,), forbidden=(tokenizer.pad, tokenizer.bos), pad=tokenizer.pad
-    )
+    # A checkpoint's tokenizer may have one token for all three, and EOS must stay possible.
+    forbidden = tuple(i for i in (tokenizer.pad, tokenizer.bos) if i != tokenizer.eos)
+    return SamplingSpec(**dataclasses.asdict(sampling), stop=(tokenizer.eos,), forbidden=forbidden, pad=tokenizer.pad)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +65,27 @@ def specs(config: TransformerConfig, kind: str, several: ensemble.Config | None 
     members = several.members
     if several.of == "models":
         own["trunk"] = trunk
+    if several.of == "adapters":
+        own["adapters"] = lora.specs(config, several.lora)
     stacked = jax.tree.map(
         lambda spec: sharding.ParamSpec((members, *spec.shape), (None, *spec.axes), spec.init),
         own,
         is_leaf=lambda x: isinstance(x, sharding.ParamSpec),
     )
     return {"trunk": trunk} | stacked
+
+
+def kind(folder: Path) -> str:
+    """`policy` or `reward_model`.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a model of another program.
+    """
+    settings = pretrained.settings(folder)
+    if settings.get("kind") not in ("policy", "reward_model"):
+        raise ValueError(f"{folder}: holds a {settings.get('kind', 'model of another program')}, not a policy or reward_model")
+    return settings["kind"]
 
 
 def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained:
@@ -82,14 +98,20 @@ def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained
     params, settings = pretrained.load(folder)
     if settings.get("kind") != kind:
         raise ValueError(f"{folder}: holds a {settings.get('kind', 'model of another program')}, not a {kind}")
-    config = TransformerConfig(**settings["transformer"])
+    config, tokenizer = TransformerConfig(**settings["transformer"]), tokenizers.load(folder)
+    hf.check_vocabulary(tokenizer, config)
     params = jax.device_put(params, sharding.shardings(specs(config, kind, ensembled(settings)), mesh))
-    return Trained(config, transformer.build(config), params, tokenizers.load(folder), settings)
+    return Trained(config, transformer.build(config), params, tokenizer, settings)
 
 
 def ensembled(settings: dict[str, Any]) -> ensemble.Config | None:
-    """Of how many heads or models a reward model is, and how their scores are taken together; None: of one."""
-    return ensemble.Config(**settings["ensemble"]) if "ensemble" in settings else None
+    """Of how many heads, adapters or models a reward model is, and how their scores are taken together; None: of one."""
+    if "ensemble" not in settings:
+        return None
+    adapters = dict(settings["ensemble"].get("lora", {}))
+    if adapters.get("targets") is not None:
+        adapters["targets"] = tuple(adapters["targets"])
+    return ensemble.Config(**settings["ensemble"] | {"lora": LoraConfig(**adapters)})
 
 
 def reward(judged: Trained) -> Callable[[Any, Rollout], jax.Array]:
@@ -98,6 +120,27 @@ def reward(judged: Trained) -> Callable[[Any, Rollout], jax.Array]:
     if several is None:
         return rewards.reward(judged.model, judged.settings["pooling"])
     return ensemble.reward(judged.model, judged.settings["pooling"], several)
+
+
+def trainable(start: Trained, config: LoraConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
+    """What is trained of a language model: a new adapter over it, or with rank 0 all of it."""
+    return adapter(start.config, config, mesh, seed) if config.rank else start.params
+
+
+def adapter(shape: TransformerConfig, config: LoraConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
+    """A new adapter, under which the model is as it was."""
+    fresh = lora.specs(shape, config)
+    return jax.device_put(sharding.init_params(fresh, jax.random.key(seed)), sharding.shardings(fresh, mesh))
+
+
+def save_policy(out: Path, start: Trained, params: Any, config: LoraConfig, base: Path) -> None:
+    """Write a trained policy as `out/model`. Where `params` are an adapter, it is merged there with `start`, which was read
+    from `base`, and stands alone as `out/adapter` in the format of the peft package, where that can hold it.
+    """
+    whole = jax.device_get(lora.merge(start.params, params, config))
+    save(out / "model", "policy", whole, start.config, start.tokenizer)
+    if config.rank and peft.holds(start.config):
+        peft.save(out / "adapter", jax.device_get(params), start.config, config, base)
 
 
 def save(folder: Path, kind: str, params: Any, config: TransformerConfig, tokenizer: Tokenizer, **notes: Any) -> None:

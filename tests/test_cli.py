@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,8 @@ import pytest
 
 from jaxrlhf.training import cli
 from jaxrlhf.training.optimizer import OptimizerConfig
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,16 @@ def test_a_run_is_repeated_from_its_settings_with_flags_on_top(tmp_path):
     assert parse("--config", str(path)) == settings
     again = parse(f"--config={path}", "--steps", "9", "--sampler.stop", "3", "4")
     assert again == dataclasses.replace(settings, steps=9, sampler=Sampler(0.5, (3, 4)))
+
+
+SCRIPTS = sorted(p.stem for p in (ROOT / "experiments").glob("*.py") if "cli.main(" in p.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_settings_of_every_script_come_back_from_its_config_yaml(tmp_path, name):
+    cls = importlib.import_module(f"experiments.{name}").Config
+    (tmp_path / "config.yaml").write_text(cli.dump(cls()))
+    assert cli.load(cls, tmp_path / "config.yaml") == cls()
 
 
 def test_a_file_may_leave_settings_out_and_write_numbers_as_people_do(tmp_path):

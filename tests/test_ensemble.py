@@ -16,7 +16,7 @@ from jaxrlhf.algorithms import reward
 from jaxrlhf.core import members, sharding
 from jaxrlhf.core.types import Outputs, Rollout
 from jaxrlhf.data import comparisons, pipeline
-from jaxrlhf.models import heads, transformer
+from jaxrlhf.models import heads, lora, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import ensemble
 from jaxrlhf.rewards import model as rewards
@@ -28,6 +28,7 @@ MODEL = transformer.build(CONFIG)
 M, SETS, TEXTS, WIDTH = 3, 4, 5, 10
 KEY = jax.random.key(3)
 LOSS = reward.Config(centre_coef=0.05, smoothing=0.1)
+LORA = lora.LoraConfig(rank=2, alpha=4.0, targets=("query", "down"))
 
 
 @functools.cache
@@ -52,20 +53,50 @@ def together(batches: list[reward.Batch]) -> reward.Batch:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *batches)
 
 
-def outputs_of(kind: str | None):
-    return objective.make_outputs(MODEL, logprobs=False, scores="mean", trunk="trunk", members=kind)
+@functools.cache
+def adapter(number: int) -> dict:
+    """A member that is an adapter with a head: neither of its factors is zero."""
+    key = jax.random.fold_in(jax.random.key(1), number)
+    specs = {"trunk": lora.specs(CONFIG, LORA), "head": heads.score_specs(8)}
+    fresh = jax.jit(lambda k: sharding.init_params(specs, k))(key)
+    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), fresh)
+
+
+def stacked(kind: str) -> dict:
+    """An ensemble of M members, as it is trained."""
+    if kind == "adapters":
+        return members.stack([adapter(m) for m in range(M)])
+    params = members.stack([member(m) for m in range(M)])
+    return params if kind == "models" else {"trunk": member(0)["trunk"], "head": params["head"]}
+
+
+def scored(kind: str) -> tuple[dict, ensemble.Config]:
+    """An ensemble of M members, as it is scored with, and what it is."""
+    params = stacked(kind)
+    if kind != "adapters":
+        return rewards.with_scale(params), ensemble.Config(M, kind, "uncertainty", 0.3)
+    params = {"trunk": member(0)["trunk"], "adapters": params["trunk"], "head": params["head"]}
+    return rewards.with_scale(params), ensemble.Config(M, kind, "uncertainty", 0.3, LORA)
+
+
+def outputs_of(kind: str | None, over_base: bool):
+    config = LORA if over_base else lora.NONE
+    return objective.make_outputs(MODEL, logprobs=False, scores="mean", trunk="trunk", members=kind, adapters=config)
 
 
 @functools.cache
-def train_step_of(kind: str | None, name: str, microbatches: int):
-    return step.make_train_step(outputs_of(kind), reward.loss, LOSS, optimizer_named(name, kind), microbatches)
+def train_step_of(kind: str | None, over_base: bool, name: str, microbatches: int):
+    update = optimizer_named(name, kind, over_base)
+    return step.make_train_step(outputs_of(kind, over_base), reward.loss, LOSS, update, microbatches)
 
 
-def train(kind: str | None, params, name, batches, microbatches: int = 1):
-    train_step, update = train_step_of(kind, name, microbatches), optimizer_named(name, kind)
+def train(kind: str | None, params, name, batches, microbatches: int = 1, over_base: bool = False):
+    over_base = over_base or kind == "adapters"
+    frozen = {"base": member(0)["trunk"]} if over_base else None
+    train_step, update = train_step_of(kind, over_base, name, microbatches), optimizer_named(name, kind, over_base)
     state = step.init_state(params, update, KEY)
     for batch in batches:
-        state, metrics = train_step(state, None, batch)
+        state, metrics = train_step(state, frozen, batch)
     return jax.tree.map(np.asarray, state.params), jax.device_get(metrics)
 
 
@@ -76,13 +107,13 @@ def assert_close(a, b, rtol: float = 1e-5) -> None:
 
 
 @functools.cache
-def optimizer_named(name: str, kind: str | None) -> optax.GradientTransformation:
+def optimizer_named(name: str, kind: str | None, over_base: bool) -> optax.GradientTransformation:
     if name == "sgd":
         return optax.sgd(1.0)
     # A large epsilon: Adam's own turns the rounding of a gradient near 0 into the sign of its update.
     config = OptimizerConfig(name=name, learning_rate=0.01, epsilon=0.1, head_scale=2.0, weight_decay=0.1, clip_norm=0.05)
-    update = optimizer.make(config, 10, member(0))
-    return optimizer.of_members(update) if kind == "models" else update
+    update = optimizer.make(config, 10, adapter(0) if over_base else member(0))
+    return optimizer.of_members(update) if kind in ("adapters", "models") else update
 
 
 @pytest.mark.parametrize(("name", "backend"), [("muon", "cpu"), ("muon", "gpu"), ("adamw", "cpu")])
@@ -99,6 +130,22 @@ def test_models_trained_together_are_those_trained_alone(name, backend, monkeypa
         assert_close(members.one(found, m), alone[m][0])
         assert metrics["loss/pairs"][m] == pytest.approx(alone[m][1]["loss/pairs"], rel=1e-5)
     assert metrics["loss/total"] == pytest.approx(sum(own["loss/total"] for _, own in alone), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_adapters_trained_together_are_those_trained_alone(backend, monkeypatch):
+    """As models are, over one frozen base, to the same tolerance: float32 sums of another order."""
+    data = [[batch_of(10 * i + m) for m in range(M)] for i in range(3)]
+    alone = [train(None, adapter(m), "adamw", [batches[m] for batches in data], over_base=True) for m in range(M)]
+    if backend == "gpu":
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        train_step_of.cache_clear()
+    found, metrics = train("adapters", stacked("adapters"), "adamw", [together(batches) for batches in data])
+    for m in range(M):
+        assert_close(members.one(found, m), alone[m][0])
+        assert metrics["loss/pairs"][m] == pytest.approx(alone[m][1]["loss/pairs"], rel=1e-5)
+    moved = [np.abs(new - old).max() for new, old in zip(*map(jax.tree.leaves, (found, stacked("adapters"))), strict=True)]
+    assert min(moved) > 1e-4
 
 
 def test_heads_learn_as_alone_and_the_trunk_from_all():
@@ -122,10 +169,9 @@ def test_heads_learn_as_alone_and_the_trunk_from_all():
 
 @pytest.mark.parametrize("kind", ["heads", "models"])
 def test_no_split_matters(kind):
-    params = members.stack([member(m) for m in range(M)])
+    params = stacked(kind)
     batch = together([batch_of(30 + m) for m in range(M)])
     if kind == "heads":
-        params = {"trunk": member(0)["trunk"], "head": params["head"]}
         batch = dataclasses.replace(batch_of(30), preferred=batch.preferred)
     (whole, metrics), (parts, again) = (train(kind, params, "sgd", [batch], n) for n in (1, 4))
     assert_close(jax.tree.map(np.subtract, parts, params), jax.tree.map(np.subtract, whole, params))
@@ -174,15 +220,13 @@ def rollout() -> Rollout:
     return Rollout(batch.tokens.reshape(rows, -1), *lengths, zeros == 0, zeros, zeros, zeros, nothing, nothing)
 
 
-@pytest.mark.parametrize("kind", ["heads", "models"])
+@pytest.mark.parametrize("kind", ["heads", "adapters", "models"])
 def test_a_reward_of_several_is_its_members_taken_together(kind):
-    params = members.stack([member(m) for m in range(M)])
-    if kind == "heads":
-        params = {"trunk": member(0)["trunk"], "head": params["head"]}
-    params = rewards.with_scale(params) | {"gain": jnp.array([1.0, 2.0, 0.5]), "bias": jnp.array([0.0, -1.0, 3.0])}
+    params, config = scored(kind)
+    params |= {"gain": jnp.array([1.0, 2.0, 0.5]), "bias": jnp.array([0.0, -1.0, 3.0])}
     data = rollout()
-    alone = np.stack([rewards.reward(MODEL, "last")(ensemble.member(params, m, kind), data) for m in range(M)])
-    config = ensemble.Config(M, kind, "uncertainty", 0.3)
+    alone = np.stack([rewards.reward(MODEL, "last")(ensemble.member(params, m, config), data) for m in range(M)])
+    assert np.abs(np.diff(alone, axis=0)).min(axis=1).max() > 1e-3  # no two members say the same
     found = ensemble.reward(MODEL, "last", config)(params, data)
     np.testing.assert_allclose(found, reference_reward.ensemble(alone, "uncertainty", 0.3), rtol=1e-5, atol=1e-5)
     garbage = jnp.arange(WIDTH) >= (data.prompt_len + data.response_len)[:, None]
@@ -190,15 +234,14 @@ def test_a_reward_of_several_is_its_members_taken_together(kind):
     np.testing.assert_array_equal(ensemble.reward(MODEL, "last", config)(params, dirty), found)
 
 
-@pytest.mark.parametrize("kind", ["heads", "models"])
+@pytest.mark.parametrize("kind", ["heads", "adapters", "models"])
 def test_each_member_is_normalised_by_itself(kind):
-    params = members.stack([member(m) for m in range(M)])
-    params = rewards.with_scale(params if kind == "models" else {"trunk": member(0)["trunk"], "head": params["head"]})
+    params, config = scored(kind)
     data = rollout()
     length = data.prompt_len + data.response_len
 
     def scores(p):
-        return ensemble.scores(MODEL, p, data.tokens, length, "mean", kind)
+        return ensemble.scores(MODEL, p, data.tokens, length, "mean", config)
 
     unit = scores(rewards.normalise(params, scores(params)))
     np.testing.assert_allclose(unit.mean(1), 0, atol=1e-5)
@@ -217,6 +260,8 @@ def test_each_member_is_normalised_by_itself(kind):
     [
         ({"members": 1}, "2 or more"),
         ({"members": 2, "of": "trunks"}, "of 'trunks'"),
+        ({"members": 2, "of": "adapters"}, "of adapters with lora rank=0"),
+        ({"members": 2, "of": "models", "lora": LORA}, "of models with lora rank=2"),
         ({"members": 2, "aggregation": "best"}, "aggregation='best'"),
         ({"members": 2, "uncertainty_coef": -1.0}, "uncertainty_coef=-1.0"),
     ],
@@ -229,6 +274,8 @@ def test_impossible_ensembles(fields, told):
 def test_members_without_scores_are_refused():
     with pytest.raises(ValueError, match="members score"):
         objective.make_outputs(MODEL, members="heads")
+    with pytest.raises(ValueError, match="members='models' with adapters of rank 2"):
+        objective.make_outputs(MODEL, logprobs=False, scores="mean", trunk="trunk", members="models", adapters=LORA)
 
 
 def sets_of(seed: int, width: int = 6, ties: bool = False):

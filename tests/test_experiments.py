@@ -234,10 +234,13 @@ def test_help_is_quick():
     assert time.monotonic() - started < 30  # a machine under load; the figure is in the README
 
 
-@pytest.mark.parametrize("kind", ["heads", pytest.param("models", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "kind", ["heads", pytest.param("adapters", marks=pytest.mark.full), pytest.param("models", marks=pytest.mark.full)]
+)
 def test_an_ensemble_is_trained_and_ppo_reads_it(loop, tmp_path, kind):
     start = ("--reference", loop / "sft/model", "--init", loop / "pretrain/model")
     flags = ("--ensemble", 3, "--ensemble-of", kind, "--aggregation", "worst", "--normalise", "demonstrations")
+    flags += ("--lora.rank", 4) if kind == "adapters" else ()
     small = ("--preset", "smoke", "--steps", 4, "--debias-length", "--head-init", "normal")
     done = script("reward_model", *small, *start, *flags, "--out", tmp_path / "reward")
     assert done.returncode == 0, done.stderr

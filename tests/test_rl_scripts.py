@@ -7,7 +7,9 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from scripts import ROOT, environment, script
 
 SMALL = ("--iterations", 2, "--evaluate-every", 1, "--held-out-prompts", 48)
@@ -71,6 +73,36 @@ def test_ppo_with_every_option_that_is_off_by_default(start, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss/kl"] == pytest.approx(0, abs=1e-6)
     assert rows[0]["rollout/sampler_gap_max"] < 1e-4  # against what was drawn from
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("grpo", (*SMALL, "--batch", 8, "--lora.targets", "query", "down")),
+        pytest.param("ppo", (*SMALL, "--batch", 32, "--critic", "separate", "--ema-decay", 0.5), marks=pytest.mark.full),
+        pytest.param("dpo", ("--steps", 2, "--evaluate-every", 1, "--held-out-prompts", 48, "--batch", 16,
+                             "--pairs.prompts", 256), marks=pytest.mark.full),
+    ],
+    ids=("grpo", "ppo", "dpo"),
+)  # fmt: skip
+def test_an_adapter_is_trained_over_the_start_and_saved_twice(start, tmp_path, name, flags):
+    """Merged, for the stages that follow, and alone, from which the merged model comes out again bit for bit."""
+    out = tmp_path / name
+    command = ("--preset", "arithmetic", "--policy", start / "model", "--out", out, *flags, "--lora.rank", 4)
+    done = script(name, *command)
+    assert done.returncode == 0, done.stderr
+    curve = json.loads((out / "result.json").read_text())["curve"]
+    assert abs(curve[0]["held_out/kl"]) < 1e-5
+    assert abs(curve[-1]["held_out/kl"]) > 1e-7
+    merged = tmp_path / "merged"
+    done = script("merge_adapter", "--base", start / "model", "--adapter", out / "adapter", "--out", merged)
+    assert done.returncode == 0, done.stderr
+    saved, again, before = (load_file(x / "model" / "params.safetensors") for x in (out, merged, start))
+    for leaf, value in saved.items():
+        np.testing.assert_array_equal(again[leaf], value, err_msg=leaf)
+    moved = {leaf for leaf, value in saved.items() if (value != before[leaf]).any()}
+    targets = ("query", "down") if name == "grpo" else ("query", "key", "value", "output", "gate", "up", "down")
+    assert moved == {f"layers/{target}" for target in targets}
 
 
 def test_a_new_algorithm_is_two_new_files_and_no_edit(start, tmp_path):

@@ -73,7 +73,7 @@ class Recipe:
     faster: float = 1.0  # factor on the learning rates: a small model from nothing takes larger ones
     model: TransformerConfig = MODEL
     ensemble: int = 1  # reward models, or heads of one, learned and pressed together; 1: a single one, as published
-    ensemble_of: ensembles.Of = "heads"
+    ensemble_of: Literal["heads", "models"] = "heads"
     aggregation: ensembles.Aggregation = "mean"
     warm_up: int = 0  # steps of our own on the demonstrations, in the place of a pre-trained model
 
@@ -155,8 +155,8 @@ def language_model(
         drawn = pipeline.batches(train, part.batch, config.seed)
         batches = pipeline.by_step(lambda i: responses(drawn[i], response))
         outputs = objective.make_outputs(start.model)
-        params = sft.train(run, settings, start.params, outputs, batches, mesh) if part.steps else start.params
-        nll = sft.loss(outputs, params, responses(test, response))
+        params = sft.train(run, settings, start.params, None, outputs, batches, mesh) if part.steps else start.params
+        nll = sft.loss(outputs, params, None, responses(test, response))
         stage.save(out / "model", "policy", jax.device_get(params), start.config, start.tokenizer)
         return run.done({"nll_per_token": nll, "steps": part.steps, "left_out": left_out})
 

@@ -1,5 +1,7 @@
 """The product of activations and a weight with narrow operands and float32 sums, its gradient, and what a CPU needs for it.
 
+A weight is an array, or `Adapted`: a frozen one with a low-rank adapter beside it (`models/lora.py`).
+
 On a CPU the backward pass of a language model is 2 to 3 times slower if left to autodiff and XLA: see the comments here.
 """
 
@@ -9,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -16,12 +19,34 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 
-def product(dtype: str, x: Float[Array, "*s i"], weight: Float[Array, "a b"], flipped: bool = False) -> Float[Array, "*s o"]:
+@struct.dataclass
+class Adapted:
+    """W + scale * A B, the weight of a linear layer or of a stack of them. Source: Hu et al. 2021, equation 3."""
+
+    weight: jax.Array  # W [..., in, out]
+    a: jax.Array  # [..., in, r]
+    b: jax.Array  # [..., r, out]
+    scale: float = struct.field(pytree_node=False)
+
+
+def product(
+    dtype: str, x: Float[Array, "*s i"], weight: Float[Array, "a b"] | Adapted, flipped: bool = False
+) -> Float[Array, "*s o"]:
     """x [..., in] @ weight [in, out] (`flipped`: [out, in]), operands rounded to `dtype`, sums and result float32."""
+    if isinstance(weight, Adapted):  # never flipped: an embedding table has no adapter
+        low = product(dtype, product(dtype, x, weight.a), weight.b)
+        return product(dtype, x, weight.weight) + weight.scale * low
     # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
     rows = x.reshape(-1, x.shape[-1])
     result: jax.Array = _matmul(jnp.dtype(dtype), flipped, rows, weight)
     return result.reshape(*x.shape[:-1], weight.shape[0 if flipped else 1])
+
+
+def whole(weight: jax.Array | Adapted) -> jax.Array:
+    """The weight as one array: itself, or W + scale * A B."""
+    if not isinstance(weight, Adapted):
+        return weight
+    return weight.weight + weight.scale * jnp.matmul(weight.a, weight.b, precision="highest")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

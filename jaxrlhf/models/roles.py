@@ -1,7 +1,9 @@
-"""Where the value function's numbers come from: a head on the policy's trunk, or a critic with a trunk of its own.
+"""Which trunk each role reads: policy, value function, reference and reward may have one each, or share one.
 
 params = {"policy": tree, "value": head} shares the trunk, and the value's gradient trains the policy's features too;
-params = {"policy": tree, "critic": {"trunk": tree, "head": head}} keeps both apart.
+params = {"policy": tree, "critic": {"trunk": tree, "head": head}} keeps both apart. A tree is a whole model's, or an adapter
+(`models/lora.py`) over the frozen base that all roles share: then the reference is the base itself, the adapter off, and each
+role costs no more than its adapter and its head.
 """
 
 from __future__ import annotations
@@ -12,7 +14,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrlhf.models import lora
 from jaxrlhf.models.model import Model
+
+
+def attach(base: Any, params: Any, config: lora.LoraConfig) -> Any:
+    """Parameters of which every adapter is laid over the base, so that a model can read them. Without adapters: as they are.
+
+    `params` is one adapter, or the dict of a role that holds it at `policy` or `trunk`, with a critic's dict inside or none.
+    """
+    if not config.rank:
+        return params
+    if "critic" in params:
+        params = params | {"critic": attach(base, params["critic"], config)}
+    for name in ("policy", "trunk"):
+        if name in params:
+            return params | {name: lora.attach(base, params[name], config)}
+    return lora.attach(base, params, config)
+
+
+def base(frozen: dict[str, Any]) -> Any:
+    """The model that adapters lie over: `frozen["base"]` or, where there is none, `frozen["reference"]`."""
+    return frozen["base"] if "base" in frozen else frozen["reference"]
 
 
 def has_value(params: dict[str, Any]) -> bool:

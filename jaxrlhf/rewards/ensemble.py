@@ -1,7 +1,8 @@
-"""Several learned rewards as one: M heads on one trunk or M whole models, their scores taken together.
+"""Several learned rewards as one: M heads on one trunk, M adapters over it, or M whole models, their scores taken together.
 
-params = {"trunk", "head", "gain" [M], "bias" [M]} as in `rewards/model.py`, every leaf of the head (of heads) or of trunk and
-head (of models) stacked [M, ...]. Each member has its own scale, so that members are compared in one unit.
+params = {"trunk", "head", "gain" [M], "bias" [M]} as in `rewards/model.py`, every leaf of the head (of heads and adapters) or
+of trunk and head (of models) stacked [M, ...]; of adapters also {"adapters"}, stacked, over the one trunk. Each member has its
+own scale, so that members are compared in one unit.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxrlhf.core import members
 from jaxrlhf.core.types import Rollout
-from jaxrlhf.models import heads
+from jaxrlhf.models import heads, lora
 from jaxrlhf.models.model import Model
 from jaxrlhf.rewards.model import Pooling
 
-Of = Literal["heads", "models"]
+Of = Literal["heads", "adapters", "models"]
 Aggregation = Literal["mean", "worst", "uncertainty"]
 
 
@@ -30,12 +31,17 @@ class Config:
     of: Of = "heads"
     aggregation: Aggregation = "mean"
     uncertainty_coef: float = 0.5  # of the variance over the members, where aggregation='uncertainty'
+    lora: lora.LoraConfig = lora.NONE  # of the adapters, where of='adapters'
 
     def __post_init__(self):
         if self.members < 2:
             raise ValueError(f"an ensemble of {self.members} member(s): it needs 2 or more")
-        if self.of not in ("heads", "models"):
-            raise ValueError(f"ensemble of '{self.of}' must be of heads or of models")
+        if self.of not in ("heads", "adapters", "models"):
+            raise ValueError(f"ensemble of '{self.of}' must be of heads, of adapters or of models")
+        if (self.of == "adapters") != (self.lora.rank > 0):
+            raise ValueError(
+                f"ensemble of {self.of} with lora rank={self.lora.rank}: adapters need a rank, 8 say, others have 0"
+            )
         if self.aggregation not in ("mean", "worst", "uncertainty"):
             raise ValueError(f"aggregation='{self.aggregation}' must be mean, worst or uncertainty")
         if self.uncertainty_coef < 0:
@@ -43,15 +49,20 @@ class Config:
 
 
 def scores(
-    model: Model, params: dict[str, Any], tokens: Int[Array, "b t"], length: Int[Array, " b"], pooling: Pooling, of: Of
+    model: Model, params: dict[str, Any], tokens: Int[Array, "b t"], length: Int[Array, " b"], pooling: Pooling, config: Config
 ) -> Float[Array, "m b"]:
     """Every member's gain * head(hidden) + bias of rows of `length` real tokens."""
     trunk, head = params["trunk"], params["head"]
-    if of == "heads":
+    if config.of == "heads":
         hidden = model.hidden(trunk, tokens)
         raw = jax.vmap(lambda one: heads.score(one, hidden, length, pooling))(head)
     else:
-        raw = members.each(lambda trunk, head: heads.score(head, model.hidden(trunk, tokens), length, pooling), trunk, head)
+
+        def of_member(own: Any, head: Any) -> jax.Array:
+            tree = own if config.of == "models" else lora.attach(trunk, own, config.lora)
+            return heads.score(head, model.hidden(tree, tokens), length, pooling)
+
+        raw = members.each(of_member, trunk if config.of == "models" else params["adapters"], head)
     return params["gain"][:, None] * raw + params["bias"][:, None]
 
 
@@ -72,7 +83,7 @@ def score(
     model: Model, params: dict[str, Any], tokens: Int[Array, "b t"], length: Int[Array, " b"], pooling: Pooling, config: Config
 ) -> Float[Array, " b"]:
     """The members' scores taken together."""
-    return aggregate(scores(model, params, tokens, length, pooling, config.of), config)
+    return aggregate(scores(model, params, tokens, length, pooling, config), config)
 
 
 def reward(model: Model, pooling: Pooling, config: Config) -> Callable[[dict[str, Any], Rollout], jax.Array]:
@@ -85,7 +96,11 @@ def reward(model: Model, pooling: Pooling, config: Config) -> Callable[[dict[str
     return of_rollout
 
 
-def member(params: dict[str, Any], number: int, of: Of) -> dict[str, Any]:
+def member(params: dict[str, Any], number: int, config: Config) -> dict[str, Any]:
     """One member's parameters, as of a reward model of its own."""
     own = {name: members.one(params[name], number) for name in ("head", "gain", "bias")}
-    return own | {"trunk": members.one(params["trunk"], number) if of == "models" else params["trunk"]}
+    if config.of == "models":
+        return own | {"trunk": members.one(params["trunk"], number)}
+    if config.of == "heads":
+        return own | {"trunk": params["trunk"]}
+    return own | {"trunk": lora.attach(params["trunk"], members.one(params["adapters"], number), config.lora)}

@@ -21,9 +21,9 @@ Pooling = Literal["last", "mean"]
 
 
 def with_scale(trained: dict[str, Any]) -> dict[str, Any]:
-    """Reward parameters from a trained {"trunk", "head"}: gain 1, bias 0 (one of each a member of an ensemble)."""
+    """Reward parameters from a trained {"trunk", "head", ...}: gain 1, bias 0 (one of each a member of an ensemble)."""
     shape = trained["head"]["bias"].shape
-    return {"trunk": trained["trunk"], "head": trained["head"], "gain": jnp.ones(shape), "bias": jnp.zeros(shape)}
+    return trained | {"gain": jnp.ones(shape), "bias": jnp.zeros(shape)}
 
 
 def score(

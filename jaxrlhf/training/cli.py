@@ -100,12 +100,23 @@ def load(cls: type[C], path: Path) -> C:
     unknown = list(_unknown(cls, data, ""))
     if unknown:
         raise ValueError(f"{path}: {'; '.join(unknown)}")
+    _resolve(cls)
     try:
         return pydantic.TypeAdapter(cls).validate_python(data)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "settings"
         raise ValueError(f"{path}: {where}: {first['msg']} (got {first['input']!r})") from error
+
+
+def _resolve(cls: Any) -> None:
+    """Write the types of settings over their names: pydantic looks a name up in the class first, where in
+    `ppo: ppo.Config = ppo.Config()` it finds the default, not the module."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        field.type = hints[field.name]
+        for arm in filter(dataclasses.is_dataclass, _arms(field.type)):
+            _resolve(arm)
 
 
 def _unknown(cls: Any, data: dict, prefix: str) -> Iterator[str]:

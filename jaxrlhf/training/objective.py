@@ -11,7 +11,7 @@ import jax
 from jaxrlhf.core import members as ensembles
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Outputs, SamplingSpec
-from jaxrlhf.models import heads, roles
+from jaxrlhf.models import heads, lora, roles
 from jaxrlhf.models.model import Model
 
 OutputsFn = Callable[[Any, Any, Any, jax.Array | None], Outputs]
@@ -29,7 +29,8 @@ def make_outputs(
     trunk: str | None = None,
     packed: bool = False,
     dropout: bool = False,
-    members: Literal["heads", "models"] | None = None,
+    members: Literal["heads", "adapters", "models"] | None = None,
+    adapters: lora.LoraConfig = lora.NONE,
 ) -> OutputsFn:
     """A function (params, frozen, batch, key) -> Outputs that computes what is asked for, and nothing else.
 
@@ -43,26 +44,21 @@ def make_outputs(
     the packed rows in `batch.text` (an `lm.Batch` of as many rows). `packed`: every prompt is one token and R = T - 1
     (`lm.packed`), so states are read in place, not gathered. Dropout is on where `dropout` and a key are.
 
-    `members`: the scores are an ensemble's [M,B,N], of heads stacked [M,...] on one trunk, or of models stacked as wholes, each
-    of which reads its own rows of tokens [B,M,N,T].
+    `members`: the scores are an ensemble's [M,B,N], of heads stacked [M,...] on one trunk, or of models stacked as wholes, or
+    of adapters stacked with their heads; each of the latter two reads its own rows of tokens [B,M,N,T].
+
+    `adapters` of rank > 0: `params` hold adapters in place of trees, over the frozen base (`roles.attach`, `roles.base`).
 
     Raises:
         ValueError: options that contradict each other.
     """
-    per_token = logprobs or entropy or values or ref_kl or text
-    if scores is not None and per_token:
-        raise ValueError(
-            "make_outputs: scores is computed alone; set logprobs=False and leave out entropy, values, ref_kl, text"
-        )
-    if members is not None and scores is None:
-        raise ValueError("make_outputs: an ensemble's members score; set scores='last' or 'mean' beside members")
-    if scores is None and not per_token:
-        raise ValueError("make_outputs: nothing asked for; set logprobs, entropy, values, ref_kl, text or scores")
-    if (values or scores is not None) and trunk is None:
-        raise ValueError("make_outputs: a head needs trunk='...', the key of the model's tree beside it (policy, trunk)")
+    _check(logprobs or entropy or values or ref_kl or text, values, scores, trunk, members, adapters)
 
     def tree_of(params: Any) -> Any:
         return params if trunk is None else params[trunk]
+
+    def over_base(params: Any, frozen: Any) -> Any:
+        return roles.attach(roles.base(frozen), params, adapters) if adapters.rank else params
 
     def run(params: Any, tokens: jax.Array, segments: jax.Array | None, key: jax.Array | None) -> jax.Array:
         if dropout and key is not None:
@@ -70,6 +66,7 @@ def make_outputs(
         return model.hidden(tree_of(params), tokens, segments)
 
     def token_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
+        params = over_base(params, frozen)
         rows = _rows(batch, spec)
         hidden = run(params, rows.tokens, rows.segments, key)
         width = batch.mask.shape[-1] if spec is None else spec.max_tokens
@@ -92,25 +89,47 @@ def make_outputs(
         states = run(params, rows.tokens, rows.segments, key)[:, :-1]
         return heads.token_logprobs(model, tree_of(params), states, rows.tokens[:, 1:])[0]
 
-    return token_outputs if scores is None else _score_outputs(run, scores, members)
+    return token_outputs if scores is None else _score_outputs(run, over_base, scores, members)
 
 
-def _score_outputs(run: Callable[..., jax.Array], pooling: str, members: str | None) -> OutputsFn:
-    def rows_scores(params: Any, rows: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
+def _check(
+    per_token: bool, values: bool, scores: str | None, trunk: str | None, members: str | None, adapters: lora.LoraConfig
+) -> None:
+    if scores is not None and per_token:
+        raise ValueError(
+            "make_outputs: scores is computed alone; set logprobs=False and leave out entropy, values, ref_kl, text"
+        )
+    if members is not None and scores is None:
+        raise ValueError("make_outputs: an ensemble's members score; set scores='last' or 'mean' beside members")
+    if members in ("adapters", "models") and (members == "adapters") != (adapters.rank > 0):
+        raise ValueError(
+            f"make_outputs: members='{members}' with adapters of rank {adapters.rank}: adapters have a rank > 0, models rank 0"
+        )
+    if scores is None and not per_token:
+        raise ValueError("make_outputs: nothing asked for; set logprobs, entropy, values, ref_kl, text or scores")
+    if (values or scores is not None) and trunk is None:
+        raise ValueError("make_outputs: a head needs trunk='...', the key of the model's tree beside it (policy, trunk)")
+
+
+def _score_outputs(
+    run: Callable[..., jax.Array], over_base: Callable[[Any, Any], Any], pooling: str, members: str | None
+) -> OutputsFn:
+    def rows_scores(frozen: Any, params: Any, rows: jax.Array, length: jax.Array, key: jax.Array | None) -> jax.Array:
+        params = over_base(params, frozen)
         hidden = run(params, sharding.constrain(rows, "batch", None), None, key)
         read = functools.partial(heads.score, hidden=hidden, length=length, pooling=pooling)
         return jax.vmap(read)(params["head"]) if members == "heads" else read(params["head"])
 
     def score_outputs(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
-        del frozen
         tokens, length = batch.tokens, batch.prompt_len + batch.response_len
-        if members != "models":
-            found = rows_scores(params, tokens.reshape(-1, tokens.shape[-1]), length.reshape(-1), key)  # [B*N] or [M, B*N]
+        scores_of = functools.partial(rows_scores, frozen)
+        if members in (None, "heads"):
+            found = scores_of(params, tokens.reshape(-1, tokens.shape[-1]), length.reshape(-1), key)  # [B*N] or [M, B*N]
             return Outputs(scores=found.reshape(*found.shape[:-1], *tokens.shape[:-1]))
         b, m, n, t = tokens.shape
         rows, length = tokens.swapaxes(0, 1).reshape(m, b * n, t), length.swapaxes(0, 1).reshape(m, b * n)
         keys = None if key is None else jax.random.split(key, m)  # each member's own dropout
-        return Outputs(scores=ensembles.each(rows_scores, params, rows, length, keys).reshape(m, b, n))
+        return Outputs(scores=ensembles.each(scores_of, params, rows, length, keys).reshape(m, b, n))
 
     return score_outputs
 
