@@ -93,7 +93,7 @@ def plain(config: TransformerConfig) -> Callable[[Any, jax.Array, jax.Array], ja
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon) * weights["scale"]
 
     def loss(params, tokens, segments):
-        rotation = transformer._rotation(config, transformer.segment_positions(segments))
+        rotation = transformer._of_layer(transformer._rotations(config, transformer.segment_positions(segments)), None)
         visible = jnp.tril(segments[:, :, None] == segments[:, None, :])[:, None]
 
         def layer(x, w):

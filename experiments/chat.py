@@ -2,6 +2,7 @@
 
     python -m experiments.chat --policy runs/demo/policy                       # type the first words of a review
     python -m experiments.chat --policy runs/demo/policy --task reply          # type a turn of a chat
+    python -m experiments.chat --policy runs/smollm2/model --task template     # by an imported checkpoint's chat template
     python -m experiments.chat --policy runs/demo/policy --prompt "a film that" # once
     python -m experiments.chat --policy runs/demo/policy --ask                 # choose between two answers
 
@@ -25,7 +26,7 @@ from experiments import stage
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Prompts, SamplingSpec
-from jaxrlhf.data import pipeline
+from jaxrlhf.data import conversations, pipeline
 from jaxrlhf.feedback import labelers, store
 from jaxrlhf.sampling import generate
 from jaxrlhf.training import cli
@@ -35,7 +36,9 @@ from jaxrlhf.training import cli
 class Config:
     policy: Path = Path("runs/demo/policy")
     prompt: str | None = None  # answer this and stop; without it, lines are read until the input ends
-    task: Literal["continue", "reply"] = "continue"  # continue a review, or reply to a turn of a chat
+    task: Literal["continue", "reply", "template"] = (
+        "continue"  # continue a review; or reply, in our format or the checkpoint's
+    )
     ask: bool = False  # show two answers and keep the choice
     store: Path = Path("runs/demo/feedback.sqlite")  # where choices are kept
     name: str = "user"  # of the person, stored with every choice
@@ -84,7 +87,10 @@ def answer(config: Config, policy: stage.Trained, spec: SamplingSpec, text: str,
         ValueError: the prompt and the answer do not fit into the model's context.
     """
     tokenizer = policy.tokenizer
-    ids = [tokenizer.bos, *tokenizer.encode(pipeline.clean(text)), *([tokenizer.eos] if config.task == "reply" else [])]
+    if config.task == "template":
+        ids = conversations.encode(tokenizer, [{"role": "user", "content": text}], ask=True)[0].tolist()
+    else:
+        ids = [tokenizer.bos, *tokenizer.encode(pipeline.clean(text)), *([tokenizer.eos] if config.task == "reply" else [])]
     room = policy.model.max_length - spec.max_tokens
     if len(ids) > room:
         raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -45,6 +45,7 @@ class Setting:
     spec: SamplingSpec
     tokenizer: Tokenizer
     mesh: jax.sharding.Mesh
+    gold: Callable[[Rollout], jax.Array] | None = None  # another reward, which nobody trains on
 
 
 def sample(setting: Setting, params: Any, key: jax.Array) -> policy.Samples:
@@ -64,13 +65,16 @@ def sample(setting: Setting, params: Any, key: jax.Array) -> policy.Samples:
         entropy=np.asarray(masking.masked(entropy, mask).sum(1)) / length,
         kl=np.asarray(masking.masked(logprobs - reference, mask).sum(1)),
         proxy=np.asarray(setting.reward(drawn)),
+        gold=None if setting.gold is None else np.asarray(setting.gold(drawn)),
     )
 
 
-def report(samples: policy.Samples, baseline: policy.Samples | None = None) -> dict[str, Any]:
+def report(
+    samples: policy.Samples, baseline: policy.Samples | None = None, judged_by: Mapping[str, judges.Judge] = JUDGES
+) -> dict[str, Any]:
     """The figures of one policy, with win rates over a baseline's samples where given."""
-    scores = policy.judge(samples, JUDGES)
-    return policy.evaluate_policy(samples, scores, None if baseline is None else policy.judge(baseline, JUDGES))
+    scores = policy.judge(samples, judged_by)
+    return policy.evaluate_policy(samples, scores, None if baseline is None else policy.judge(baseline, judged_by))
 
 
 def flat(row: dict[str, Any]) -> dict[str, float]:

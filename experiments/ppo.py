@@ -22,6 +22,7 @@ from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import pipeline
 from jaxrlhf.models import heads, roles
 from jaxrlhf.models.lora import LoraConfig
+from jaxrlhf.rewards import ensemble
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
@@ -112,8 +113,11 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
 
 def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """{"value": head} on the policy's trunk, or {"critic": trunk (or an adapter) and head}: see models/roles.py."""
-    if config.critic == "reward":
-        return {"critic": roles.critic_from_reward(stage.load(config.reward, mesh, "reward_model").params)}
+    if config.critic == "reward":  # of an ensemble, its first member
+        judged = stage.load(config.reward, mesh, "reward_model")
+        several = stage.ensembled(judged.settings)
+        params = judged.params if several is None else ensemble.member(judged.params, 0, several)
+        return {"critic": roles.critic_from_reward(params)}
     if config.critic == "separate":
         return {"critic": roles.critic(stage.trainable(start, config.lora, mesh, config.seed + 1), start.config.width)}
     value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
@@ -123,7 +127,7 @@ def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh
 def text_batches(config: Config, start: stage.Trained) -> Any:
     """`[iteration]`: as many packed rows of reviews as answers, for the language-model loss beside PPO's."""
     rows, _ = pipeline.encode_rows(pretrain.texts("train"), start.tokenizer, 8 * config.batch, TEXT_WIDTH, config.seed)
-    tokens, segments = pipeline.pack(rows, TEXT_WIDTH)
+    tokens, segments = pipeline.pack(rows, TEXT_WIDTH, start.tokenizer.bos, start.tokenizer.eos)
     return pipeline.batches({"tokens": tokens, "segments": segments}, config.batch, config.seed)
 
 

@@ -26,6 +26,7 @@ from experiments import preference_data, stage
 from jaxrlhf.algorithms import pairwise, reward
 from jaxrlhf.core import members, sharding
 from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.core.types import Prompts
 from jaxrlhf.data import comparisons, human_sentiment, pipeline
 from jaxrlhf.data.human_sentiment import DOMAINS
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -271,19 +272,27 @@ def normalised(config: Config, trunk: stage.Trained, params: Any, mesh: jax.shar
     """Scores of the reference policy's own samples get mean 0 and deviation 1, or those of demonstrations mean 0."""
     policy = stage.load(config.reference, mesh)
     rows = policy.tokenizer.encode_batch([pipeline.clean(r.text) for r in human_sentiment.reviews("train")])
-    score = scores_of(config, trunk.model)
     if config.normalise == "demonstrations":
-        shown = pipeline.continuation_rows(rows)
+        shown = pipeline.continuation_rows(rows, bos=policy.tokenizer.bos, eos=policy.tokenizer.eos)
         few = np.random.default_rng(config.seed).permutation(len(shown["tokens"]))[: config.reference_samples]
-        length = (shown["prompt_len"] + shown["response_len"])[few]
-        return rewards.centre(params, score(params, shown["tokens"][few], length))
+        return centred(config, trunk.model, params, {name: array[few] for name, array in shown.items()})
     prompts = pipeline.cut_prompts(rows, policy.tokenizer, config.seed)
     prompts = next(iter(pipeline.prompt_batches(prompts, config.reference_samples, config.seed)))
-    spec = stage.spec(config.sampling, policy.tokenizer)
-    rollout = generate.generate(
-        policy.model, policy.params, sharding.shard_batch(prompts, mesh), spec, jax.random.key(config.seed)
-    )
-    return rewards.normalise(params, score(params, rollout.tokens, rollout.prompt_len + rollout.response_len))
+    return scaled(config, trunk.model, params, policy, prompts, mesh)
+
+
+def centred(config: Config, model: Any, params: Any, shown: dict[str, np.ndarray]) -> Any:
+    """Scores of demonstrations (tokens, prompt_len, response_len) get mean 0."""
+    length = shown["prompt_len"] + shown["response_len"]
+    return rewards.centre(params, scores_of(config, model)(params, shown["tokens"], length))
+
+
+def scaled(config: Config, model: Any, params: Any, policy: stage.Trained, prompts: Prompts, mesh: jax.sharding.Mesh) -> Any:
+    """Scores of a policy's answers get mean 0 and deviation 1."""
+    spec, key = stage.spec(config.sampling, policy.tokenizer), jax.random.key(config.seed)
+    drawn = generate.generate(policy.model, policy.params, sharding.shard_batch(prompts, mesh), spec, key)
+    scores = scores_of(config, model)(params, drawn.tokens, drawn.prompt_len + drawn.response_len)
+    return rewards.normalise(params, scores)
 
 
 def score_texts(config: Config, model: Any, params: Any, rows: dict[str, np.ndarray], size: int = 256) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Stage 2: fine-tune the language model on continuations of reviews and on replies in a chat.
 
     python -m experiments.sft --init runs/demo/pretrain/model --out runs/demo/sft
+    python -m experiments.sft --init runs/smollm2/model --conversations mine.jsonl --out runs/smollm2/sft
 
-Its job at this size is to teach stopping and length, not a lower loss: more steps over-fit.
+Its job at this size is to teach stopping and length, not a lower loss: more steps over-fit. With `--conversations` an imported
+checkpoint learns the assistant's turns of a .jsonl file instead, by its own chat template (docs/hugging_face.md).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from experiments import pretrain, stage
 from jaxrlhf.algorithms import lm
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.data import chitchat, pipeline
+from jaxrlhf.data import chitchat, conversations, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.training import cli, objective, optimizer, step
@@ -35,6 +37,9 @@ class Config:
     steps: int = 50
     batch: int = 64  # rows
     review_share: float = 0.75  # of a batch; the rest are chat turns with their replies
+    conversations: Path | None = None  # .jsonl of {"messages": [{"role": ..., "content": ...}, ...]}, in place of both
+    width: int = 512  # tokens of a conversation; a turn that ends later is left out
+    held_out: float = 0.05  # of the conversations' turns
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon", muon_dtype="bfloat16", learning_rate=0.002, adam_learning_rate=4e-4, warmup_fraction=0.1, clip_norm=None
@@ -48,30 +53,55 @@ def run(config: Config) -> dict[str, Any]:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         start = stage.load(config.init, mesh)
-        replies, reviews, held_out = rows(start.tokenizer)
-        share = (config.review_share, config.review_share)
-        data = pipeline.mixed(replies, reviews, config.batch, config.seed, config.steps, share)
+        data, test, left_out = dataset(config, start.tokenizer)
+        held_out = batch_of({name: array[:512] for name, array in test.items()})
+        batches = pipeline.by_step(lambda i: sharding.shard_batch(batch_of(data[i]), mesh))
         with jax.set_mesh(mesh):
             params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
-            update = optimizer.make(config.optimizer, config.steps, params)
-            state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
             outputs = objective.make_outputs(start.model, adapters=config.lora)
-            train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
-            for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
-                state, metrics = train_step(state, frozen, sharding.shard_batch(batch_of(data[i]), mesh))
-                run.log(i, metrics)
-                run.maybe_save(i, state)
-            nll = {name: loss(outputs, p, frozen, held_out) for name, p in (("before", params), ("after", state.params))}
-            stage.save_policy(config.out, start, state.params, config.lora, config.init)
-        return run.done({"nll_per_token": nll["after"], "nll_per_token_before": nll["before"]})
+            before = loss(outputs, params, frozen, held_out)
+            params = train(run, config, params, frozen, outputs, batches)
+            after = loss(outputs, params, frozen, held_out)
+            stage.save_policy(config.out, start, params, config.lora, config.init)
+        return run.done({"nll_per_token": after, "nll_per_token_before": before, "turns_left_out": left_out})
+
+
+def train(run: Run, config: Config, params: Any, frozen: Any, outputs: objective.OutputsFn, batches: Any) -> Any:
+    """`config.steps` updates of a model, or of its adapter, on `batches[step]` (`lm.Batch`), from where `run` left off."""
+    update = optimizer.make(config.optimizer, config.steps, params)
+    state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
+    train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
+    for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
+        state, metrics = train_step(state, frozen, batches[i])
+        run.log(i, metrics)
+        run.maybe_save(i, state)
+    return state.params
+
+
+def dataset(config: Config, tokenizer: Tokenizer) -> tuple[Any, dict[str, np.ndarray], int]:
+    """`[step]`: rows to learn from; rows held out; and how many turns of conversations were too long."""
+    if config.conversations is None:
+        replies, reviews, held_out = rows(tokenizer)
+        share = (config.review_share, config.review_share)
+        return pipeline.mixed(replies, reviews, config.batch, config.seed, config.steps, share), held_out, 0
+    turns, left_out = conversations.answer_rows(conversations.read(config.conversations), tokenizer, config.width)
+    count = len(turns["tokens"])
+    few = max(1, round(config.held_out * count))
+    if few >= count:
+        raise ValueError(f"{config.conversations}: {count} turn(s) of the assistant, of which {few} are held out: give more")
+    order = np.random.default_rng(config.seed).permutation(count)
+    held_out, learned = ({name: array[part] for name, array in turns.items()} for part in (order[:few], order[few:]))
+    return pipeline.batches(learned, config.batch, config.seed), held_out, left_out
 
 
 def rows(tokenizer: Tokenizer) -> tuple[dict[str, np.ndarray], ...]:
     """Chat replies and review continuations to learn from, and held-out continuations."""
     turns, replies = zip(*chitchat.pairs()[:20_000], strict=True)
     encoded = [tokenizer.encode_batch([pipeline.clean(text) for text in side]) for side in (turns, replies)]
-    chat = pipeline.reply_rows(list(zip(*encoded, strict=True)), prompt_width=12, response_width=24)
-    train, test = (pipeline.continuation_rows(tokenizer.encode_batch(pretrain.texts(split))) for split in ("train", "test"))
+    bos, eos = tokenizer.bos, tokenizer.eos
+    chat = pipeline.reply_rows(list(zip(*encoded, strict=True)), prompt_width=12, response_width=24, bos=bos, eos=eos)
+    reviews = (tokenizer.encode_batch(pretrain.texts(split)) for split in ("train", "test"))
+    train, test = (pipeline.continuation_rows(ids, bos=bos, eos=eos) for ids in reviews)
     return chat, train, test
 
 
@@ -80,9 +110,8 @@ def batch_of(rows: dict[str, np.ndarray]) -> lm.Batch:
     return lm.responses(rows["tokens"], rows["prompt_len"], rows["response_len"], rows["tokens"].shape[1] - 1)
 
 
-def loss(outputs: objective.OutputsFn, params: Any, frozen: Any, rows: dict[str, np.ndarray], most: int = 512) -> float:
+def loss(outputs: objective.OutputsFn, params: Any, frozen: Any, batch: lm.Batch) -> float:
     """Nats per response token of held-out rows."""
-    batch = batch_of({name: array[:most] for name, array in rows.items()})
     term = jax.jit(lambda p, f: lm.loss(outputs(p, f, batch, None), batch, lm.Config())[0]["loss/lm"])(params, frozen)
     return float(term.sum / term.count)
 

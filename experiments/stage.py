@@ -14,7 +14,7 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Rollout, SamplingSpec
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.models import heads, lora, peft, pretrained, transformer
+from jaxrlhf.models import heads, hf, lora, peft, pretrained, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import Model
@@ -37,9 +37,9 @@ class Sampling:
 
 def spec(sampling: Sampling, tokenizer: Tokenizer) -> SamplingSpec:
     """The sampling distribution over this tokenizer's ids."""
-    return SamplingSpec(
-        **dataclasses.asdict(sampling), stop=(tokenizer.eos,), forbidden=(tokenizer.pad, tokenizer.bos), pad=tokenizer.pad
-    )
+    # A checkpoint's tokenizer may have one token for all three, and EOS must stay possible.
+    forbidden = tuple(i for i in (tokenizer.pad, tokenizer.bos) if i != tokenizer.eos)
+    return SamplingSpec(**dataclasses.asdict(sampling), stop=(tokenizer.eos,), forbidden=forbidden, pad=tokenizer.pad)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,19 @@ def specs(config: TransformerConfig, kind: str, several: ensemble.Config | None 
     return {"trunk": trunk} | stacked
 
 
+def kind(folder: Path) -> str:
+    """`policy` or `reward_model`.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: a model of another program.
+    """
+    settings = pretrained.settings(folder)
+    if settings.get("kind") not in ("policy", "reward_model"):
+        raise ValueError(f"{folder}: holds a {settings.get('kind', 'model of another program')}, not a policy or reward_model")
+    return settings["kind"]
+
+
 def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained:
     """The model in `folder`, on the mesh.
 
@@ -85,9 +98,10 @@ def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained
     params, settings = pretrained.load(folder)
     if settings.get("kind") != kind:
         raise ValueError(f"{folder}: holds a {settings.get('kind', 'model of another program')}, not a {kind}")
-    config = TransformerConfig(**settings["transformer"])
+    config, tokenizer = TransformerConfig(**settings["transformer"]), tokenizers.load(folder)
+    hf.check_vocabulary(tokenizer, config)
     params = jax.device_put(params, sharding.shardings(specs(config, kind, ensembled(settings)), mesh))
-    return Trained(config, transformer.build(config), params, tokenizers.load(folder), settings)
+    return Trained(config, transformer.build(config), params, tokenizer, settings)
 
 
 def ensembled(settings: dict[str, Any]) -> ensemble.Config | None:

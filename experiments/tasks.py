@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,7 +21,7 @@ from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.data import arithmetic as sums
 from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.evaluation import policy
+from jaxrlhf.evaluation import judges, policy
 from jaxrlhf.rewards import functions
 from jaxrlhf.sampling import generate
 
@@ -99,28 +99,32 @@ def sentiment(config: Settings, mesh: jax.sharding.Mesh) -> Task:
     first = stage.load(config.policy, mesh)
     judged = stage.load(config.reward, mesh, "reward_model")
     value = stage.reward(judged)
-    spec = stage.spec(config.sampling, first.tokenizer)
     setting = held_out.Setting(
         model=first.model,
         reference=first.params,
         reward=lambda answers: value(judged.params, answers),
         prompts=held_out.prompts(first.tokenizer, config.held_out_prompts),
-        spec=spec,
+        spec=stage.spec(config.sampling, first.tokenizer),
         tokenizer=first.tokenizer,
         mesh=mesh,
     )
-    before = held_out.sample(setting, first.params, jax.random.key(0))
+    return learned(setting, first, review_prompts(first.tokenizer, config.batch, config.seed), held_out.JUDGES)
+
+
+def learned(setting: held_out.Setting, start: stage.Trained, prompts: Any, judged_by: Mapping[str, judges.Judge]) -> Task:
+    """Answer `prompts`, scored by the setting's reward; on its own prompts judges read the answers."""
+    before = held_out.sample(setting, start.params, jax.random.key(0))
 
     def score(rollout: Rollout, prompts: Prompts) -> tuple[jax.Array, jax.Array, Figures]:
         del prompts
-        part = functions.of_values(value(judged.params, rollout), rollout, first.tokenizer.decode, "model")
-        return *sharding.shard_batch((part.score, part.weight), mesh), {"reward/faults": float(len(part.faults))}
+        part = functions.of_values(setting.reward(rollout), rollout, start.tokenizer.decode, "model")
+        return *sharding.shard_batch((part.score, part.weight), setting.mesh), {"reward/faults": float(len(part.faults))}
 
     def judge(params: Any) -> tuple[Figures, list[dict[str, str]]]:
         after = held_out.sample(setting, params, jax.random.key(1))  # other draws than the start's, so that equals win half
-        return held_out.flat(held_out.report(after, before)), policy.side_by_side(before, after)
+        return held_out.flat(held_out.report(after, before, judged_by)), policy.side_by_side(before, after)
 
-    return Task(first, spec, review_prompts(first.tokenizer, config.batch, config.seed), score, judge)
+    return Task(start, setting.spec, prompts, score, judge)
 
 
 def review_prompts(tokenizer: Tokenizer, batch: int, seed: int) -> Any:

@@ -10,6 +10,7 @@ import re
 import pytest
 
 from jaxrlhf.algorithms import ppo, shaping
+from jaxrlhf.models import hf_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -23,6 +24,20 @@ def test_the_code_of_change_the_algorithm_runs():
     assert float(found["metrics"]["optimizer/grad_norm"]) > 0
     assert float(found["stats"]["reward/score"]) > 0
     assert int(found["state"].step) == 1
+
+
+def test_the_code_of_hugging_face_runs():
+    page = (ROOT / "docs" / "hugging_face.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict = {}
+    exec(compile("\n".join(blocks), "docs/hugging_face.md", "exec"), found)
+    assert found["again"] == found["config"]
+
+
+def test_the_architectures_of_hugging_face_are_those_that_are_read():
+    page = (ROOT / "docs" / "hugging_face.md").read_text(encoding="utf-8")
+    table = page[page.index("## Architectures") : page.index("## What was checked")]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == ["model_type", *hf_config.CLASSES]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -265,14 +265,16 @@ def test_over_optimisation_goes_on_where_it_stopped(loop, tmp_path):
         loop / "pretrain/model",
         "--policy",
         loop / "sft/model",
+        "--gold",
+        loop / "reward_model/model",
         "--out",
         tmp_path / "study",
     )
     done = script("overoptimization", *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "study/result.json").read_text())
-    assert {(row["layers"], row["proxy"]) for row in result["best_of_n"]} == {
-        (n, p) for n in (1, 2) for p in ("0", "1", "worst")
+    assert {(row["size"], row["proxy"]) for row in result["best_of_n"]} == {
+        (n, p) for n in ("1 layers, 16 choices", "2 layers, 32 choices") for p in ("0", "1", "worst")
     }
     for row in result["ppo"]:
         assert row["rows"][0]["kl"] == 0  # the fine-tuned model itself

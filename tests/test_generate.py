@@ -9,7 +9,7 @@ import pytest
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
-from jaxrlhf.models import transformer
+from jaxrlhf.models import flax_adapter, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.heads import IMPOSSIBLE
 from jaxrlhf.sampling import filters, generate
@@ -201,6 +201,62 @@ def test_output_does_not_depend_on_n_or_chunk(params, sampled):
     assert_same(generate.generate(MODEL, params, given, spec(), KEY, n=1), take(sampled, list(range(0, 16, 2))))
     for chunk in (4, 100):  # 4: three chunks of 4 steps, two of them past the end
         assert_same(generate.generate(MODEL, params, given, spec(), KEY, n=2, chunk=chunk), sampled)
+
+
+LIMITS = (18, 2, 3, 18, 1, 5, 2, 9)  # of eight prompts
+
+
+@pytest.fixture
+def sizes(monkeypatch) -> list[int]:
+    """The number of rows of each chunk that is decoded."""
+    seen, advance = [], generate._advance
+    monkeypatch.setattr(generate, "_advance", lambda *args: seen.append(args[-1].row.shape[0]) or advance(*args))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (None, [32, 16, 16, 8, 8, 8]),  # rows that go on after each chunk of 3: 16, 12, 8, 8, 8
+        (sharding.MeshConfig(data=2, fsdp=2, tensor=2), [32, 16, 16, 8, 8, 8]),
+        (sharding.MeshConfig(), [32, 16, 16, 8, 8, 8]),  # 8 rows on 8 devices are the fewest
+    ],
+    ids=["one", "2x2x2", "data=8"],
+)
+def test_rows_that_have_ended_leave_and_change_nothing(params, sizes, monkeypatch, shape, expected):
+    given = prompts().replace(limit=jnp.asarray(LIMITS, jnp.int32))
+    rules = spec(max_tokens=18, stop=(), top_p=0.9, replay=True)  # without a stop id the limits decide
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "LEAST", 32)
+        static = generate.generate(MODEL, params, given, rules, KEY, n=4, chunk=3)
+    assert sizes == [32] * 6
+    assert static.response_len.tolist() == np.repeat(LIMITS, 4).tolist()
+    assert not static.finished.any()
+    sizes.clear()
+    if shape is None:
+        compacted = generate.generate(MODEL, params, given, rules, KEY, n=4, chunk=3)
+    else:
+        mesh = sharding.make_mesh(shape)
+        placed = jax.device_put(params, sharding.shardings(transformer.param_specs(CONFIG), mesh))
+        with jax.set_mesh(mesh):
+            compacted = generate.generate(MODEL, placed, sharding.shard_batch(given, mesh), rules, KEY, n=4, chunk=3)
+        for leaf in jax.tree.leaves(compacted):
+            assert leaf.sharding.is_equivalent_to(sharding.batch_sharding(mesh), leaf.ndim)
+    assert sizes == expected
+    assert_same(compacted, static)
+    np.testing.assert_array_equal(compacted.kept, static.kept)
+
+
+def test_a_module_without_a_cache_of_its_own_lets_rows_leave_too(sizes):
+    """Through models/flax_adapter.py, whose cache is the rows themselves."""
+    plain = flax_adapter.from_flax(
+        lambda p, x: MODEL.hidden(p, x), MODEL.logits, MODEL.init, VOCAB, CONFIG.width, CONFIG.max_length
+    )
+    fresh = MODEL.init(jax.random.key(0))
+    given, rules = prompts().replace(limit=jnp.asarray(LIMITS, jnp.int32)), spec(max_tokens=18, stop=())
+    found = [generate.generate(model, fresh, given, rules, KEY, n=2, chunk=3) for model in (plain, MODEL)]
+    assert sizes == [16, 8, 8, 8, 8, 8] * 2
+    assert_same(*found)
 
 
 @pytest.mark.parametrize(

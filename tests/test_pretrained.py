@@ -48,6 +48,7 @@ def test_any_type_and_a_dict_as_configuration(tmp_path):
     loaded, config = pretrained.load(tmp_path / "m")
     assert_equal(loaded, params)
     assert loaded["a"].dtype == jnp.bfloat16
+    assert loaded["b"]["d"].shape == ()
     assert config["kind"] == "reward_model"
 
 

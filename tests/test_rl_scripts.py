@@ -123,16 +123,25 @@ def test_a_new_algorithm_is_two_new_files_and_no_edit(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["ziegler_sentiment", pytest.param("tldr", marks=pytest.mark.full), pytest.param("hh", marks=pytest.mark.full)]
+    ("name", "flags"),
+    [
+        ("ziegler_sentiment", ("--ensemble", 2, "--aggregation", "worst")),
+        pytest.param("ziegler_sentiment", (), marks=pytest.mark.full),
+        pytest.param("tldr", ("--ensemble", 2, "--ensemble-of", "models"), marks=pytest.mark.full),
+        pytest.param("hh", (), marks=pytest.mark.full),
+    ],
+    ids=("ziegler_sentiment-heads", "ziegler_sentiment", "tldr-models", "hh"),
 )
-def test_recipes_run_in_small(tmp_path, name):
-    done = script(f"recipes.{name}", "--preset", "smoke", "--out", tmp_path / name)
+def test_recipes_run_in_small(tmp_path, name, flags):
+    done = script(f"recipes.{name}", "--preset", "smoke", "--out", tmp_path / name, *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / name / "result.json").read_text())
     assert result["reward_model"]["accuracy"] > 0.5
     assert abs(result["ppo"]["curve"][0]["held_out/kl"]) < 1e-5
     assert result["ppo"]["curve"][-1]["held_out/kl"] != 0, "the policy was trained"
-    for part in ("sft", "reward_model", "ppo"):
+    config = json.loads((tmp_path / name / "reward_model" / "model" / "config.json").read_text())
+    assert config.get("ensemble", {"members": 1})["members"] == (2 if flags else 1)
+    for part in ("warm_up", "sft", "reward_model", "ppo"):
         assert (tmp_path / name / part / "model" / "params.safetensors").is_file()
 
 

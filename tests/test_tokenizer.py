@@ -129,6 +129,7 @@ def test_a_small_text_gives_a_smaller_vocabulary():
 def test_loading_what_is_no_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json: no such file"):
         tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text('{"half": ')
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer: "):
         tokenizer.load(tmp_path)
@@ -137,9 +138,9 @@ def test_loading_what_is_no_tokenizer(tmp_path):
         tokenizer.load(tmp_path)
 
 
-def test_a_tokenizer_with_other_special_ids_is_refused(trained, tmp_path):
+def test_a_tokenizer_without_its_special_tokens_is_refused(trained, tmp_path):
     trained.save(tmp_path)
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(json.loads(file.read_text())).replace("<eos>", "</s>"))
-    with pytest.raises(ValueError, match="ids 0, 1, 2 must be <pad>, <bos>, <eos>"):
+    with pytest.raises(ValueError, match="eos_token='<eos>' is not in the vocabulary"):
         tokenizer.load(tmp_path)

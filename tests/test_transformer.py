@@ -95,6 +95,23 @@ def test_grouped_heads_equal_repeated_ones(kv_heads):
         assert_close(ours(q, k, v, seg), plain_attention(q, k, v, seg), 1e-6)
 
 
+def test_a_window_a_scale_and_a_cap_by_their_definition():
+    """And their gradient, with masked places in the same row as those near the cap."""
+    q, k, v, out = normal((1, 7, 2, 6)), normal((1, 7, 1, 6), 1), normal((1, 7, 1, 6), 2), normal((1, 7, 2, 6), 3)
+    place = np.arange(7)
+    seen = (place[:, None] >= place) & (place[:, None] - place < 3)
+
+    def ours(q, k, v):
+        return (attention.attention(q, k, v, None, "xla", jnp.int32(3), 0.7, 1.5) * out).sum()
+
+    def plain(q, k, v):
+        scores = 1.5 * jnp.tanh(0.7 * jnp.einsum("bthe,bse->bhts", q, k[:, :, 0]) / 1.5)
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        return (jnp.einsum("bhts,bse->bthe", weights, v[:, :, 0]) * out).sum()
+
+    assert_close(*(jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v) for f in (ours, plain)), 2e-6)
+
+
 @jax.jit
 def plain_attention(q, k, v, segments):
     """jax's own, with the mask spelled out."""
@@ -124,6 +141,8 @@ def test_attention_that_cannot_be_done_is_refused():
         attention.attention(q, q, q, implementation="flash")
     with pytest.raises(ValueError, match="cannot keep packed segments apart"):
         attention.attention(q, q, q, jnp.asarray([[1, 1, 1, 1]]), implementation="cudnn")
+    with pytest.raises(ValueError, match="'cudnn' knows no window, scale or cap: choose xla"):
+        attention.attention(q, q, q, implementation="cudnn", window=2)
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="needs a GPU"):
             attention.attention(q, q, q, implementation="cudnn")
@@ -388,6 +407,14 @@ def test_a_config_survives_json():
         ({"dropout": 0.999}, r"dropout=0.999 must be in \[0, 0.998\)"),
         ({"norm": "batch"}, "norm='batch' must be one of rms, layer"),
         ({"positions": "none"}, "positions='none' must be one of rope, learned"),
+        ({"rotary_width": 3}, "rotary_width=3 must be even and at most head_width=6"),
+        ({"rotary_width": 8}, "rotary_width=8 must be even and at most head_width=6"),
+        ({"windows": (4,)}, r"windows=\(4,\) must be empty or hold layers=2 numbers"),
+        ({"windows": (4, -1)}, r"windows=\(4, -1\) must be empty or hold layers=2 numbers, 0 or more"),
+        ({"attention_cap": 0.0}, "attention_cap=0.0 must be positive"),
+        ({"rope_scaling": "llama3", "rope_low": 4.0}, "rope_low=4.0 must be positive and below rope_high=4.0"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' must be one of none, linear, llama3"),
+        ({"norm": "layer", "norm_plus_one": True}, "norm_plus_one=True goes with norm='rms' only"),
         ({"mlp": "relu"}, "mlp='relu' must be one of swiglu, gelu"),
         ({"dtype": "float16"}, "dtype='float16' must be one of float32, bfloat16"),
     ],

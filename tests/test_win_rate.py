@@ -88,6 +88,9 @@ def test_row_of_a_policy():
     assert (row["prompts"], row["kl"], row["length"], row["eos_rate"]) == (3, 1.0, 3.0, pytest.approx(2 / 3))
     assert row["distinct_texts"] == 1
     assert "win_rate" not in policy.evaluate_policy(before, old)
+    assert "gold" not in row
+    told = _samples(["a", "b"], gold=np.array([1.0, 4.0]), proxy=np.array([0.0, 1.0]))
+    assert policy.evaluate_policy(told, {})["gold"] == 2.5
     assert json.loads(json.dumps(row)) == row
     assert not any(isinstance(value, float) and math.isnan(value) for value in row.values())
 
@@ -103,5 +106,7 @@ def test_samples_shown_are_the_first():
 def test_samples_of_unequal_length_are_refused():
     with pytest.raises(ValueError, match="2 kl for 1 prompts"):
         _samples(["a"], kl=np.zeros(2))
+    with pytest.raises(ValueError, match="2 gold for 1 prompts"):
+        _samples(["a"], gold=np.zeros(2))
     with pytest.raises(ValueError, match="no held-out prompt"):
         policy.evaluate_policy(_samples([], finished=np.zeros(0, bool)), {})

@@ -1,6 +1,6 @@
 """Helpful and harmless dialogue: Bai et al. 2022, "Training a helpful and harmless assistant with RLHF".
 
-    python -m experiments.recipes.hh --out runs/recipes/hh                    # a stand-in, a thousandth of the run
+    python -m experiments.recipes.hh --out runs/recipes/hh                    # a stand-in, a fiftieth of the run
     python -m experiments.recipes.hh --preset published --demonstrations chosen.jsonl --comparisons hh.jsonl
 
 The KL coefficient (0.001), one epoch for the preference model and about 160,000 comparisons are the paper's by second-hand
@@ -74,4 +74,5 @@ def stand_in(count: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str
 
 
 if __name__ == "__main__":
-    stages.main(RECIPE, stand_in, sys.modules["__main__"].__doc__ or "")
+    # 64 updates on each batch: at a hundred times the published rate the answers came apart.
+    stages.main(RECIPE, stand_in, sys.modules["__main__"].__doc__ or "", scale=2e-2, faster=10.0)

@@ -1,53 +1,39 @@
 """What the recipes share: from two JSON-lines files, or a synthetic stand-in, to a fine-tuned model, a reward model, a policy.
 
-A recipe is published settings; nothing here chooses any. Files: demonstrations {"prompt", "response"} a line, comparisons
-{"prompt", "chosen", "rejected"} a line; a response begins with the space or line break that stands between it and the prompt.
+A recipe is published settings; nothing here chooses any. What the files hold: `examples.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments import held_out, ppo, stage, tasks
+from experiments import held_out, ppo, reward_model, sft, stage, tasks
+from experiments.recipes import examples
 from jaxrlhf.algorithms import lm
 from jaxrlhf.algorithms import ppo as ppo_algorithm
 from jaxrlhf.algorithms import reward as reward_algorithm
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.core.types import Preferences, Prompts, Rollout
-from jaxrlhf.data import comparisons, pipeline, sources
+from jaxrlhf.data import comparisons, pipeline
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.data.tokenizer import BOS, EOS, Tokenizer
-from jaxrlhf.evaluation import policy
-from jaxrlhf.models import heads, transformer
+from jaxrlhf.models import transformer
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.rewards import functions
+from jaxrlhf.rewards import ensemble as ensembles
 from jaxrlhf.rewards import model as rewards
-from jaxrlhf.sampling import generate
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
-
-Row = Mapping[str, Any]
-StandIn = Callable[[int, int], tuple[list[dict[str, str]], list[dict[str, str]]]]
-"""(rows, seed) -> as many demonstrations and comparisons."""
-
-DEMONSTRATION = sources.Schema({"prompt": str, "response": str}, filled=frozenset({"prompt", "response"}))
-COMPARISON = sources.Schema({"prompt": str, "chosen": str, "rejected": str}, filled=frozenset({"prompt"}))
-STAND_IN = 2000  # rows of each kind, where no file is given
-HELD_OUT = 48  # of each, never trained on
 
 MODEL = TransformerConfig(
     vocab_size=1024, width=96, layers=2, heads=4, kv_heads=4, head_width=24, mlp_width=256, max_length=640
 )
+WARM_UP = OptimizerConfig(name="muon", learning_rate=0.01, adam_learning_rate=3e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +72,10 @@ class Recipe:
     scale: float = 1.0  # share of the published examples and episodes; batches shrink with its square root
     faster: float = 1.0  # factor on the learning rates: a small model from nothing takes larger ones
     model: TransformerConfig = MODEL
+    ensemble: int = 1  # reward models, or heads of one, learned and pressed together; 1: a single one, as published
+    ensemble_of: ensembles.Of = "heads"
+    aggregation: ensembles.Aggregation = "mean"
     warm_up: int = 0  # steps of our own on the demonstrations, in the place of a pre-trained model
-
-
-class Data(NamedTuple):
-    demonstrations: Sequence[Row]
-    comparisons: Sequence[Row]
 
 
 class Amount(NamedTuple):
@@ -105,16 +89,16 @@ def amount(examples: int, batch: int, scale: float, multiple: int = 8) -> Amount
     return Amount(math.ceil(examples * scale / smaller), smaller)
 
 
-def main(recipe: Recipe, stand_in: StandIn, about: str) -> None:
-    """A recipe as a script: `--scale 1` and files for the published run, `--preset smoke` to see that it runs."""
+def main(recipe: Recipe, stand_in: examples.StandIn, about: str, scale: float, faster: float = 100.0) -> None:
+    """A recipe as a script: its stand-in at `scale` and `faster`; the published run, for local files; and a smoke test."""
     small = dataclasses.replace(recipe.model, width=32, layers=1, heads=2, kv_heads=2, head_width=16, mlp_width=64)
     smoke = dataclasses.replace(recipe, model=small, scale=1e-5, faster=10.0, warm_up=20)
-    default = dataclasses.replace(recipe, scale=1e-3, faster=100.0, warm_up=300)
+    default = dataclasses.replace(recipe, scale=scale, faster=faster, warm_up=300)
     presets = {"default": default, "published": recipe, "smoke": smoke}
     cli.main(lambda config: run(config, stand_in), Recipe, presets, about)
 
 
-def run(config: Recipe, stand_in: StandIn) -> dict[str, Any]:
+def run(config: Recipe, stand_in: examples.StandIn) -> dict[str, Any]:
     """Every stage that is not done, each in a folder of its own below `config.out`.
 
     Raises:
@@ -125,30 +109,16 @@ def run(config: Recipe, stand_in: StandIn) -> dict[str, Any]:
     with Run.open(config.out, config, tensorboard=False, free=("mesh", "out")) as whole:
         if whole.result is not None:
             return whole.result
-        data = read(config, stand_in)
+        data = examples.read(config.demonstrations, config.comparisons, stand_in, config.seed)
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             results = {
-                "sft": fine_tune(config, data, mesh),
+                "warm_up": language_model(config, data, mesh, "warm_up"),
+                "sft": language_model(config, data, mesh, "sft"),
                 "reward_model": learn_reward(config, data, mesh),
                 "ppo": learn_policy(config, data, mesh),
             }
         return whole.done(results)
-
-
-def read(config: Recipe, stand_in: StandIn) -> Data:
-    """Rows of the files that are given, else of the stand-in.
-
-    Raises:
-        ValueError: a file is malformed, or holds too few rows to hold some out.
-    """
-    made = stand_in(STAND_IN, config.seed) if config.demonstrations is None or config.comparisons is None else ([], [])
-    pairs = ((config.demonstrations, DEMONSTRATION), (config.comparisons, COMPARISON))
-    data = Data(*(sources.read_jsonl(path, schema) if path else rows for (path, schema), rows in zip(pairs, made, strict=True)))
-    for name, rows in zip(data._fields, data, strict=True):
-        if len(rows) < 3 * HELD_OUT:
-            raise ValueError(f"{name}: {len(rows)} rows, of which {HELD_OUT} are held out: give {3 * HELD_OUT} or more")
-    return data
 
 
 def rate(config: OptimizerConfig, learning_rate: float) -> OptimizerConfig:
@@ -164,60 +134,40 @@ def faster(config: Recipe, part: Supervised | Policy) -> OptimizerConfig:
 # ------------------------------------------------------------------------------------------------------- fine-tuning
 
 
-def demonstration_rows(data: Data, tokenizer: Tokenizer, query: int, response: int) -> tuple[dict[str, np.ndarray], int]:
-    """Rows bos + prompt + response + eos that fit, and how many were left out.
-
-    Raises:
-        ValueError: fewer fit than are held out.
-    """
-    starts = tokenizer.encode_batch([row["prompt"] for row in data.demonstrations])
-    ends = tokenizer.encode_batch([row["response"] for row in data.demonstrations], continuation=True)
-    pairs = [(p, r) for p, r in zip(starts, ends, strict=True) if len(p) + 1 <= query and len(r) + 1 <= response]
-    if len(pairs) < 2 * HELD_OUT:
-        raise ValueError(f"{len(pairs)} demonstrations have room in {query} + {response} tokens: give shorter texts, or widen")
-    whole = [[BOS, *p, *r, EOS] for p, r in pairs]
-    tokens, length = pipeline.pad_rows(whole, max(map(len, whole)))  # the widest there is: padding costs as text does
-    prompt_len = np.fromiter((len(p) + 1 for p, _ in pairs), np.int32, len(pairs))
-    rows = {"tokens": tokens, "prompt_len": prompt_len, "response_len": length - prompt_len}
-    return rows, len(starts) - len(pairs)
-
-
-def fine_tune(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """A language model from nothing (`warm_up`), then the published fine-tuning; writes `sft/`."""
-    out = config.out / "sft"
-    with Run.open(out, config) as run:
+def language_model(
+    config: Recipe, data: examples.Data, mesh: jax.sharding.Mesh, name: Literal["warm_up", "sft"]
+) -> dict[str, Any]:
+    """A model from nothing, trained a while on the demonstrations (`warm_up`), or the published fine-tuning of it (`sft`)."""
+    part = Amount(config.warm_up, 32) if name == "warm_up" else amount(config.sft.examples, config.sft.batch, config.scale)
+    update = WARM_UP if name == "warm_up" else faster(config, config.sft)
+    out, before = config.out / name, config.out / "warm_up" / "model"
+    settings = sft.Config(init=before, out=out, seed=config.seed, mesh=config.mesh, steps=part.steps, optimizer=update)
+    with Run.open(out, settings) as run:
         if run.result is not None:
             return run.result
-        tokenizer = tokenizers.train((row["prompt"] + row["response"] for row in data.demonstrations), config.model.vocab_size)
-        model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-        model = transformer.build(model_config)
+        start = fresh(config, data, mesh) if name == "warm_up" else stage.load(before, mesh)
         response = config.ppo.sampling.max_tokens
-        rows, left_out = demonstration_rows(data, tokenizer, config.query, response)
-        train, test = ({name: array[part] for name, array in rows.items()} for part in (slice(HELD_OUT, None), slice(HELD_OUT)))
-        placed = sharding.shardings(transformer.param_specs(model_config), mesh)
-        params = jax.jit(model.init, out_shardings=placed)(jax.random.key(config.seed))
-        outputs = objective.make_outputs(model)
-        nll = jax.jit(lambda p, batch: lm.loss(outputs(p, None, batch, None), batch, lm.Config())[0]["loss/lm"])
-        published = amount(config.sft.examples, config.sft.batch, config.scale)
-        warm = Amount(config.warm_up, 32)
-        ours = OptimizerConfig(name="muon", learning_rate=0.01, adam_learning_rate=3e-3)
-        figures: dict[str, float] = {"left_out": left_out}
-        first = 0
-        for name, part, settings in (("warm_up", warm, ours), ("sft", published, faster(config, config.sft))):
-            if part.steps == 0:
-                continue
-            update = optimizer.make(settings, part.steps, params)
-            state = step.init_state(params, update, jax.random.key(config.seed))
-            train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
-            batches = pipeline.batches(train, part.batch, config.seed)
-            for i in run.steps(0, part.steps, name, show=("loss/lm",)):
-                state, metrics = train_step(state, None, sharding.shard_batch(responses(batches[i], response), mesh))
-                run.log(first + i, metrics)
-            params, first = state.params, first + part.steps
-            term = nll(params, responses(test, response))
-            figures[f"nll_after_{name}"] = float(term.sum / term.count)
-        stage.save(out / "model", "policy", jax.device_get(params), model_config, tokenizer)
-        return run.done(figures)
+        rows, left_out = examples.demonstration_rows(data, start.tokenizer, config.query, response)
+        train, test = (
+            {name: array[part] for name, array in rows.items()}
+            for part in (slice(examples.HELD_OUT, None), slice(examples.HELD_OUT))
+        )
+        drawn = pipeline.batches(train, part.batch, config.seed)
+        batches = pipeline.by_step(lambda i: sharding.shard_batch(responses(drawn[i], response), mesh))
+        outputs = objective.make_outputs(start.model)
+        params = sft.train(run, settings, start.params, None, outputs, batches) if part.steps else start.params
+        nll = sft.loss(outputs, params, None, responses(test, response))
+        stage.save(out / "model", "policy", jax.device_get(params), start.config, start.tokenizer)
+        return run.done({"nll_per_token": nll, "steps": part.steps, "left_out": left_out})
+
+
+def fresh(config: Recipe, data: examples.Data, mesh: jax.sharding.Mesh) -> stage.Trained:
+    """A tokenizer of the demonstrations, and a model of random weights."""
+    tokenizer = tokenizers.train((row["prompt"] + row["response"] for row in data.demonstrations), config.model.vocab_size)
+    shape = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    model, placed = transformer.build(shape), sharding.shardings(transformer.param_specs(shape), mesh)
+    params = jax.jit(model.init, out_shardings=placed)(jax.random.key(config.seed))
+    return stage.Trained(shape, model, params, tokenizer, {})
 
 
 def responses(rows: dict[str, np.ndarray], width: int) -> lm.Batch:
@@ -228,74 +178,70 @@ def responses(rows: dict[str, np.ndarray], width: int) -> lm.Batch:
 # ------------------------------------------------------------------------------------------------------ reward model
 
 
-def learn_reward(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def learn_reward(config: Recipe, data: examples.Data, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Bradley-Terry on the comparisons from the fine-tuned trunk, one pass, then its scale; writes `reward_model/`."""
-    out = config.out / "reward_model"
-    with Run.open(out, config) as run:
+    settings, several = reward_settings(config), reward_settings(config).several
+    with Run.open(settings.out, settings) as run:
         if run.result is not None:
             return run.result
-        start = stage.load(config.out / "sft" / "model", mesh)
-        width = config.query + config.ppo.sampling.max_tokens
-        fitting = comparisons.fitting(data.comparisons, start.tokenizer, width)
+        start = stage.load(settings.init, mesh)
+        fitting = comparisons.fitting(data.comparisons, start.tokenizer, settings.width)
         left_out = len(data.comparisons) - len(fitting)
-        if len(fitting) < 2 * HELD_OUT:
-            raise ValueError(f"{len(fitting)} comparisons have room in {width} tokens: give shorter texts, or widen")
-        train, test = (preference_arrays(part, start.tokenizer, width) for part in (fitting[HELD_OUT:], fitting[:HELD_OUT]))
-        part = amount(config.reward_model.examples, config.reward_model.batch, config.scale)
-        batches = pipeline.batches(train, part.batch, config.seed)
-        head = sharding.init_params(heads.score_specs(start.config.width), jax.random.key(config.seed))
-        params = {"trunk": start.params, "head": jax.device_put(head, sharding.replicated(mesh))}
-        update = optimizer.make(faster(config, config.reward_model), part.steps, params)
-        state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
-        outputs = objective.make_outputs(start.model, logprobs=False, scores="last", trunk="trunk")
-        train_step = step.make_train_step(outputs, reward_algorithm.loss, reward_algorithm.Config(centre_coef=0.0), update)
-        for i in run.steps(run.start, part.steps, "reward model", show=("reward/accuracy",)):
-            batch = reward_algorithm.from_preferences(Preferences(**batches[i]))
-            state, metrics = train_step(state, None, sharding.shard_batch(batch, mesh))
-            run.log(i, metrics)
-            run.maybe_save(i, state)
-        scored = rewards.with_scale(state.params)
-        scores = jax.jit(outputs)(scored, None, reward_algorithm.from_preferences(Preferences(**test)), None).scores
-        params = normalised(config, data, start, scored, mesh)
-        stage.save(out / "model", "reward_model", jax.device_get(params), start.config, start.tokenizer, pooling="last")
+        if len(fitting) < 2 * examples.HELD_OUT:
+            raise ValueError(f"{len(fitting)} comparisons have room in {settings.width} tokens: give shorter texts, or widen")
+        train, test = (
+            examples.sets(part, start.tokenizer, settings.width)
+            for part in (fitting[examples.HELD_OUT :], fitting[: examples.HELD_OUT])
+        )
+
+        def ordered(seed: int) -> Any:
+            return pipeline.batches(train, settings.pairs, seed)
+
+        drawn = ordered(config.seed) if several is None else reward_model.of_members(several, ordered, config.seed)
+        batches = pipeline.by_step(lambda i: sharding.shard_batch(drawn[i], mesh))
+        params = reward_model.fresh(settings, start.config, start.params, mesh)
+        params = rewards.with_scale(reward_model.train(run, settings, start.config, params, batches))
+        rows = {"tokens": test["tokens"], "length": test["prompt_len"] + test["response_len"]}
+        rows = {name: array.reshape(-1, *array.shape[2:]) for name, array in rows.items()}
+        scores = reward_model.together(settings, reward_model.score_texts(settings, start.model, params, rows)).reshape(-1, 2)
+        shown, _ = examples.demonstration_rows(data, start.tokenizer, config.query, config.ppo.sampling.max_tokens)
+        shown = {name: array[: 4 * examples.HELD_OUT] for name, array in shown.items()}
+        if config.normalise == "demonstrations":
+            params = reward_model.centred(settings, start.model, params, shown)
+        else:
+            params = reward_model.scaled(settings, start.model, params, start, examples.queries(shown), mesh)
+        reward_model.save(settings.out / "model", settings, params, start.config, start.tokenizer)
         accuracy = float((scores[:, 0] > scores[:, 1]).mean())
-        return run.done({"accuracy": accuracy, "held_out": HELD_OUT, "left_out": left_out})
+        return run.done({"accuracy": accuracy, "held_out": examples.HELD_OUT, "steps": settings.steps, "left_out": left_out})
 
 
-def preference_arrays(rows: Sequence[Row], tokenizer: Tokenizer, width: int) -> dict[str, np.ndarray]:
-    """The fields of `Preferences`, as wide as the widest row."""
-    pairs = comparisons.preference_rows(rows, tokenizer, width)
-    longest = int(np.max(pairs.prompt_len + pairs.response_len))
-    names = ("prompt_len", "response_len", "label", "tie", "weight", "margin")
-    return {"tokens": np.asarray(pairs.tokens)[..., :longest]} | {name: np.asarray(getattr(pairs, name)) for name in names}
-
-
-def normalised(config: Recipe, data: Data, start: stage.Trained, params: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Scores of the start's samples get mean 0 and deviation 1, or demonstrations the mean 0, as the recipe says."""
-    rows, _ = demonstration_rows(data, start.tokenizer, config.query, config.ppo.sampling.max_tokens)
-    rows = {name: array[: 4 * HELD_OUT] for name, array in rows.items()}
-    if config.normalise == "demonstrations":
-        length = rows["prompt_len"] + rows["response_len"]
-        scores = jax.jit(lambda p, t, n: rewards.score(start.model, p, t, n, "last"))(params, rows["tokens"], length)
-        return params | {"bias": params["bias"] - jnp.mean(scores)}
-    spec = stage.spec(config.ppo.sampling, start.tokenizer)
-    prompts = sharding.shard_batch(queries(rows), mesh)
-    drawn = generate.generate(start.model, start.params, prompts, spec, jax.random.key(config.seed))
-    return rewards.normalise(params, rewards.reward(start.model, "last")(params, drawn))
-
-
-def queries(rows: dict[str, np.ndarray]) -> Prompts:
-    """The prompts of demonstration rows."""
-    width = int(rows["prompt_len"].max())
-    index = np.arange(len(rows["prompt_len"]), dtype=np.int32)
-    inside = np.arange(width) < rows["prompt_len"][:, None]
-    return Prompts(np.where(inside, rows["tokens"][:, :width], 0).astype(np.int32), rows["prompt_len"], index, index)
+def reward_settings(config: Recipe) -> reward_model.Config:
+    """The recipe's, as the script of the stage has them."""
+    part = amount(config.reward_model.examples, config.reward_model.batch, config.scale)
+    return reward_model.Config(
+        init=config.out / "sft" / "model",
+        out=config.out / "reward_model",
+        seed=config.seed,
+        mesh=config.mesh,
+        steps=part.steps,
+        pairs=part.batch,
+        width=config.query + config.ppo.sampling.max_tokens,
+        dropout=0.0,
+        pooling="last",
+        head_init="normal",
+        ensemble=config.ensemble,
+        ensemble_of=config.ensemble_of,
+        aggregation=config.aggregation,
+        algorithm=reward_algorithm.Config(centre_coef=0.0),
+        optimizer=faster(config, config.reward_model),
+        sampling=config.ppo.sampling,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ policy
 
 
-def learn_policy(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+def learn_policy(config: Recipe, data: examples.Data, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """PPO against the reward model; writes `ppo/`."""
     out, multiple = config.out / "ppo", max(8, config.ppo.algorithm.minibatches)
     part = amount(config.ppo.episodes, config.ppo.batch, config.scale, multiple)
@@ -312,7 +258,7 @@ def learn_policy(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[st
         critic=config.ppo.critic,
         optimizer=faster(config, config.ppo),
         evaluate_every=max(1, part.steps // 4),
-        held_out_prompts=HELD_OUT,
+        held_out_prompts=examples.HELD_OUT,
     )
     with Run.open(out, settings) as run:
         if run.result is not None:
@@ -320,31 +266,20 @@ def learn_policy(config: Recipe, data: Data, mesh: jax.sharding.Mesh) -> dict[st
         return ppo.train(run, settings, task(config, settings, data, mesh), mesh)
 
 
-def task(config: Recipe, settings: ppo.Config, data: Data, mesh: jax.sharding.Mesh) -> tasks.Task:
+def task(config: Recipe, settings: ppo.Config, data: examples.Data, mesh: jax.sharding.Mesh) -> tasks.Task:
     """Prompts of the demonstrations, the reward model's score, and on held-out prompts score, length and KL."""
     start, judged = stage.load(settings.policy, mesh), stage.load(settings.reward, mesh, "reward_model")
-    value, spec = rewards.reward(judged.model, "last"), stage.spec(settings.sampling, start.tokenizer)
-    rows, _ = demonstration_rows(data, start.tokenizer, config.query, settings.sampling.max_tokens)
-    every = queries(rows)
+    value = stage.reward(judged)
+    rows, _ = examples.demonstration_rows(data, start.tokenizer, config.query, settings.sampling.max_tokens)
+    every = examples.queries(rows)
     setting = held_out.Setting(
         model=start.model,
         reference=start.params,
         reward=lambda answers: value(judged.params, answers),
-        prompts=pipeline.take_prompts(every, slice(HELD_OUT)),
-        spec=spec,
+        prompts=pipeline.take_prompts(every, slice(examples.HELD_OUT)),
+        spec=stage.spec(settings.sampling, start.tokenizer),
         tokenizer=start.tokenizer,
         mesh=mesh,
     )
-    before = held_out.sample(setting, start.params, jax.random.key(0))
-
-    def score(rollout: Rollout, prompts: Prompts) -> tuple[jax.Array, jax.Array, tasks.Figures]:
-        del prompts
-        part = functions.of_values(value(judged.params, rollout), rollout, start.tokenizer.decode, "model")
-        return *sharding.shard_batch((part.score, part.weight), mesh), {"reward/faults": float(len(part.faults))}
-
-    def judge(params: Any) -> tuple[tasks.Figures, list[dict[str, str]]]:
-        after = held_out.sample(setting, params, jax.random.key(1))
-        return held_out.flat(policy.evaluate_policy(after, {})), policy.side_by_side(before, after)
-
-    train = pipeline.take_prompts(every, slice(HELD_OUT, None))
-    return tasks.Task(start, spec, pipeline.prompt_batches(train, settings.batch, settings.seed), score, judge)
+    train = pipeline.take_prompts(every, slice(examples.HELD_OUT, None))
+    return tasks.learned(setting, start, pipeline.prompt_batches(train, settings.batch, settings.seed), {})

@@ -77,4 +77,4 @@ def stand_in(count: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str
 
 
 if __name__ == "__main__":
-    stages.main(RECIPE, stand_in, sys.modules["__main__"].__doc__ or "")
+    stages.main(RECIPE, stand_in, sys.modules["__main__"].__doc__ or "", scale=1e-3)

@@ -1,6 +1,6 @@
 """Ziegler et al. 2019, "Fine-tuning language models from human preferences": continue a text with positive sentiment.
 
-    python -m experiments.recipes.ziegler_sentiment --out runs/recipes/ziegler           # a stand-in, a thousandth of the run
+    python -m experiments.recipes.ziegler_sentiment --out runs/recipes/ziegler           # a stand-in, a hundredth of the run
     python -m experiments.recipes.ziegler_sentiment --preset published --demonstrations books.jsonl --comparisons labels.jsonl
 
 Settings: the authors' code, openai/lm-human-preferences at 1ab856d, launch.py (`books_task`, `sentiment`) and train_policy.py;
@@ -81,4 +81,4 @@ def stand_in(count: int, seed: int) -> tuple[list[dict[str, str]], list[dict[str
 
 
 if __name__ == "__main__":
-    stages.main(RECIPE, stand_in, sys.modules["__main__"].__doc__ or "")
+    stages.main(RECIPE, stand_in, sys.modules["__main__"].__doc__ or "", scale=1e-2)

@@ -101,6 +101,7 @@ class Prompts:
     length: Array  # [B] int32
     uid: Array  # [B] int32, names the prompt's random stream
     row: Array  # [B] int32, index of the source row (reference answer, consent)
+    limit: Array | None = None  # [B] int32, most tokens of its responses; None, or above it: SamplingSpec.max_tokens
 
 
 @struct.dataclass

@@ -15,7 +15,7 @@ from jaxrlhf.core.types import Preferences
 from jaxrlhf.data import pipeline
 from jaxrlhf.data.human_sentiment import DOMAINS, Rating
 from jaxrlhf.data.pipeline import Arrays
-from jaxrlhf.data.tokenizer import BOS, EOS, PAD, Tokenizer
+from jaxrlhf.data.tokenizer import PAD, Tokenizer
 
 
 def rated_rows(ratings: Sequence[Rating], tokenizer: Tokenizer, width: int = 64, domains: Sequence[str] = DOMAINS) -> Arrays:
@@ -29,7 +29,7 @@ def rated_rows(ratings: Sequence[Rating], tokenizer: Tokenizer, width: int = 64,
     if unknown := sorted({rating.domain for rating in ratings} - set(domains)):
         raise ValueError(f"domain '{unknown[0]}' is none of {', '.join(domains)}: name all domains of the data")
     encoded = tokenizer.encode_batch([pipeline.clean(rating.text) for rating in ratings])
-    tokens, length = pipeline.pad_rows([[BOS, *row, EOS][:width] for row in encoded], width)
+    tokens, length = pipeline.pad_rows([[tokenizer.bos, *row, tokenizer.eos][:width] for row in encoded], width)
     return {
         "tokens": tokens,
         "length": length,
@@ -174,8 +174,9 @@ def _encode_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> li
     """(prompt length with BOS, row of the chosen response, row of the rejected one) of each pair."""
     prompts = tokenizer.encode_batch([row["prompt"] for row in rows])
     sides = [tokenizer.encode_batch([row[side] for row in rows], continuation=True) for side in ("chosen", "rejected")]
+    bos, eos = tokenizer.bos, tokenizer.eos
     return [
-        (len(prompt) + 1, [BOS, *prompt, *chosen, EOS], [BOS, *prompt, *rejected, EOS])
+        (len(prompt) + 1, [bos, *prompt, *chosen, eos], [bos, *prompt, *rejected, eos])
         for prompt, chosen, rejected in zip(prompts, *sides, strict=True)
     ]
 

@@ -95,7 +95,13 @@ def encode_rows(texts: Sequence[str], tokenizer: Tokenizer, rows: int, width: in
 
 
 def continuation_rows(
-    rows: Sequence[Sequence[int]], width: int = 36, shortest: int = 8, longest: int = 33, context: int = 4
+    rows: Sequence[Sequence[int]],
+    width: int = 36,
+    shortest: int = 8,
+    longest: int = 33,
+    context: int = 4,
+    bos: int = BOS,
+    eos: int = EOS,
 ) -> Arrays:
     """Fine-tuning rows bos + text + eos, one text each, of texts of `shortest` to `longest` tokens; the others are left out.
 
@@ -113,13 +119,17 @@ def continuation_rows(
     kept = np.array([i for i, row in enumerate(rows) if shortest <= len(row) <= longest], np.int32)
     if not len(kept):
         raise ValueError(f"none of {len(rows)} texts has {shortest} to {longest} tokens: change shortest or longest")
-    tokens, length = pad_rows([[BOS, *rows[i], EOS] for i in kept], width)
+    tokens, length = pad_rows([[bos, *rows[i], eos] for i in kept], width)
     prompt_len = np.full_like(length, 1 + context)
     return {"tokens": tokens, "prompt_len": prompt_len, "response_len": length - prompt_len, "row": kept}
 
 
 def reply_rows(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], prompt_width: int = 16, response_width: int = 32
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    prompt_width: int = 16,
+    response_width: int = 32,
+    bos: int = BOS,
+    eos: int = EOS,
 ) -> Arrays:
     """Fine-tuning rows bos + turn + eos + reply + eos of (turn, reply) ids that fit; the others are left out.
 
@@ -131,7 +141,7 @@ def reply_rows(
     kept = [i for i, (turn, reply) in enumerate(pairs) if len(turn) + 2 <= prompt_width and len(reply) + 1 <= response_width]
     if not kept:
         raise ValueError(f"none of {len(pairs)} pairs fits into {prompt_width} + {response_width} tokens: widen them")
-    tokens, length = pad_rows([[BOS, *pairs[i][0], EOS, *pairs[i][1], EOS] for i in kept], prompt_width + response_width)
+    tokens, length = pad_rows([[bos, *pairs[i][0], eos, *pairs[i][1], eos] for i in kept], prompt_width + response_width)
     prompt_len = np.fromiter((len(pairs[i][0]) + 2 for i in kept), np.int32, len(kept))
     return {"tokens": tokens, "prompt_len": prompt_len, "response_len": length - prompt_len, "row": np.array(kept, np.int32)}
 
@@ -141,7 +151,7 @@ def evaluation_rows(rows: Sequence[Sequence[int]], tokenizer: Tokenizer, width: 
 
     Bits per character are the total negative log-likelihood of tokens 1 .. length-1, over log 2 and the total characters.
     """
-    full = [[BOS, *row, EOS][:width] for row in rows]
+    full = [[tokenizer.bos, *row, tokenizer.eos][:width] for row in rows]
     tokens, length = pad_rows(full, width)
     characters = np.fromiter((len(tokenizer.decode(row)) for row in full), np.int32, len(full))
     return {"tokens": tokens, "length": length, "characters": characters}
@@ -164,7 +174,7 @@ def cut_prompts(
     for i, row in enumerate(rows):
         cuts = [k for k in range(shortest, min(longest, len(row) - 1) + 1) if tokenizer.starts_word[row[k]]]
         if cuts:
-            prompts.append([BOS, *row[: cuts[int(uniform[i] * len(cuts))]]])
+            prompts.append([tokenizer.bos, *row[: cuts[int(uniform[i] * len(cuts))]]])
             kept.append(i)
     if not kept:
         raise ValueError(f"none of {len(rows)} texts can be cut after {shortest} to {longest} tokens: give longer texts")
@@ -186,17 +196,17 @@ def text_prompts(texts: Sequence[str], tokenizer: Tokenizer, width: int) -> Prom
             raise ValueError(f"{which} is empty: write at least one word")
         if len(row) + 1 > width:
             raise ValueError(f"{which} has {len(row)} tokens, the limit is {width - 1}: shorten it")
-    tokens, length = pad_rows([[BOS, *row] for row in rows], width)
+    tokens, length = pad_rows([[tokenizer.bos, *row] for row in rows], width)
     row = np.arange(len(rows), dtype=np.int32)
     return Prompts(tokens=tokens, length=length, uid=row, row=row)
 
 
-def turn_prompts(turns: Sequence[Sequence[int]], width: int = 16) -> Prompts:
+def turn_prompts(turns: Sequence[Sequence[int]], width: int = 16, bos: int = BOS, eos: int = EOS) -> Prompts:
     """Chat prompts bos + turn + eos of the turns that fit into `width`; the others are left out."""
     kept = [i for i, turn in enumerate(turns) if len(turn) + 2 <= width]
     if not kept:
         raise ValueError(f"none of {len(turns)} turns fits into {width} tokens: widen it")
-    tokens, length = pad_rows([[BOS, *turns[i], EOS] for i in kept], width)
+    tokens, length = pad_rows([[bos, *turns[i], eos] for i in kept], width)
     row = np.array(kept, np.int32)
     return Prompts(tokens=tokens, length=length, uid=row, row=row)
 

@@ -1,6 +1,7 @@
-"""A byte-level BPE tokenizer, trained in a second, that `transformers.AutoTokenizer` loads too.
+"""A byte-level BPE tokenizer, trained in a second, that `transformers.AutoTokenizer` loads too; or that of a checkpoint.
 
-Every Unicode text can be encoded, and nothing a person types becomes a special token: "<eos>" in a text is five letters.
+Nothing a person types becomes a special token ("<eos>" in a text is five letters), and no text gets one by itself: BOS and EOS
+are put where rows are made. The trained kind encodes every Unicode text.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -17,22 +19,25 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL = ("<pad>", "<bos>", "<eos>")
 _SMALLEST = len(SPECIAL) + 256  # the special tokens and every byte
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """Text to ids and back. `train` and `load` make it."""
 
-    whole: tokenizers.Tokenizer  # puts the space before a first word that any later word has
+    whole: tokenizers.Tokenizer  # of some kinds, puts the space before a first word that any later word has
     continuation: tokenizers.Tokenizer  # the same without that space
     starts_word: np.ndarray  # [V] bool, the token begins with a space
-    pad: int = PAD
-    bos: int = BOS
-    eos: int = EOS
+    pad: int
+    bos: int
+    eos: int
+    prefixed: bool  # `whole` does put that space
+    files: dict[str, str]  # what `save` writes
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids; may be smaller than asked for where the text had too few pairs to merge."""
+        """Ids go up to here; may be smaller than asked for where the text had too few pairs to merge."""
         return len(self.starts_word)
 
     def encode(self, text: str, continuation: bool = False) -> list[int]:
@@ -45,43 +50,49 @@ class Tokenizer:
         return [encoding.ids for encoding in encoder.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int] | np.ndarray, continuation: bool = False) -> str:
-        """Text of ids; special tokens are left out. The first word's space is dropped, unless the text is a `continuation`.
+        """Text of ids; special tokens are left out. A space that `encode` put before the first word is dropped, unless the
+        text is a `continuation`.
 
         A sampled response may end inside a character: such bytes become U+FFFD.
         """
-        text = self.whole.decode([int(i) for i in ids], skip_special_tokens=True)
-        return text if continuation else text.removeprefix(" ")
+        text = self.continuation.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text.removeprefix(" ") if self.prefixed and not continuation else text
 
     def decode_batch(self, rows: Iterable[Sequence[int] | np.ndarray], continuation: bool = False) -> list[str]:
         """`decode` of many rows."""
         return [self.decode(row, continuation) for row in rows]
 
     def save(self, folder: Path | str) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which transformers reads as well."""
+        """Write `tokenizer.json`, `tokenizer_config.json` and what else came with them, which transformers reads as well."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        pad, bos, eos = SPECIAL
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "pad_token": pad,
-            "bos_token": bos,
-            "eos_token": eos,
-            "padding_side": "right",
-            "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,  # as here: a special token's name in a text is only text
-        }
-        self.whole.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, text in self.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
-def _wrap(serialised: str) -> Tokenizer:
-    """A tokenizer from its JSON text."""
-    whole, continuation = (tokenizers.Tokenizer.from_str(serialised) for _ in range(2))
-    continuation.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+def _wrap(files: dict[str, str], ids: tuple[int, int, int]) -> Tokenizer:
+    """A tokenizer from its files and the ids of pad, BOS and EOS."""
+    serialised = json.loads(files["tokenizer.json"])
+    bare = serialised | {part: _without_prefix(serialised.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder")}
+    whole, continuation = (tokenizers.Tokenizer.from_str(json.dumps(each)) for each in (serialised, bare))
     for one in (whole, continuation):
         one.encode_special_tokens = True  # never read a special token out of a text
-    starts_word = np.array([(whole.id_to_token(i) or "").startswith("Ġ") for i in range(whole.get_vocab_size())])
-    return Tokenizer(whole, continuation, starts_word)
+    size = 1 + max(whole.get_vocab().values())  # there may be holes
+    starts_word = np.array([(whole.id_to_token(i) or "").startswith(("Ġ", "▁")) for i in range(size)])
+    prefixed = whole.encode("a", add_special_tokens=False).ids != continuation.encode("a", add_special_tokens=False).ids
+    return Tokenizer(whole, continuation, starts_word, *ids, prefixed, files)
+
+
+def _without_prefix(part: Any) -> Any:
+    """A part of `tokenizer.json` that neither puts a space before the first word nor takes it away again."""
+    if isinstance(part, list):
+        return [each for each in map(_without_prefix, part) if each is not None]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend" or (part.get("type") == "Strip" and "content" in part):
+        return None
+    off = {"add_prefix_space": False, "prepend_scheme": "never"}
+    return {name: off[name] if name in off else _without_prefix(value) for name, value in part.items()}
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -102,25 +113,73 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    return _wrap(model.to_str())
+    pad, bos, eos = SPECIAL
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": pad,
+        "bos_token": bos,
+        "eos_token": eos,
+        "padding_side": "right",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # as here: a special token's name in a text is only text
+    }
+    files = {"tokenizer.json": model.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
+    return _wrap(files, (PAD, BOS, EOS))
 
 
 def load(folder: Path | str) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote.
+    """The tokenizer that `Tokenizer.save` or transformers wrote into this folder.
+
+    Where its files name no EOS, as those of GPT-2, the ids in the `config.json` beside them say which tokens are special. A
+    missing pad token is EOS, which no mask here is ever read from; a missing BOS is EOS too, which then begins every row.
 
     Raises:
-        FileNotFoundError: no `tokenizer.json` in the folder.
-        ValueError: the file is not a tokenizer, or not one of this kind.
+        FileNotFoundError: no `tokenizer.json` or `tokenizer_config.json` in the folder.
+        ValueError: a file is not readable, there is no EOS, or a special token is not in the vocabulary.
     """
-    file = Path(folder) / "tokenizer.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; give the folder of a finished run")
+    folder = Path(folder)
+    for name in _FILES[:2]:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: no such file; give the folder of a finished run or of a checkpoint")
     try:
-        tokenizer = _wrap(file.read_text(encoding="utf-8"))
+        files = {name: (folder / name).read_text(encoding="utf-8") for name in _FILES if (folder / name).is_file()}
+        tokenizer = _wrap(files, (PAD, BOS, EOS))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{file}: not a tokenizer: {error}") from None
-    if tuple(tokenizer.whole.id_to_token(i) for i in (PAD, BOS, EOS)) != SPECIAL:
+        raise ValueError(f"{folder / _FILES[0]}: not a tokenizer: {error}") from None
+    try:
+        named = json.loads(files.get(_FILES[2], "{}")) | json.loads(files[_FILES[1]])
+        if named.get("eos_token") is None:
+            named |= (added := _named_by_id(folder, tokenizer))
+            files[_FILES[1]] = json.dumps(json.loads(files[_FILES[1]]) | added, indent=2) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{folder / _FILES[1]}: not readable JSON ({error})") from None
+    ids = {name: _special_id(folder, tokenizer, f"{name}_token", named.get(f"{name}_token")) for name in ("pad", "bos", "eos")}
+    if (eos := ids["eos"]) is None:
+        raise ValueError(f"{folder / _FILES[1]}: eos_token is missing: without it no text ends")
+    given = {name: eos if i is None else i for name, i in ids.items()}
+    return dataclasses.replace(tokenizer, pad=given["pad"], bos=given["bos"], eos=eos)
+
+
+def _named_by_id(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens by the ids of a checkpoint's `config.json`; of several EOS the first."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = {}
+    for name in ("pad", "bos", "eos"):
+        given = values.get(f"{name}_token_id")
+        given = given[0] if isinstance(given, list) else given
+        if given is not None and (token := tokenizer.whole.id_to_token(given)) is not None:
+            found[f"{name}_token"] = token
+    return found
+
+
+def _special_id(folder: Path, tokenizer: Tokenizer, field: str, token: Any) -> int | None:
+    """The id of a special token as `tokenizer_config.json` names it: by its text, or with its properties."""
+    if token is None:
+        return None
+    text = token["content"] if isinstance(token, dict) else token
+    if (found := tokenizer.whole.token_to_id(text)) is None:
         raise ValueError(
-            f"{file}: ids 0, 1, 2 must be {', '.join(SPECIAL)}; train a tokenizer with jaxrlhf.data.tokenizer.train"
+            f"{folder / _FILES[1]}: {field}='{text}' is not in the vocabulary of {_FILES[0]}: they do not belong together"
         )
-    return tokenizer
+    return found

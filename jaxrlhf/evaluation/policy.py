@@ -23,11 +23,13 @@ class Samples:
     entropy: np.ndarray  # nats a token: mean over the response of the policy's entropy
     kl: np.ndarray  # nats a response: sum over its tokens of log policy - log reference; 0 for the reference itself
     proxy: np.ndarray  # the reward model's normalised score
+    gold: np.ndarray | None = None  # the score of a reward that nobody trains on, where there is one
 
     def __post_init__(self):
-        for name in ("responses", "length", "finished", "entropy", "kl", "proxy"):
-            if len(getattr(self, name)) != len(self.prompts):
-                raise ValueError(f"{len(getattr(self, name))} {name} for {len(self.prompts)} prompts: need one each")
+        for name in ("responses", "length", "finished", "entropy", "kl", "proxy", "gold"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.prompts):
+                raise ValueError(f"{len(values)} {name} for {len(self.prompts)} prompts: need one each")
 
 
 def whole(prompt: str, response: str) -> str:
@@ -72,6 +74,8 @@ def evaluate_policy(
         "distinct_texts": win_rate.distinct_texts(read),
         "judges": {name: float(np.mean(score)) for name, score in scores.items()},
     }
+    if samples.gold is not None:
+        row["gold"] = float(np.mean(samples.gold))
     if baseline is not None:
         row["win_rate"] = {name: list(win_rate.win_rate(scores[name], baseline[name])) for name in scores}
     return row

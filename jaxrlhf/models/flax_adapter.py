@@ -44,6 +44,7 @@ def from_flax(
         decode_params=lambda params: params,
         prefill=functools.partial(_prefill, forward),
         decode=functools.partial(_decode, forward),
+        take=lambda cache, rows: jax.tree.map(lambda x: x[rows], cache),
     )
 
 

@@ -35,3 +35,5 @@ class Model:
     The cache serves B * n rows (row i continues prompt i // n) of at most R response tokens."""
     decode: Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
     """(decode_params, cache, token [B*n], step []) -> (hidden [B*n,D], cache): read response token number `step`."""
+    take: Callable[[Any, jax.Array], Any]
+    """(cache, rows [m]) -> the cache of these rows alone, in this order; each then continues a prompt of its own."""

@@ -41,7 +41,7 @@ def save(path: Path | str, params: dict[str, Any], config: dict[str, Any] | Any)
     for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}, temporary / PARAMS)
+    save_file({name: np.asarray(leaf, order="C") for name, leaf in flat.items()}, temporary / PARAMS)
     (temporary / CONFIG).write_text(text, encoding="utf-8")
     if path.exists():
         os.replace(path, old)
@@ -59,6 +59,22 @@ def load(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
+    config = settings(path)
+    path = Path(path)
+    try:
+        flat = load_file(path / PARAMS)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path / PARAMS}: damaged or not safetensors ({error}); export the model again") from error
+    return traverse_util.unflatten_dict(flat, sep="/"), config
+
+
+def settings(path: Path | str) -> dict[str, Any]:
+    """The configuration alone.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file is missing from it.
+        ValueError: it is damaged.
+    """
     path = Path(path)
     for name in (CONFIG, PARAMS):
         if not (path / name).is_file():
@@ -71,8 +87,4 @@ def load(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"{path / CONFIG}: not readable JSON ({error}); export the model again") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path / CONFIG}: holds {type(config).__name__}, not the settings of a model; export it again")
-    try:
-        flat = load_file(path / PARAMS)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path / PARAMS}: damaged or not safetensors ({error}); export the model again") from error
-    return traverse_util.unflatten_dict(flat, sep="/"), config
+    return config

@@ -1,0 +1,396 @@
+"""Checkpoints of Hugging Face transformers in and out, without torch.
+
+A tensor is read from its safetensors file slice by slice, as each device holds it: beside the parameters, the host holds at
+most one device's part of one of our leaves. What is written, `AutoModelForCausalLM` or, for a reward model,
+`AutoModelForSequenceClassification` loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from jaxrlhf.core import sharding
+from jaxrlhf.core.sharding import ParamSpec
+from jaxrlhf.models import transformer
+from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.models.hf_config import CLASSES, config_from_hf
+from jaxrlhf.models.hf_export import config_to_hf
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SCORE = "score.weight"  # of a reward model, [1, D]
+
+# In the files of earlier releases: masks and tables, not weights.
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One of their tensors, `{}` its layer, and the leaves of ours that it holds side by side."""
+
+    tensor: str
+    leaves: tuple[str, ...]  # `layers/query`: stacked over layers
+    transposed: bool = False  # theirs is [out, in]
+    by_head: bool = False  # its leaves stand side by side within each head, else one after another
+
+
+_QKV = ("query", "key", "value")
+_LLAMA = {name: f"self_attn.{name[0]}_proj" for name in _QKV}
+_LLAMA |= {"output": "self_attn.o_proj", "up": "mlp.up_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj"}
+_LLAMA_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_GEMMA2_NORMS = {
+    "attention_norm": "input_layernorm",
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+_HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+_GPT2 = {"output": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+_NEOX = {"output": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
+
+
+def rules(config: TransformerConfig, kind: str) -> list[Rule]:
+    """Where each leaf of a trunk stands in a checkpoint of this model_type."""
+    if kind == "gpt2":
+        names = ("transformer.", "transformer.h.{}.", "wte", "ln_f", "lm_head")
+        linear, norms, qkv = _GPT2, {"attention_norm": "ln_1", "mlp_norm": "ln_2"}, "attn.c_attn"
+    elif kind == "gpt_neox":
+        names = ("gpt_neox.", "gpt_neox.layers.{}.", "embed_in", "final_layer_norm", "embed_out")
+        linear, norms, qkv = _NEOX, _LLAMA_NORMS, "attention.query_key_value"
+    else:
+        names = ("model.", "model.layers.{}.", "embed_tokens", "norm", "lm_head")
+        linear, norms, qkv = _LLAMA, (_GEMMA2_NORMS if config.post_norms else _LLAMA_NORMS) | _HEAD_NORMS, ""
+    whole, layer, embed, norm, head = names
+    flip = kind != "gpt2"  # its Conv1D keeps [in, out]
+    found = [
+        Rule(f"{whole}{embed}.weight", ("embed",)),
+        Rule(f"{whole}wpe.weight", ("positions",)),
+        Rule(f"{whole}{norm}.weight", ("norm/scale",)),
+        Rule(f"{whole}{norm}.bias", ("norm/bias",)),
+        Rule(f"{head}.weight", ("head",), transposed=True),
+    ]
+    for ours, theirs in norms.items():
+        found.append(Rule(f"{layer}{theirs}.weight", (f"layers/{ours}/scale",)))
+        found.append(Rule(f"{layer}{theirs}.bias", (f"layers/{ours}/bias",)))
+    for ours, theirs in linear.items():
+        found.append(Rule(f"{layer}{theirs}.weight", (f"layers/{ours}",), transposed=flip))
+        found.append(Rule(f"{layer}{theirs}.bias", (f"layers/bias/{ours}",)))
+    if qkv:
+        found.append(Rule(f"{layer}{qkv}.weight", tuple(f"layers/{n}" for n in _QKV), flip, by_head=flip))
+        found.append(Rule(f"{layer}{qkv}.bias", tuple(f"layers/bias/{n}" for n in _QKV), by_head=flip))
+    specs = _flat(transformer.param_specs(config))
+    return [rule for rule in found if rule.leaves[0] in specs]
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+def split(rule: Rule, tensor: np.ndarray, head_width: int) -> list[np.ndarray]:
+    """Our leaves (of one layer) from their tensor."""
+    tensor = tensor.T if rule.transposed else tensor
+    parts = len(rule.leaves)
+    if not rule.by_head:
+        return np.split(tensor, parts, axis=-1)
+    lead = tensor.shape[:-1]
+    return [part.reshape(*lead, -1) for part in np.split(tensor.reshape(*lead, -1, parts * head_width), parts, axis=-1)]
+
+
+def join(rule: Rule, leaves: list[np.ndarray], head_width: int) -> np.ndarray:
+    """Their tensor from our leaves (of one layer)."""
+    if rule.by_head:
+        lead = leaves[0].shape[:-1]
+        tensor = np.concatenate([leaf.reshape(*lead, -1, head_width) for leaf in leaves], axis=-1).reshape(*lead, -1)
+    else:
+        tensor = np.concatenate(leaves, axis=-1)
+    return np.ascontiguousarray(tensor.T if rule.transposed else tensor)
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_config(folder: Path | str) -> dict[str, Any]:
+    """`config.json` of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not readable.
+    """
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; give the folder of a Hugging Face checkpoint")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: holds {type(values).__name__}, not the settings of a model; download it again")
+    return values
+
+
+def is_reward_model(values: dict[str, Any]) -> bool:
+    """Whether a `config.json` is that of a sequence classifier."""
+    return any(name.endswith("ForSequenceClassification") for name in values.get("architectures") or ())
+
+
+def load(folder: Path | str, mesh: Mesh, dtype: str = "float32") -> tuple[dict[str, Any], TransformerConfig]:
+    """Parameters of this type on the mesh, and their configuration. A sequence classifier with one label gives a reward
+    model's parameters, as `rewards/model.py` has them, its score read at the last token.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the architecture is not supported, or a tensor is missing, not expected or of another shape.
+    """
+    folder, values = Path(folder), read_config(folder)
+    config = config_from_hf(values)
+    places, trunk = tensors(folder), rules(config, values["model_type"])
+    specs = _flat(transformer.param_specs(config))
+    reward = is_reward_model(values)
+    if not any(name.startswith(trunk[0].tensor.split(".")[0] + ".") for name in places):
+        trunk = [dataclasses.replace(rule, tensor=_bare(rule.tensor)) for rule in trunk]  # saved without its head
+    if reward:  # in place of the head
+        trunk = [rule for rule in trunk if rule.leaves != ("head",)]
+    _check(folder, places, _expected(trunk, specs, reward), config.tied_head or reward)
+    shardings = _flat(sharding.shardings(transformer.param_specs(config), mesh))
+    params = {}
+    for rule in trunk:
+        for leaf in rule.leaves:
+            read = _reader(rule, leaf, places, config.head_width, specs[leaf], np.dtype(jax.numpy.dtype(dtype)))
+            params[leaf] = _placed(specs[leaf].shape, shardings[leaf], read)
+    if reward and not config.tied_head:
+        params["head"] = jax.device_put(np.zeros(specs["head"].shape, dtype), shardings["head"])
+    params = traverse_util.unflatten_dict(params, sep="/")
+    if not reward:
+        return params, config
+    score = _read(places[SCORE], SCORE)[0].astype(np.float32)
+    offset = np.float32(values.get("score_offset", 0.0))
+    own = {"head": {"weight": score, "bias": np.float32(0)}, "gain": np.float32(1), "bias": offset}
+    return {"trunk": params} | jax.device_put(own, sharding.replicated(mesh)), config
+
+
+def tensors(folder: Path) -> dict[str, Path]:
+    """The file of each tensor.
+
+    Raises:
+        FileNotFoundError: there are no weights, or a file of the index is missing.
+        ValueError: a file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = [folder / name for name in sorted(set(index.values()))]
+    found = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; weights must be safetensors, in {WEIGHTS} or as {INDEX} names them")
+        try:
+            with safe_open(file, "numpy") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
+        except SafetensorError as error:
+            raise ValueError(f"{file}: damaged or not safetensors ({error}); download it again") from error
+    return found
+
+
+def _bare(tensor: str) -> str:
+    """The name without the prefix of the whole model."""
+    return tensor.partition(".")[2] if not tensor.startswith(("lm_head", "embed_out")) else tensor
+
+
+def _expected(trunk: list[Rule], specs: dict[str, ParamSpec], reward: bool) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor that the configuration asks for."""
+    shapes = {}
+    for rule in trunk:
+        shape, stacked = specs[rule.leaves[0]].shape, rule.leaves[0].startswith("layers/")
+        one = shape[1:] if stacked else shape
+        one = (*one[:-1], sum(specs[leaf].shape[-1] for leaf in rule.leaves))
+        for i in range(shape[0] if stacked else 1):
+            shapes[rule.tensor.format(i)] = one[::-1] if rule.transposed else one
+    return shapes | ({SCORE: (1, specs["norm/scale"].shape[0])} if reward else {})
+
+
+def _check(folder: Path, places: dict[str, Path], expected: dict[str, tuple[int, ...]], headless: bool) -> None:
+    """Refuse a file that does not hold exactly the tensors that the configuration asks for."""
+    for name, shape in expected.items():
+        if name not in places:
+            raise ValueError(f"{folder}: tensor {name} of shape {shape} is missing: {CONFIG} asks for it")
+    for name, file in places.items():
+        found = _shape(file, name)
+        if name not in expected:
+            head = headless and name in ("lm_head.weight", "embed_out.weight")  # a copy of the embedding
+            if head or name.endswith(_BUFFERS):
+                continue
+            raise ValueError(
+                f"{file}: tensor {name} of shape {found} is not one that {CONFIG} asks for: they do not belong together"
+            )
+        if found != expected[name]:
+            raise ValueError(f"{file}: tensor {name} has shape {found}, but {CONFIG} asks for {expected[name]}")
+
+
+def _shape(file: Path, name: str) -> tuple[int, ...]:
+    from safetensors import safe_open
+
+    with safe_open(file, "numpy") as opened:
+        return tuple(opened.get_slice(name).get_shape())
+
+
+def _read(file: Path, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+    # Opened for each tensor: the pages of a file that stays open would count as the process's memory.
+    from safetensors import safe_open
+
+    with safe_open(file, "numpy") as opened:
+        return opened.get_slice(name)[index] if index else opened.get_tensor(name)
+
+
+def _placed(shape: tuple[int, ...], place: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
+    """An array of which every device gets its part as it is read, so that the host holds one part at a time."""
+    parts = [jax.device_put(read(index), device) for device, index in place.addressable_devices_indices_map(shape).items()]
+    return jax.make_array_from_single_device_arrays(shape, place, parts)
+
+
+def _reader(
+    rule: Rule, leaf: str, places: dict[str, Path], head_width: int, spec: ParamSpec, dtype: np.dtype
+) -> Callable[[Any], np.ndarray]:
+    """index -> that part of a leaf, for a device that holds it."""
+    part = rule.leaves.index(leaf)
+
+    def one(layer: int, index: tuple[slice, ...]) -> np.ndarray:
+        name = rule.tensor.format(layer)
+        if len(rule.leaves) > 1:
+            return split(rule, _read(places[name], name), head_width)[part][index]
+        tensor = _read(places[name], name, index[::-1] if rule.transposed else index)
+        return tensor.T if rule.transposed else tensor
+
+    def read(index: Any) -> np.ndarray:
+        if not leaf.startswith("layers/"):
+            return np.ascontiguousarray(one(0, index), dtype)
+        layers = range(*index[0].indices(spec.shape[0]))
+        sizes = [len(range(*s.indices(size))) for s, size in zip(index[1:], spec.shape[1:], strict=True)]
+        stacked = np.empty((len(layers), *sizes), dtype)
+        for place, layer in enumerate(layers):
+            stacked[place] = one(layer, index[1:])
+        return stacked
+
+    return read
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def save(
+    folder: Path | str, params: dict[str, Any], config: TransformerConfig, tokenizer: Any, shard_bytes: int = 5 * 10**9
+) -> dict[str, Any]:
+    """Write a checkpoint for transformers, in files of at most `shard_bytes`, and return its `config.json`.
+
+    `tokenizer` is a `data/tokenizer.Tokenizer`. `params` of a reward model (trunk, head, gain, bias, its score read at the last
+    token) give a sequence classifier with one label. That has no bias: gain times the head's weight is its `score.weight`, and
+    what is left is kept as `score_offset` in `config.json`, to be added to its scores.
+
+    Raises:
+        ValueError: the folder holds something, no architecture of transformers fits, or the tokenizer does not fit the model.
+    """
+    folder = Path(folder)
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty: choose another folder")
+    check_vocabulary(tokenizer, config)
+    reward = "trunk" in params
+    values = config_to_hf(config)
+    trunk = rules(config, values["model_type"])
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    values |= ids | {"dtype": str(jax.tree.leaves(params)[0].dtype)}
+    leaves, extra = _flat(params["trunk"] if reward else params), {}
+    if reward:
+        if tokenizer.pad == tokenizer.eos:  # it takes the last token that is not pad for the last of the text
+            raise ValueError(
+                f"pad and EOS are both id {tokenizer.eos}: a classifier would not read the EOS; choose another pad"
+            )
+        trunk = [rule for rule in trunk if rule.leaves != ("head",)]
+        head, gain = params["head"], params["gain"]
+        extra = {SCORE: np.asarray(gain * head["weight"])[None]}
+        values |= {
+            "architectures": [CLASSES[values["model_type"]][1]],
+            "id2label": {"0": "LABEL_0"},
+            "label2id": {"LABEL_0": 0},
+        }
+        values["score_offset"] = float(np.reshape(gain * head["bias"] + params["bias"], ()))
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    _write(temporary, _named(trunk, leaves, config, extra), shard_bytes)
+    texts = {CONFIG: values} if reward else {CONFIG: values, "generation_config.json": ids}
+    for name, value in texts.items():
+        (temporary / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    tokenizer.save(temporary)
+    if folder.exists():
+        folder.rmdir()
+    os.replace(temporary, folder)
+    return values
+
+
+def check_vocabulary(tokenizer: Any, config: TransformerConfig) -> None:
+    """Refuse a tokenizer whose ids the embedding table does not hold: on the device they would be read as another one.
+
+    Raises:
+        ValueError: it has more ids than the table has rows, or a special id is outside.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, but the embedding has vocab_size={config.vocab_size} rows: they do "
+            "not belong together"
+        )
+    ids = {"pad": tokenizer.pad, "bos": tokenizer.bos, "eos": tokenizer.eos}
+    if outside := {name: i for name, i in ids.items() if not 0 <= i < config.vocab_size}:
+        raise ValueError(f"special ids {outside} are outside the vocabulary 0 .. {config.vocab_size - 1}")
+
+
+def _named(
+    trunk: list[Rule], leaves: dict[str, Any], config: TransformerConfig, extra: dict[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Their tensors, one after another."""
+    for rule in trunk:
+        stacked = rule.leaves[0].startswith("layers/")
+        for i in range(config.layers if stacked else 1):
+            own = [np.asarray(leaves[leaf][i] if stacked else leaves[leaf]) for leaf in rule.leaves]
+            yield rule.tensor.format(i), join(rule, own, config.head_width)
+    yield from extra.items()
+
+
+def _write(folder: Path, named: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+    """One file, or several with an index; no more than one of them is in memory."""
+    from safetensors.numpy import save_file
+
+    places: dict[str, int] = {}
+    shard: dict[str, np.ndarray] = {}
+    files, size, total = 0, 0, 0
+
+    def flush():
+        save_file(shard, folder / f"{files}.safetensors", {"format": "pt"})  # which transformers asks for
+        places.update(dict.fromkeys(shard, files))
+        shard.clear()
+
+    for name, tensor in named:
+        if shard and size + tensor.nbytes > shard_bytes:
+            flush()
+            files, size = files + 1, 0
+        shard[name] = tensor
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    flush()
+    if not files:
+        os.replace(folder / "0.safetensors", folder / WEIGHTS)
+        return
+    final = [f"model-{i + 1:05}-of-{files + 1:05}.safetensors" for i in range(files + 1)]
+    for i, name in enumerate(final):
+        os.replace(folder / f"{i}.safetensors", folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: final[i] for name, i in places.items()}}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
