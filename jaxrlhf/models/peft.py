@@ -1,6 +1,6 @@
 """Adapters in the format of the peft package, out and in: `adapter_config.json` and `adapter_model.safetensors`.
 
-For models of Llama's layout (RMSNorm, rotary positions, SwiGLU), whose modules stand one to one for our weights. A torch
+For models of Llama's layout (RMSNorm, rotary positions, a gated MLP), whose modules stand one to one for our weights. A torch
 linear layer holds [out, in], so every matrix is transposed on the way: lora_A is A^T [r, in], lora_B is B^T [out, r].
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxrlhf.core.sharding import ParamSpec
-from jaxrlhf.models import lora
+from jaxrlhf.models import lora, transformer
 from jaxrlhf.models.config import TransformerConfig
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,7 +40,7 @@ KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva")  # `init_lora_
 
 def holds(shape: TransformerConfig) -> bool:
     """Whether adapters of this model can be written."""
-    return (shape.norm, shape.positions, shape.mlp) == ("rms", "rope", "swiglu")
+    return (shape.norm, shape.positions) == ("rms", "rope") and shape.mlp in transformer.GATED
 
 
 def save(path: Path, adapter: dict[str, Any], shape: TransformerConfig, config: lora.LoraConfig, base: Path | str) -> None:
@@ -125,7 +125,7 @@ def _check(shape: TransformerConfig) -> None:
     if not holds(shape):
         raise ValueError(
             f"peft: a model with norm='{shape.norm}', positions='{shape.positions}', mlp='{shape.mlp}' has not Llama's layout "
-            "(rms, rope, swiglu), the only one whose adapters are written and read"
+            "(rms, rope, swiglu or geglu), the only one whose adapters are written and read"
         )
 
 
