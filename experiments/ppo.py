@@ -116,6 +116,8 @@ def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh
     if config.critic == "reward":  # of an ensemble, its first member
         judged = stage.load(config.reward, mesh, "reward_model")
         several = stage.ensembled(judged.settings)
+        if several is not None and several.of == "adapters":
+            raise ValueError(f"critic='reward': {config.reward} is an ensemble of adapters; take critic='separate'")
         params = judged.params if several is None else ensemble.member(judged.params, 0, several)
         return {"critic": roles.critic_from_reward(params)}
     if config.critic == "separate":

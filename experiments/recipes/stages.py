@@ -73,7 +73,7 @@ class Recipe:
     faster: float = 1.0  # factor on the learning rates: a small model from nothing takes larger ones
     model: TransformerConfig = MODEL
     ensemble: int = 1  # reward models, or heads of one, learned and pressed together; 1: a single one, as published
-    ensemble_of: ensembles.Of = "heads"
+    ensemble_of: Literal["heads", "models"] = "heads"
     aggregation: ensembles.Aggregation = "mean"
     warm_up: int = 0  # steps of our own on the demonstrations, in the place of a pre-trained model
 
