@@ -372,8 +372,8 @@ MUTATIONS = (
     Mutation(
         "eos-does-not-belong-to-the-response",
         "sampling/generate.py",
-        "length=state.length + live,",
-        "length=state.length + (live & ~stopped),",
+        "length=old.length + live,",
+        "length=old.length + (live & ~stopped),",
         "test_generate.py::test_rows_are_contiguous_and_end_where_they_say",
     ),
     Mutation(
