@@ -35,8 +35,8 @@ def run_tests(folder: pathlib.Path, mutation: Mutation | None) -> tuple[int, str
     nodes = dict.fromkeys(each.test for each in (MUTATIONS if mutation is None else [mutation]))
     folder = folder / ("unchanged" if mutation is None else mutation.name)
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "jaxrlhf", folder / "jaxrlhf", ignore=ignored)
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignored)
+    for part in ("jaxrlhf", "tests", "experiments"):
+        shutil.copytree(ROOT / part, folder / part, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", folder)
     if mutation is not None:
         (folder / "jaxrlhf" / mutation.file).write_text(mutated(mutation))
