@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import stage
 from experiments.recipes import examples, hh, stages, tldr, ziegler_sentiment
 from jaxrlhf.algorithms import lm, ppo
 from jaxrlhf.algorithms import reward as reward_algorithm
@@ -164,3 +165,19 @@ def test_a_malformed_file_is_named(tmp_path):
 def test_settings_that_make_no_sense_are_refused(name, value):
     with pytest.raises(ValueError, match=r"need 0 < scale <= 1 and faster > 0"):
         stages.run(dataclasses.replace(tldr.RECIPE, **{name: value}), tldr.stand_in)
+
+
+def test_a_pretrained_model_takes_the_place_of_the_warm_up(tmp_path):
+    config = dataclasses.replace(tldr.RECIPE, out=tmp_path / "first", scale=1e-5, warm_up=1)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16, layers=1, heads=2, kv_heads=2))
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    data = examples.read(None, None, tldr.stand_in, config.seed)
+    with jax.set_mesh(mesh):
+        stages.language_model(config, data, mesh, "warm_up")
+        given = stage.load(tmp_path / "first/warm_up/model", mesh)
+        config = dataclasses.replace(config, out=tmp_path / "second", init=tmp_path / "first/warm_up/model", seed=2)
+        result = stages.language_model(config, data, mesh, "warm_up")
+        found = stage.load(tmp_path / "second/warm_up/model", mesh)
+    assert result["steps"] == 0
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(given.params), strict=True):
+        np.testing.assert_array_equal(a, b)

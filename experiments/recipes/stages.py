@@ -75,7 +75,8 @@ class Recipe:
     ensemble: int = 1  # reward models, or heads of one, learned and pressed together; 1: a single one, as published
     ensemble_of: Literal["heads", "models"] = "heads"
     aggregation: ensembles.Aggregation = "mean"
-    warm_up: int = 0  # steps of our own on the demonstrations, in the place of a pre-trained model
+    init: Path | None = None  # a pre-trained model (experiments/import_hf.py writes one); None: `model`, of random weights
+    warm_up: int = 0  # steps of our own on the demonstrations before the published stages, where there is no `init`
 
 
 class Amount(NamedTuple):
@@ -137,15 +138,18 @@ def faster(config: Recipe, part: Supervised | Policy) -> OptimizerConfig:
 def language_model(
     config: Recipe, data: examples.Data, mesh: jax.sharding.Mesh, name: Literal["warm_up", "sft"]
 ) -> dict[str, Any]:
-    """A model from nothing, trained a while on the demonstrations (`warm_up`), or the published fine-tuning of it (`sft`)."""
-    part = Amount(config.warm_up, 32) if name == "warm_up" else amount(config.sft.examples, config.sft.batch, config.scale)
-    update = WARM_UP if name == "warm_up" else faster(config, config.sft)
-    out, before = config.out / name, config.out / "warm_up" / "model"
-    settings = sft.Config(init=before, out=out, seed=config.seed, mesh=config.mesh, steps=part.steps, optimizer=update)
-    with Run.open(out, settings) as run:
+    """The model before the published stages, pre-trained or our own (`warm_up`); or the published fine-tuning of it (`sft`)."""
+    if name == "warm_up":
+        part, update, init = Amount(0 if config.init else config.warm_up, 32), WARM_UP, config.init
+    else:
+        part, update = amount(config.sft.examples, config.sft.batch, config.scale), faster(config, config.sft)
+        init = config.out / "warm_up" / "model"
+    out = config.out / name
+    settings = sft.Config(out=out, seed=config.seed, mesh=config.mesh, steps=part.steps, optimizer=update)
+    with Run.open(out, settings if init is None else dataclasses.replace(settings, init=init)) as run:
         if run.result is not None:
             return run.result
-        start = fresh(config, data, mesh) if name == "warm_up" else stage.load(before, mesh)
+        start = fresh(config, data, mesh) if init is None else stage.load(init, mesh)
         response = config.ppo.sampling.max_tokens
         rows, left_out = examples.demonstration_rows(data, start.tokenizer, config.query, response)
         train, test = (
