@@ -288,6 +288,9 @@ def test_take_prompts():
     prompts = Prompts(tokens=row[:, None], length=row, uid=row, row=row)
     assert pipeline.take_prompts(prompts, slice(1, 3)).row.tolist() == [1, 2]
     assert pipeline.take_prompts(prompts, np.array([4, 0])).tokens.tolist() == [[4], [0]]
+    limited = prompts.replace(limit=10 * row)
+    assert pipeline.take_prompts(limited, slice(1, 3)).limit.tolist() == [10, 20]
+    assert pipeline.prompt_batches(limited, 5, seed=1)[0].limit.sum() == 100
 
 
 @pytest.mark.parametrize("share", [(0.35, 0.95), (0.0, 1.0), (1.0, 0.0), (0.5, 0.5), (0.3, 0.3), (1.0, 1.0)])

@@ -262,8 +262,9 @@ def batches(arrays: Mapping[str, np.ndarray], batch_size: int, seed: int) -> Any
 
 
 def take_prompts(prompts: Prompts, index: slice | np.ndarray) -> Prompts:
-    """Some of the prompts."""
-    return Prompts(prompts.tokens[index], prompts.length[index], prompts.uid[index], prompts.row[index])
+    """Some of the prompts, with all that is known of them."""
+    fields = {field.name: getattr(prompts, field.name) for field in dataclasses.fields(prompts)}
+    return Prompts(**{name: None if values is None else values[index] for name, values in fields.items()})
 
 
 def prompt_batches(prompts: Prompts, batch_size: int, seed: int) -> Any:
