@@ -21,7 +21,7 @@ from jaxrlhf.models import kv_cache, products
 from jaxrlhf.models.attention import MASKED, capped, near, scaled
 from jaxrlhf.models.attention import attention as attend
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.models.model import CacheConfig, Model
+from jaxrlhf.models.model import EXACT, CacheConfig, Model
 
 Params = Any
 Cache = Any
@@ -332,7 +332,7 @@ def prefill(
     length: Int[Array, " p"],
     n: int,
     width: int,
-    cache: CacheConfig = CacheConfig(),
+    cache: CacheConfig = EXACT,
 ) -> tuple[Float[Array, "p {config.width}"], Cache]:
     """Hidden state of each prompt's last token, and the cache for n responses of at most `width` tokens to each.
 
