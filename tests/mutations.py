@@ -881,4 +881,47 @@ MUTATIONS = (
         'row["gold"] = float(np.mean(samples.proxy))',
         "test_win_rate.py::test_row_of_a_policy",
     ),
+    # ------------------------------------------------------------------------------------------------- slots and caches
+    Mutation(
+        "a-slot-is-refilled-and-its-row-forgotten",
+        "sampling/decode.py",
+        "done = _collected(done, *own)",
+        "done = _collected(done, own[0] + 10**6, own[1])",
+        "test_decode.py::test_slots_give_what_a_wave_gives[one]",
+    ),
+    Mutation(
+        "fillers-write-over-other-rows",
+        "sampling/decode.py",
+        "at = jnp.where(mine, place, total) * shape.n",
+        "at = place * shape.n",
+        "test_decode.py::test_slots_give_what_a_wave_gives[one]",
+    ),
+    Mutation(
+        "a-token-counts-as-seen-by-itself",
+        "models/heads.py",
+        "before = None if seen is None else seen[:, None] <= position[:, None]",
+        "before = None if seen is None else seen[:, None] <= position[:, None] + 1",
+        "test_decode.py::test_every_step_says_what_it_was",
+    ),
+    Mutation(
+        "the-prompt-is-not-penalised",
+        "sampling/decode.py",
+        "jnp.zeros((tokens.shape[0], model.vocab_size), bool).at[rows, tokens].set(True, mode=",
+        "jnp.zeros((tokens.shape[0], model.vocab_size), bool).at[rows, tokens].set(False, mode=",
+        "test_generate.py::test_logprobs_are_those_of_the_policy_and_of_the_distribution_drawn_from",
+    ),
+    Mutation(
+        "a-stop-string-is-looked-for-in-each-token-alone",
+        "sampling/decode.py",
+        "jnp.where(going, state.stops[match, token], match)",
+        "jnp.where(going, state.stops[0 * match, token], match)",
+        "test_decode.py::test_a_response_ends_with_the_token_that_completes_a_stop_string",
+    ),
+    Mutation(
+        "a-cache-grows-without-its-angles",
+        "models/transformer.py",
+        "rotations = _rotations(config, jnp.arange(prompt + response + extra))",
+        'rotations = cache["rotations"]',
+        "test_decode.py::test_a_cache_that_grows_gives_the_same",
+    ),
 )
