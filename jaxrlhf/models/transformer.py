@@ -17,14 +17,13 @@ from jaxtyping import Array, Float, Int
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import ParamSpec
-from jaxrlhf.models import products
+from jaxrlhf.models import experts, products
 from jaxrlhf.models.attention import MASKED, attention, capped, near, scaled
-from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.models.config import GATED, TransformerConfig
 from jaxrlhf.models.model import Model
 
 Params = Any
 Cache = Any
-GATED = ("swiglu", "geglu")
 
 
 def param_specs(config: TransformerConfig) -> Params:
@@ -48,14 +47,15 @@ def param_specs(config: TransformerConfig) -> Params:
             "value": into(kv_heads, "kv_heads"),
             "output": back(heads, "heads"),
             "mlp_norm": _norm_specs(c, (layers,), ("layers",)),
-            "up": into(c.mlp_width, "mlp"),
-            "down": back(c.mlp_width, "mlp"),
         },
         "norm": _norm_specs(c, (), ()),
     }
     own = specs["layers"]
-    if c.mlp in GATED:
-        own["gate"] = into(c.mlp_width, "mlp")
+    if c.experts:
+        own["experts"] = experts.specs(c)
+    else:
+        own |= {"up": into(c.mlp_width, "mlp"), "down": back(c.mlp_width, "mlp")}
+        own |= {"gate": into(c.mlp_width, "mlp")} if c.mlp in GATED else {}
     if c.qk_norm:
         own |= {name: {"scale": _scale_spec(c, (layers, c.head_width))} for name in ("query_norm", "key_norm")}
     if c.post_norms:
@@ -223,12 +223,12 @@ def _heads(config, weights, x, rotation):
 
 
 def _mlp(config, weights, x):
-    """SwiGLU or GEGLU (Shazeer 2020, arXiv 2002.05202), or GELU in its tanh form, as in GPT-2, or exact, as in GPT-NeoX."""
+    """Experts, or one MLP: SwiGLU or GEGLU, or GELU in its tanh form, as in GPT-2, or exact, as in GPT-NeoX."""
+    if config.experts:
+        return experts.mlp(config, weights["experts"], x)
     up = _linear(config, weights, "up", x)
-    if config.mlp == "swiglu":
-        inner = jax.nn.silu(_linear(config, weights, "gate", x)) * up
-    elif config.mlp == "geglu":
-        inner = jax.nn.gelu(_linear(config, weights, "gate", x), approximate=True) * up
+    if config.mlp in GATED:
+        inner = experts.gated(config, _linear(config, weights, "gate", x), up)
     else:
         inner = jax.nn.gelu(up, approximate=config.mlp == "gelu")
     return _linear(config, weights, "down", inner)
@@ -315,6 +315,8 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
     """
     dtype = jnp.dtype(config.dtype)
     layers = {name: w if isinstance(w, dict) else products.whole(w).astype(dtype) for name, w in params["layers"].items()}
+    if config.experts:
+        layers["experts"] = experts.decode_weights(config, layers["experts"])
     if jax.default_backend() == "cpu":
         layers = tuple(_at(layers, i) for i in range(config.layers))
     if config.tied_head:
