@@ -90,7 +90,7 @@ def test_what_experts_make_of_tokens_equals_numpy(config, blocks):
 @FORMS
 def test_many_tokens_fill_blocks_of_many_rows(blocks):
     weights, x = layer(MIXTRAL), states(20, 20)
-    assert experts._block_size(800, 6) == 66
+    assert experts._block_size(800, 6) == 33
     np.testing.assert_allclose(jitted(MIXTRAL, blocks)(weights, x), reference(MIXTRAL, weights, x), atol=5e-6)
 
 
@@ -170,7 +170,7 @@ def test_every_place_has_a_row_of_its_own_in_a_block_of_its_expert():
         plain = placed(jnp.asarray(chosen, jnp.int32), count, 1)
         np.testing.assert_array_equal(np.asarray(plain.of), np.argsort(np.argsort(chosen, kind="stable"), kind="stable"))
         np.testing.assert_array_equal(plain.groups, np.bincount(chosen, minlength=count))
-    assert 1.5 * 16_000 >= placed(jnp.zeros(16_000, jnp.int32), 64, experts._block_size(16_000, 64)).total
+    assert 1.25 * 16_000 >= placed(jnp.zeros(16_000, jnp.int32), 64, experts._block_size(16_000, 64)).total
 
 
 # -------------------------------------------------------------------------------------------- independence of the batch

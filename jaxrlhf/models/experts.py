@@ -5,9 +5,11 @@ comes out for a token does not depend on the others in the batch: a row decoded 
 gives the same numbers. On a mesh each device sorts its own tokens (`data` and `fsdp` split the batch) and holds its part of
 the width F of all experts (`tensor`); weights are gathered over `fsdp` as those of any layer are, and no token travels.
 
-Products over groups are `jax.lax.ragged_dot` on accelerators. XLA's CPU backend has none and computes every expert for
-every row: 16 times the work of a dense product with 16 experts, 60 with 64 (jax 0.10.2 and 0.12, measured). There the rows
-stand in blocks of one expert each, padded with zeros, and a loop multiplies block by block: at most half as many rows again.
+A product over such groups is in blocks: the rows of each expert are padded with zeros to whole blocks, and a loop multiplies
+one block after another with the weights of its expert. That is at most a quarter more rows, or 8 to each expert where tokens
+are few. On a TPU it is `jax.lax.ragged_dot`. Elsewhere XLA has none and makes it one product of every row with every expert:
+X times the work, and the rows X times in memory (jax 0.10.2 compiled for an H100; jax 0.10.2 and 0.12 on a CPU, where it took 13
+to 17 times as long as a dense product with X = 16).
 
 Source: Shazeer et al. 2017, arXiv 1701.06538; Jiang et al. 2024 (Mixtral), arXiv 2401.04088, section 2.1. Blocks: Gale et al.
 2022 (MegaBlocks), arXiv 2211.15841.
@@ -78,7 +80,7 @@ def mlp(
     config: TransformerConfig, weights: dict[str, Any], x: Float[Array, "b *s d"], blocks: bool | None = None
 ) -> Float[Array, "b *s d"]:
     """The weighted sum of what each token's experts make of it. `weights`: of one layer. `blocks`: None is as the backend asks."""
-    blocks = jax.default_backend() == "cpu" if blocks is None else blocks
+    blocks = jax.default_backend() != "tpu" if blocks is None else blocks
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
         return _mlp(config, weights, x, blocks)
@@ -135,8 +137,9 @@ def _places(chosen: Int[Array, " m"], experts: int, size: int) -> _Places:
 
 
 def _block_size(m: int, experts: int) -> int:
-    """Half of what an expert has on average: the padding is then at most half of the rows. Fewer than 8 rows take as long."""
-    return max(8, min(128, m // (2 * experts)))
+    """A quarter of what an expert has on average, so that the padding is at most a quarter of the rows, but no block so small
+    that reading the weights is all it does, and none larger than fills a GPU."""
+    return max(8, min(1024, m // (4 * experts)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
