@@ -171,7 +171,8 @@ def _in_blocks(dtype, rows, weights, groups):
 
 
 def _in_blocks_forward(dtype, rows, weights, groups):
-    rows = rows.astype(dtype).reshape(len(groups), -1, rows.shape[-1])
+    # Narrow before the loop, and so before they are gathered over `fsdp`.
+    rows, weights = rows.astype(dtype).reshape(len(groups), -1, rows.shape[-1]), weights.astype(dtype)
     _, out = jax.lax.scan(lambda _, xs: (None, products.product(dtype.name, xs[0], weights[xs[1]])), None, (rows, groups))
     return out.reshape(-1, out.shape[-1]), (rows, weights, groups)
 
