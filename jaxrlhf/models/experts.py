@@ -8,8 +8,8 @@ the width F of all experts (`tensor`); weights are gathered over `fsdp` as those
 A product over such groups is in blocks: the rows of each expert are padded with zeros to whole blocks, and a loop multiplies
 one block after another with the weights of its expert. That is at most a quarter more rows, or 8 to each expert where tokens
 are few. On a TPU it is `jax.lax.ragged_dot`. Elsewhere XLA has none and makes it one product of every row with every expert:
-X times the work, and the rows X times in memory (jax 0.10.2 compiled for an H100; jax 0.10.2 and 0.12 on a CPU, where it took 13
-to 17 times as long as a dense product with X = 16).
+X times the work, and the rows X times in memory (seen in programs of jax 0.10.2 for an H100, and of 0.10.2 and 0.12 for a CPU,
+which took 13 to 17 times as long as a dense product at X = 16). Blocks take a CPU about twice as long as a dense MLP.
 
 Source: Shazeer et al. 2017, arXiv 1701.06538; Jiang et al. 2024 (Mixtral), arXiv 2401.04088, section 2.1. Blocks: Gale et al.
 2022 (MegaBlocks), arXiv 2211.15841.
@@ -79,7 +79,8 @@ def load(chosen: Int[Array, "*s k"], experts: int, mask: Bool[Array, "*s"] | Non
 def mlp(
     config: TransformerConfig, weights: dict[str, Any], x: Float[Array, "b *s d"], blocks: bool | None = None
 ) -> Float[Array, "b *s d"]:
-    """The weighted sum of what each token's experts make of it. `weights`: of one layer. `blocks`: None is as the backend asks."""
+    """The sum of what each token's experts make of it, by their weights. `weights`: parameters of one layer. `blocks`: the
+    form of the products; None: as the backend asks."""
     blocks = jax.default_backend() != "tpu" if blocks is None else blocks
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.are_all_axes_manual:
@@ -104,7 +105,7 @@ def _mlp(config, weights, x, blocks):
     chosen, weight = route(config, weights["router"], tokens)
     k, size = config.experts_per_token, _block_size(chosen.size, config.experts) if blocks else 1
     places = _places(chosen.reshape(-1), config.experts, size)
-    # Every place is written and read once: said, because otherwise the gradient would add in any order, on a GPU a new one each time.
+    # Every place is written and read once: said, because else the gradient would add, on a GPU in a new order each time.
     rows = jnp.zeros((places.total, x.shape[-1])).at[places.of].set(jnp.repeat(tokens, k, axis=0), unique_indices=True)
     product = functools.partial(_in_blocks if blocks else _ragged, jnp.dtype(config.dtype), groups=places.groups)
     inner = gated(config, product(rows, weights["gate"]), product(rows, weights["up"]))

@@ -355,7 +355,7 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
     dtype = jnp.dtype(config.dtype)
     layers = {name: w if isinstance(w, dict) else products.whole(w).astype(dtype) for name, w in params["layers"].items()}
     if config.experts:
-        layers["experts"] = experts.decode_weights(config, layers["experts"])
+        layers["experts"] = experts.decode_weights(config, params["layers"]["experts"])
     if jax.default_backend() == "cpu":
         layers = tuple(_at(layers, i) for i in range(config.layers))
     if config.tied_head:

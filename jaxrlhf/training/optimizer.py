@@ -90,7 +90,7 @@ def make(config: OptimizerConfig, total_steps: int, params: Any) -> optax.Gradie
     labels = label(params, config.name)
     if config.name == "muon" and "muon" not in set(_leaves(labels)):
         raise ValueError(
-            "optimizer name='muon' found no weight matrix [L, ..., in, out] under a key 'layers': use name='adamw' for this model"
+            "optimizer name='muon' found no weight matrix [L, in, out] under a key 'layers': use name='adamw' for this model"
         )
     adam_rate = config.learning_rate if config.name == "adamw" else config.adam_learning_rate
 
