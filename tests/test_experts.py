@@ -203,12 +203,15 @@ def test_garbage_in_a_row_stays_there(blocks, garbage):
     np.testing.assert_allclose(spoilt_back[others], back[others], atol=2e-5)
 
 
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.full)])
 @FORMS
-def test_a_stack_of_models_under_vmap(blocks):
-    weights, x, out = layer(QWEN), states(3, 2, 5), states(2, 5, seed=2)
+def test_a_stack_of_models_under_vmap(blocks, devices):
+    weights, x, out = layer(QWEN), states(3, 4, 5), states(4, 5, seed=2)
     stacked = jax.tree.map(lambda w: jnp.stack([w, 1.1 * w, -w]), weights)
-    found = jax.jit(jax.vmap(functools.partial(experts.mlp, QWEN, blocks=blocks)))(stacked, x)
-    slopes = jax.jit(jax.vmap(lambda w, x: gradient(QWEN, blocks)(w, x, out)))(stacked, x)
+    shape = (2, 2, 2) if devices == 8 else (1, 1, 1)
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(*shape), jax.devices()[:devices])):
+        found = jax.jit(jax.vmap(functools.partial(experts.mlp, QWEN, blocks=blocks)))(stacked, x)
+        slopes = jax.jit(jax.vmap(lambda w, x: gradient(QWEN, blocks)(w, x, out)))(stacked, x)
     for i in range(3):
         own = jax.tree.map(lambda w, i=i: w[i], stacked)
         np.testing.assert_allclose(found[i], reference(QWEN, own, x[i]), atol=5e-6)

@@ -96,6 +96,7 @@ def mlp(
     def part(weights: dict[str, Any], x: jax.Array) -> jax.Array:
         return jax.lax.psum(_mlp(config, weights, x, blocks), sharding.RULES["mlp"])
 
+    # Unchecked: what varies over which axis cannot be said of a loop's zeros without naming the mesh inside of it.
     return jax.shard_map(part, in_specs=(kept, rows), out_specs=rows, check_vma=False)(weights, x)
 
 
@@ -132,7 +133,7 @@ def _places(chosen: Int[Array, " m"], experts: int, size: int) -> _Places:
     full = -(-sizes // size)
     ends = jnp.cumsum(full)
     place = place - (jnp.cumsum(sizes) - sizes)[chosen] + size * (ends - full)[chosen]
-    count = (m + experts * (size - 1)) // size
+    count = min(m, (m + experts * (size - 1)) // size)
     owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), experts - 1)
     return _Places(place, count * size, owner)
 
