@@ -924,4 +924,47 @@ MUTATIONS = (
         'rotations = cache["rotations"]',
         "test_decode.py::test_a_cache_that_grows_gives_the_same",
     ),
+    # ---------------------------------------------------------------------------------------------------- experts
+    Mutation(
+        "weights-of-a-tokens-experts-as-they-are-in-the-softmax",
+        "models/experts.py",
+        "weight = weight / weight.sum(-1, keepdims=True)",
+        "weight = weight / 1.0",
+        "test_experts.py::test_what_experts_make_of_tokens_equals_numpy[blocks-mixtral]",
+    ),
+    Mutation(
+        "rows-of-an-expert-begin-where-its-blocks-end",
+        "models/experts.py",
+        "size * (ends - full)[chosen]",
+        "size * (ends - 1)[chosen]",
+        "test_experts.py::test_every_place_has_a_row_of_its_own_in_a_block_of_its_expert",
+    ),
+    Mutation(
+        "gradient-of-the-last-block-alone",
+        "models/experts.py",
+        "slope.at[expert].add(dweight)",
+        "slope.at[expert].set(dweight)",
+        "test_experts.py::test_the_gradient_is_that_of_numpy[blocks-mixtral]",
+    ),
+    Mutation(
+        "parts-of-the-width-not-added-over-devices",
+        "models/experts.py",
+        'jax.lax.psum(_mlp(config, weights, x, blocks), sharding.RULES["mlp"])',
+        "_mlp(config, weights, x, blocks)",
+        "test_experts.py::test_eight_devices_give_the_same_numbers",
+    ),
+    Mutation(
+        "router-rounded-while-sampling",
+        "models/experts.py",
+        'w if name == "router" else w.astype(config.dtype)',
+        "w.astype(config.dtype)",
+        "test_experts.py::test_narrow_operands_are_rounded_and_summed_wide",
+    ),
+    Mutation(
+        "gate-and-up-of-mixtral-exchanged",
+        "models/hf.py",
+        '(("gate", "w1"), ("up", "w3"), ("down", "w2"))',
+        '(("gate", "w3"), ("up", "w1"), ("down", "w2"))',
+        "test_hf.py::test_logits_and_scores_equal_those_of_transformers[mixtral]",
+    ),
 )

@@ -35,7 +35,7 @@ def params():
 @pytest.mark.parametrize(
     ("count", "n", "options", "shape"),
     [
-        (21, 2, Options(chunk=3, slots=8), None),  # refilled by 2 rows; 42 rows: the last refill is half a filler
+        (21, 2, Options(chunk=3, slots=32), None),  # refilled by 2 prompts: half of the last refill is a filler
         (21, 4, Options(chunk=5, slots=32, least=8), sharding.MeshConfig(data=2, fsdp=2, tensor=2)),
         pytest.param(40, 1, Options(chunk=3, slots=16), sharding.MeshConfig(), marks=pytest.mark.full),
     ],
