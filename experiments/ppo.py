@@ -20,7 +20,7 @@ from jaxrlhf.algorithms import lm, ppo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import pipeline
-from jaxrlhf.models import heads, roles
+from jaxrlhf.models import heads, lora, roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import ensemble
 from jaxrlhf.sampling import rollout
@@ -114,12 +114,11 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
 def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """{"value": head} on the policy's trunk, or {"critic": trunk (or an adapter) and head}: see models/roles.py."""
     if config.critic == "reward":  # of an ensemble, its first member
-        judged = stage.load(config.reward, mesh, "reward_model")
+        judged = stage.load_reward(config.reward, mesh, start)
         several = stage.ensembled(judged.settings)
-        if several is not None and several.of == "adapters":
-            raise ValueError(f"critic='reward': {config.reward} is an ensemble of adapters; take critic='separate'")
         params = judged.params if several is None else ensemble.member(judged.params, 0, several)
-        return {"critic": roles.critic_from_reward(params)}
+        shared = judged.settings["kind"] == "reward_adapter"
+        return {"critic": roles.critic_from_reward(params, config.lora if shared else lora.NONE)}
     if config.critic == "separate":
         return {"critic": roles.critic(stage.trainable(start, config.lora, mesh, config.seed + 1), start.config.width)}
     value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
@@ -156,4 +155,4 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="policy")

@@ -119,4 +119,4 @@ def loss(outputs: objective.OutputsFn, params: Any, frozen: Any, batch: lm.Batch
 PRESETS = {"default": Config(), "smoke": Config(steps=20, batch=16)}
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="init")

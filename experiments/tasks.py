@@ -97,7 +97,7 @@ def make(config: Settings, mesh: jax.sharding.Mesh) -> Task:
 def sentiment(config: Settings, mesh: jax.sharding.Mesh) -> Task:
     """Continue the first words of a review; the reward model in `config.reward` scores."""
     first = stage.load(config.policy, mesh)
-    judged = stage.load(config.reward, mesh, "reward_model")
+    judged = stage.load_reward(config.reward, mesh, first)
     value = stage.reward(judged)
     setting = held_out.Setting(
         model=first.model,
