@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import Model
 from jaxrlhf.rewards import ensemble
 from jaxrlhf.rewards import model as rewards
+from jaxrlhf.training import metrics, plan
+from jaxrlhf.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +184,19 @@ def adapter(shape: TransformerConfig, config: LoraConfig, mesh: jax.sharding.Mes
     """A new adapter, under which the model is as it was."""
     fresh = lora.specs(shape, config)
     return jax.device_put(sharding.init_params(fresh, jax.random.key(seed)), sharding.shardings(fresh, mesh))
+
+
+def tell_memory(run: Run, rows: Sequence[plan.Row]) -> None:
+    """Print what a run will hold, keep it as `memory.json` beside its settings, and refuse what no device can hold.
+
+    Raises:
+        ValueError: the arrays alone are more than a device has.
+    """
+    most = plan.limit(jax.local_devices())
+    print(f"\n{plan.table(rows, most)}\n", flush=True)
+    told = {"rows": [dataclasses.asdict(row) for row in rows], "device_bytes": most}
+    metrics.write_atomic(run.out / "memory.json", json.dumps(told, indent=1) + "\n")
+    plan.check(rows, most)
 
 
 def save_policy(out: Path, start: Trained, params: Any, config: LoraConfig, base: Path) -> None:

@@ -94,6 +94,11 @@ def test_an_adapter_is_trained_over_the_start_and_saved_twice(start, tmp_path, n
     command = ("--preset", "arithmetic", "--policy", start / "model", "--out", out, *flags, "--lora.rank", 4)
     done = script(name, *command)
     assert done.returncode == 0, done.stderr
+    assert "base and reference" in done.stdout  # the table of what the run holds
+    planned = {(row["role"], row["kind"]): row["size"] for row in json.loads((out / "memory.json").read_text())["rows"]}
+    weights = sum(x.nbytes for x in load_file(start / "model" / "params.safetensors").values())
+    assert planned["base and reference", "frozen"] == {"total": weights, "device": weights}
+    assert 0 < planned["policy", "moments"]["total"] < weights
     curve = json.loads((out / "result.json").read_text())["curve"]
     assert abs(curve[0]["held_out/kl"]) < 1e-5
     assert abs(curve[-1]["held_out/kl"]) > 1e-7

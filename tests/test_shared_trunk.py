@@ -81,7 +81,8 @@ def test_scores_are_those_of_the_merged_model_and_the_trunk_is_the_policys(tmp_p
     assert np.std(want) > 0.1
     if "ensemble_of" not in settings:  # the merged weights are not the base's: the adapter does something
         assert np.abs(merged.params["trunk"]["layers"]["query"] - start.params["layers"]["query"]).max() > 0.01
-    for own, shared in zip(jax.tree.leaves(lora.detach(laid.params["trunk"], LORA)[0]), jax.tree.leaves(start.params), strict=True):
+    base, _ = lora.detach(laid.params["trunk"], LORA)
+    for own, shared in zip(jax.tree.leaves(base), jax.tree.leaves(start.params), strict=True):
         assert own is shared  # no second trunk
 
 
@@ -107,10 +108,10 @@ def test_a_critic_begins_as_the_reward_whatever_scale_the_policys_adapter_has(tm
     critic = ppo.value_function(config, start, ONE)["critic"]
     assert ("embed" in critic["trunk"]) == (policy.rank == 0)
     attached = roles.attach(start.params, critic, policy)
-    rows = rollout()
-    found = heads.score(attached["head"], start.model.hidden(attached["trunk"], rows.tokens), rows.prompt_len + rows.response_len)
+    tokens, length = rollout().tokens, rollout().prompt_len + rollout().response_len
+    found = heads.score(attached["head"], start.model.hidden(attached["trunk"], tokens), length)
     alone = {"trunk": lora.merge(start.params, adapter(5), LORA), "head": head(6), "gain": 2.5, "bias": -0.75}
-    want = rewards.score(start.model, alone, rows.tokens, rows.prompt_len + rows.response_len, "last")
+    want = rewards.score(start.model, alone, tokens, length, "last")
     np.testing.assert_allclose(found, want, rtol=1e-5, atol=2e-5)
 
 
