@@ -128,7 +128,8 @@ def test_four_roles_on_one_trunk(loop, tmp_path):
         assert (held["reward", "frozen"] < held["base and reference", "frozen"] / 5) == (name == "adapter")
         assert (held["critic", "parameters"] < held["base and reference", "frozen"] / 5) == (name == "adapter")
         first.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0]))
-    assert first[0]["reward/score"] == pytest.approx(first[1]["reward/score"], abs=1e-4)
+    # 0.03: scores of deviation 1 through products of bfloat16 operands, which round W + s A B once and its parts apart.
+    assert first[0]["reward/score"] == pytest.approx(first[1]["reward/score"], abs=0.03)
 
 
 @pytest.mark.full
