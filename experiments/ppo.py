@@ -35,7 +35,7 @@ TEXT_WIDTH = 32  # tokens of a row of the pre-training mix
 class Config:
     task: tasks.Name = "sentiment"
     policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
-    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task
+    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task; or an `adapter`
     out: Path = Path("runs/demo/ppo")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()

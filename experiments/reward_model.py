@@ -3,6 +3,7 @@
     python -m experiments.reward_model --init runs/demo/pretrain/model --out runs/demo/reward_model
     python -m experiments.reward_model --ensemble 4 --ensemble-of heads --aggregation worst --out runs/demo/ensemble
     python -m experiments.reward_model --ensemble 4 --ensemble-of adapters --lora.rank 8 --out runs/demo/adapters
+    python -m experiments.reward_model --init runs/demo/sft/model --lora.rank 8    # adapter/: PPO lays it over its own start
 
 The language model's trunk with a linear head on the mean of its hidden states. Each batch is a set of rated texts; every pair
 of one domain whose mean ratings differ by half a point or more is a choice that people made (Bradley-Terry over some thousand
@@ -47,7 +48,7 @@ JUDGED_WIDTH = 64  # tokens of a held-out text
 @dataclasses.dataclass(frozen=True)
 class Config:
     init: Path = Path("runs/demo/pretrain/model")  # language model whose trunk is the start
-    refresh: Path | None = None  # a reward model to start from instead
+    refresh: Path | None = None  # a reward model to start from instead; of one that is an adapter, `init` is the base
     reference: Path = Path("runs/demo/sft/model")  # policy on whose samples the score gets mean 0 and deviation 1
     choices: Path | None = None  # choices between answers: feedback store, .jsonl file or TFDS folder
     out: Path = Path("runs/demo/reward_model")

@@ -147,7 +147,8 @@ def table(rows: Sequence[Row], limit: int | None = None) -> str:
     for role in roles:
         own = [row for row in rows if row.role == role and row.size.total]
         whole = sum((row.size for row in own), Size())
-        lines.append((role, told(whole.total), told(whole.device), ", ".join(f"{r.kind} {told(r.size.total)}" for r in own)))
+        named = [f"{row.kind} {told(row.size.total)}" for row in own if told(row.size.total) != told(0)]
+        lines.append((role, told(whole.total), told(whole.device), ", ".join(named)))
     most = peak(rows)
     of = "" if limit is None else f"{most.device / limit:.0%} of {told(limit)}"
     lines.append(("at most at once", told(most.total), told(most.device), of))
