@@ -785,7 +785,7 @@ MUTATIONS = (
     Mutation(
         "base-known-by-its-shapes-alone",
         "models/pretrained.py",
-        "        found.update(array.reshape(-1).view(np.uint8))\n",
+        "        found.update(array.reshape(-1).view(np.uint8).data)\n",
         "",
         "test_shared_trunk.py::test_another_base_is_refused",
     ),

@@ -97,5 +97,5 @@ def fingerprint(params: Any) -> str:
     for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
         array = np.ascontiguousarray(jax.device_get(leaf))  # leaf by leaf: the host need not hold a second model
         found.update(f"{name} {array.dtype} {array.shape} ".encode())
-        found.update(array.reshape(-1).view(np.uint8))
+        found.update(array.reshape(-1).view(np.uint8).data)
     return found.hexdigest()

@@ -100,7 +100,11 @@ def sampling(model: Model, policy: Any, spec: SamplingSpec, prompts: tuple[int, 
         copied += Size(whole, whole * source.device // max(source.total, 1))
     rows, width = prompts
     tokens, length = jax.ShapeDtypeStruct((rows, width), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
-    cache = jax.eval_shape(lambda *args: model.prefill(*args, n, spec.max_tokens)[1], weights, tokens, length)
+
+    def prefill(weights: Any, tokens: jax.Array, length: jax.Array) -> Any:
+        return model.prefill(weights, tokens, length, n, spec.max_tokens)[1]
+
+    cache = jax.eval_shape(prefill, weights, tokens, length)
     parts = {f"cache of {part}s": cache.pop(part) for part in ("prompt", "response") if part in cache}  # keys and values
     sizes = {"weights": copied} | {kind: _rows_size(tree) for kind, tree in (parts | {"rest of cache": cache}).items()}
     return tuple(Row("sampling", kind, "sampling", size) for kind, size in sizes.items())
@@ -136,8 +140,9 @@ def compiled(program: Any, *args: Any) -> dict[str, int]:
 
 def limit(devices: Sequence[Any]) -> int | None:
     """The least number of bytes that one of the devices can hold; None where they do not say."""
-    told = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    return None if None in told or not told else min(told)
+    found = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    known = [size for size in found if size is not None]
+    return min(known) if known and len(known) == len(found) else None
 
 
 def table(rows: Sequence[Row], limit: int | None = None) -> str:
