@@ -105,7 +105,7 @@ def make(config: Settings, mesh: jax.sharding.Mesh) -> Task:
 
 
 def tell_memory(run: Run, config: Settings, task: Task, params: Any, update: Any, n: int = 0, average: bool = False) -> None:
-    """Print and keep what the run will hold (`stage.tell_memory`), before anything is compiled: `params` to be trained by
+    """Print and keep what the run will hold (`stage.tell_memory`), before training is compiled: `params` to be trained by
     `update`, the frozen start, the reward, and n samples of each prompt, or where n is 0 those of the judgement alone.
     """
     start, tree = task.start, params if "policy" in params else {"policy": params}
