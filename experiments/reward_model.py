@@ -38,7 +38,7 @@ from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import ensemble as ensembles
 from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import generate
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, plan, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -131,6 +131,7 @@ def train(run: Run, config: Config, shape: TransformerConfig, params: Any, data:
     update = optimizer.make(config.optimizer, config.steps, single(params, kind))
     if kind in ("adapters", "models"):
         update = optimizer.of_members(update)
+    stage.tell_memory(run, plan.training(params, update) + plan.frozen({"base": base}))
     # A generator for dropout: the default one costs a CPU as much as the layers.
     key = jax.random.key(config.seed, impl="rbg")
     state = run.restore(step.init_state(params, update, key))
