@@ -5,14 +5,14 @@ r"""Device memory of PPO's four roles (policy, reference, value, reward): whole 
         --result benchmarks/results/2026-11-22-roles-memory-h100.json
 
 The second needs jax-cuda12-pjrt and jax-cuda12-plugin (pip install --no-deps), and no GPU.
-One program scores a rollout by all four roles and makes one update of policy and critic, so that everything that PPO holds is
-its argument; rows are read in microbatches, whose gradients add up. `trained`: four models, of which policy and critic are
-trained whole, each with Adam's two moments. `copies`: a frozen copy of the base for each role, an adapter on policy, critic and
-reward. `one_trunk`: those adapters over one base, and the reference is the base. Counted is what the compiler says that the
-program needs: arguments plus temporaries (what comes out takes the place of donated arguments). What bounds it: a trained
-parameter takes 4 bytes, its moments 8, its gradient 4, a frozen one 4; activations and logits are common to all three. Before
-that, at a small shape, copies and one trunk run and must give the same losses. No times are taken. The last line of stdout is
-one JSON document.
+The library's own programs of an iteration are compiled: `rollout.experience` (log-probs of policy and reference, values),
+`rewards.reward`, and the train step of policy and critic. `trained`: four models, of which policy and critic are trained whole,
+each with Adam's two moments. `copies`: a frozen copy of the base for each role, an adapter on policy, critic and reward.
+`one_trunk`: those adapters over one base, and the reference is the base. Counted is all that stands in memory between programs
+(parameters, moments, frozen models, the batch) and the temporaries that the compiler gives the largest program; what comes out
+takes the place of donated arguments. What bounds it: a trained parameter takes 4 bytes, its moments 8, its gradient 4, a frozen
+one 4; activations and logits are common to all three. Before that, at a small shape, copies and one trunk run and must give the
+same losses. No times are taken. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from sampling import commit
 
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.core import sharding
-from jaxrlhf.core.types import Rollout, SamplingSpec
+from jaxrlhf.core.types import Experience, Outputs, Rollout, SamplingSpec, TrainState
 from jaxrlhf.models import heads, lora, roles, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import objective, optimizer
+from jaxrlhf.training import objective, optimizer, plan, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 
 GPT2 = TransformerConfig(
@@ -61,7 +60,7 @@ H100 = """
 
 
 def main() -> None:
-    """Compile the three programs and print one JSON document."""
+    """Compile the programs of the three setups and print one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--width", type=int, default=128, help="tokens of a row; half of them are the response")
@@ -105,18 +104,30 @@ def target(name: str) -> Any:
     return jax.sharding.SingleDeviceSharding(devices[0])
 
 
-def memory(setup: str, config: lora.LoraConfig, settings: Any, place: Any) -> dict[str, int]:
-    """Bytes of the setup's program at the size of GPT-2."""
-    update = optimizer.make(OptimizerConfig(), 10, jax.eval_shape(lambda: start(setup, GPT2, config)[0]))
-    data = jax.eval_shape(lambda: (*start(setup, GPT2, config), answers(settings.rows, settings.width, GPT2.vocab_size)))
-    args = (data[0], jax.eval_shape(update.init, data[0]), *data[1:])
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
-    step = iteration(setup, GPT2, config, update, settings.width // 2, settings.microbatches)
-    program = jax.jit(step, donate_argnums=(0, 1))
-    sizes: Any = program.lower(*args).compile().memory_analysis()
-    found = {"arguments": sizes.argument_size_in_bytes, "temporaries": sizes.temp_size_in_bytes}
-    print(f"{setup}: " + ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in found.items()))
-    return found
+def memory(setup: str, config: lora.LoraConfig, settings: Any, place: Any) -> dict[str, Any]:
+    """Bytes of the setup at the size of GPT-2: what stands between programs, and the temporaries of each program."""
+
+    def there(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    params, frozen = there(jax.eval_shape(lambda: start(setup, GPT2, config)))
+    drawn = there(jax.eval_shape(lambda: answers(settings.rows, settings.width, GPT2.vocab_size)))
+    update = optimizer.make(OptimizerConfig(), 10, params)
+    programs = iteration(setup, GPT2, config, update, settings.width // 2, settings.microbatches)
+    count = there(jax.eval_shape(lambda: jnp.int32(0)))
+    opt_state = step.GuardedState(there(jax.eval_shape(update.init, params)), count, count)
+    state = TrainState(count, params, opt_state, (), there(jax.eval_shape(lambda: jax.random.key(0))))
+    batch = there(jax.eval_shape(learned, jax.eval_shape(programs["score"], params, frozen, drawn)))
+    arguments = {"score": (params, frozen, drawn), "reward": (frozen, drawn), "update": (state, frozen, batch)}
+    found = {name: plan.compiled(programs[name], *args)["temporaries"] for name, args in arguments.items()}
+    held = plan.size((params, opt_state, frozen, batch)).total
+    print(f"{setup}: held {held / 2**20:.0f} MiB, " + ", ".join(f"{name} {size / 2**20:.0f}" for name, size in found.items()))
+    return {"arguments": held, "temporaries": max(found.values()), "temporaries_of": found}
+
+
+def learned(experience: Experience) -> ppo.Batch:
+    """What PPO learns from."""
+    return ppo.prepare(experience, ppo.init(ppo.Config()), ppo.Config())[0]
 
 
 def start(setup: str, shape: TransformerConfig, config: lora.LoraConfig) -> tuple[Any, Any]:
@@ -139,49 +150,37 @@ def start(setup: str, shape: TransformerConfig, config: lora.LoraConfig) -> tupl
 
 def iteration(
     setup: str, shape: TransformerConfig, config: lora.LoraConfig, update: Any, width: int, microbatches: int
-) -> Callable[..., Any]:
-    """(params, optimizer state, frozen, rollout) -> the first two after one update, and the loss."""
+) -> dict[str, Callable[..., Any]]:
+    """The programs: `score` (params, frozen, rollout), `reward` (frozen, rollout) and `update` (state, frozen, batch)."""
     model, spec = transformer.build(shape), SamplingSpec(temperature=1.0, max_tokens=width, stop=(0,))
-    settings = ppo.Config()
 
-    def whole(params: Any, frozen: Any) -> tuple[Any, Any, Any]:
-        """Trees of policy and critic, of the reference, and of the reward."""
+    def whole(params: Any, frozen: Any) -> Any:
+        """Trees of policy and critic."""
         if setup == "trained":
-            return params, frozen["reference"], frozen["reward"]
+            return params
         if setup == "one_trunk":
-            reward = roles.attach(frozen["base"], frozen["reward"], config)
-            return roles.attach(frozen["base"], params, config), frozen["base"], reward
+            return roles.attach(frozen["base"], params, config)
         policy = lora.attach(frozen["policy_base"], params["policy"], config)
-        critic = roles.attach(frozen["critic_base"], params["critic"], config)
-        reward = roles.attach(frozen["reward_base"], frozen["reward"], config)
-        return {"policy": policy, "critic": critic}, frozen["reference_base"], reward
+        return {"policy": policy, "critic": roles.attach(frozen["critic_base"], params["critic"], config)}
+
+    def score(params: Any, frozen: Any, drawn: Rollout) -> Experience:
+        reference = frozen[{"trained": "reference", "one_trunk": "base", "copies": "reference_base"}[setup]]
+        options = rollout.Options(rows=drawn.tokens.shape[0] // microbatches)
+        return rollout.experience(model, whole(params, frozen), {"reference": reference}, drawn, spec, options)
+
+    def reward(frozen: Any, drawn: Rollout) -> jax.Array:
+        judge = frozen["reward"]
+        if setup != "trained":
+            judge = roles.attach(frozen["base" if setup == "one_trunk" else "reward_base"], judge, config)
+        return rewards.reward(model, "last")(judge, drawn)
 
     outputs = objective.make_outputs(model, spec, entropy=True, values=True, trunk="policy")
 
-    def step(params: Any, state: Any, frozen: Any, drawn: Rollout) -> tuple[Any, Any, jax.Array]:
-        trees, reference, reward = whole(params, frozen)
-        rows = drawn.tokens.shape[0] // microbatches
-        found = rollout.experience(model, trees, {"reference": reference}, drawn, spec, rollout.Options(rows=rows))
-        score = jax.lax.map(
-            lambda part: rewards.score(model, reward, part.tokens, part.prompt_len + part.response_len, "last"),
-            jax.tree.map(lambda x: x.reshape(microbatches, rows, *x.shape[1:]), drawn),
-        ).reshape(-1)
-        batch, _, _ = ppo.prepare(dataclasses.replace(found, score=score), ppo.init(settings), settings)
+    def over_base(params: Any, frozen: Any, batch: Any, key: jax.Array | None) -> Outputs:
+        return outputs(whole(params, frozen), None, batch, key)
 
-        parts = jax.tree.map(lambda x: x.reshape(microbatches, rows, *x.shape[1:]), batch)
-
-        def loss(params: Any) -> jax.Array:
-            def terms_of(part: ppo.Batch) -> Any:
-                return ppo.loss(outputs(whole(params, frozen)[0], None, part, None), part, settings)[0]
-
-            terms = jax.lax.map(jax.checkpoint(terms_of), parts)
-            return jnp.stack([t.coefficient[0] * t.sum.sum() / t.count.sum() for t in terms.values()]).sum()
-
-        value, gradient = jax.value_and_grad(loss)(params)
-        moved, state = update.update(gradient, state, params)
-        return optax.apply_updates(params, moved), state, value
-
-    return step
+    train_step = step.make_train_step(over_base, ppo.loss, ppo.Config(), update, microbatches)
+    return {"score": jax.jit(score), "reward": jax.jit(reward), "update": train_step}
 
 
 def answers(rows: int, width: int, vocab: int) -> Rollout:
@@ -203,11 +202,14 @@ def same_losses(config: lora.LoraConfig, steps: int = 3) -> dict[str, list[float
     for setup in ("copies", "one_trunk"):
         params, frozen = start(setup, shape, config)
         update = optimizer.make(OptimizerConfig(learning_rate=1e-3), steps, params)
-        program, state = jax.jit(iteration(setup, shape, config, update, 8, 2)), update.init(params)
+        programs, drawn = iteration(setup, shape, config, update, 8, 2), answers(8, 16, shape.vocab_size)
+        state = step.init_state(params, update, jax.random.key(1))
         found[setup] = []
         for _ in range(steps):
-            params, state, loss = program(params, state, frozen, answers(8, 16, shape.vocab_size))
-            found[setup].append(float(loss))
+            experience = programs["score"](state.params, frozen, drawn)
+            experience = dataclasses.replace(experience, score=programs["reward"](frozen, drawn))
+            state, metrics = programs["update"](state, frozen, learned(experience))
+            found[setup].append(float(metrics["loss/total"]))
     if not np.allclose(*found.values(), rtol=1e-5, atol=1e-7):
         raise ValueError(f"losses of copies and of one trunk differ: {found}")
     return found

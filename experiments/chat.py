@@ -119,4 +119,4 @@ def choose(config: Config, db: sqlite3.Connection, spec: SamplingSpec, text: str
 PRESETS = {"default": Config()}
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="policy")

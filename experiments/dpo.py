@@ -72,6 +72,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     data = pipeline.batches(preference_data.arrays(learned), config.batch, config.seed)
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
     update = optimizer.make(config.optimizer, config.steps, params)
+    tasks.tell_memory(run, config, task, params, update)
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     outputs = objective.make_outputs(start.model, adapters=config.lora)
     train_step = step.make_train_step(outputs, dpo.loss, config.algorithm, update)
@@ -134,4 +135,4 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="policy")

@@ -48,7 +48,7 @@ def run(config: Config) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             baseline, candidate = stage.load(config.baseline, mesh), stage.load(config.candidate, mesh)
-            judged = stage.load(config.reward, mesh, "reward_model")
+            judged = stage.load_reward(config.reward, mesh, baseline)
             reward = stage.reward(judged)
             setting = held_out.Setting(
                 model=baseline.model,

@@ -39,6 +39,8 @@ def run(config: Config) -> dict[str, Any]:
     """
     mesh = sharding.make_mesh(config.mesh)
     kind = stage.kind(config.model)
+    if kind == "reward_adapter":
+        raise ValueError(f"{config.model}: an adapter without its base: export the `model` folder beside it, which has both")
     model = stage.load(config.model, mesh, kind)
     if kind == "reward_model":
         if stage.ensembled(model.settings) is not None:

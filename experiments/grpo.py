@@ -31,7 +31,7 @@ from jaxrlhf.training.run import Run
 class Config:
     task: tasks.Name = "sentiment"
     policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
-    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task
+    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task; or an `adapter`
     out: Path = Path("runs/demo/grpo")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
@@ -64,6 +64,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     params = {"policy": stage.trainable(start, config.lora, mesh, config.seed)}
     frozen = {"reference": start.params}
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
+    tasks.tell_memory(run, config, task, params, update, n=algorithm.samples)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = run.restore(step.init_state(params, update, keys[0], grpo.init(algorithm)))
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
@@ -113,4 +114,4 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="policy")

@@ -21,6 +21,8 @@ from jaxrlhf.algorithms import kto
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import pipeline
+from jaxrlhf.models import lora
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
@@ -40,6 +42,7 @@ class Config:
     steps: int = 120
     batch: int = 128  # answers
     algorithm: kto.Config = kto.Config()
+    lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=2e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -65,9 +68,12 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     reference = rollout.batch_logprobs(start.model, start.params, pairs.train, pairs.longest)
     examples = kto.from_preferences(dataclasses.replace(pairs.train, ref_logprobs=reference))
     data = pipeline.batches(preference_data.arrays(examples), config.batch, config.seed)
-    update = optimizer.make(config.optimizer, config.steps, start.params)
-    state = run.restore(step.init_state(start.params, update, jax.random.key(config.seed)))
-    train_step = step.make_train_step(objective.make_outputs(start.model), kto.loss, config.algorithm, update)
+    params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
+    update = optimizer.make(config.optimizer, config.steps, params)
+    tasks.tell_memory(run, config, task, params, update)
+    state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
+    outputs = objective.make_outputs(start.model, adapters=config.lora)
+    train_step = step.make_train_step(outputs, kto.loss, config.algorithm, update)
     prepare, mismatched = jax.jit(kto.prepare, static_argnames="config"), jax.jit(kto.mismatched)
 
     def with_others(batch: kto.Examples, params: Any) -> kto.Examples:
@@ -78,16 +84,17 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
 
     show = ("policy/kl_mismatched", "reward/desirable", "reward/undesirable")
     for i in run.steps(run.start, config.steps, "kto", show=show):
-        judged = {} if i % config.evaluate_every else task.judge(state.params)[0]
-        batch = with_others(sharding.shard_batch(kto.Examples(**data[i]), mesh), state.params)
+        current = lora.attach(start.params, state.params, config.lora)
+        judged = {} if i % config.evaluate_every else task.judge(current)[0]
+        batch = with_others(sharding.shard_batch(kto.Examples(**data[i]), mesh), current)
         batch, algorithm, stats = prepare(batch, state.algorithm, config=config.algorithm)
-        state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), None, batch)
+        state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
         run.log(i, judged | stats | metrics)
         run.maybe_save(i, state)
     run.maybe_save(config.steps - 1, state, last=True)
-    judged, samples = task.judge(state.params)
+    judged, samples = task.judge(lora.attach(start.params, state.params, config.lora))
     run.log(config.steps, judged)
-    stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
+    stage.save_policy(config.out, start, state.params, config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     told = {"answers": len(examples.weight), "too_long": pairs.too_long}
     return run.done({"curve": curve, "data": told, "samples": samples})
@@ -113,4 +120,4 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="policy")

@@ -19,6 +19,8 @@ from experiments import stage, tasks
 from jaxrlhf.algorithms import dpo, shaping
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.models import lora
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
@@ -29,7 +31,7 @@ from jaxrlhf.training.run import Run
 class Config:
     task: tasks.Name = "sentiment"
     policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
-    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task
+    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task; or an `adapter`
     out: Path = Path("runs/demo/online_dpo")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
@@ -42,6 +44,7 @@ class Config:
     minibatches: int = 2  # optimizer steps a pass
     sampling: stage.Sampling = stage.Sampling()
     algorithm: dpo.Config = dpo.Config(beta=0.3)  # at 0.1 this small model leaves 18 nats between itself and the reference
+    lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -64,33 +67,34 @@ def run(config: Config) -> dict[str, Any]:
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy on its own answers."""
     start = task.start
-    frozen = {"reference": start.params}
+    params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"reference": start.params}
     updates = config.iterations * config.epochs * config.minibatches
-    update = optimizer.make(config.optimizer, updates, start.params)
+    update = optimizer.make(config.optimizer, updates, params)
+    tasks.tell_memory(run, config, task, params, update, n=config.n)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-    state = run.restore(step.init_state(start.params, update, keys[0]))
-    outputs = objective.make_outputs(start.model, task.spec)
+    state = run.restore(step.init_state(params, update, keys[0]))
+    outputs = objective.make_outputs(start.model, task.spec, adapters=config.lora)
     run_epochs = step.make_epochs(outputs, dpo.loss, config.algorithm, update, config.epochs, config.minibatches)
     choose = jax.jit(dpo.from_experience, static_argnames=("n", "soft"))
     prepare, describe = jax.jit(dpo.prepare, static_argnames="config"), jax.jit(rollout.stats)
     options = rollout.Options(reuse_sampler_logprobs=True)  # a pair needs the reference's log-probs alone
 
     for i in run.steps(run.start, config.iterations, "online dpo", show=("reward/score", "reward/accuracy")):
-        judged = {} if i % config.evaluate_every else task.judge(state.params)[0]
+        policy = {"policy": lora.attach(start.params, state.params, config.lora)}
+        judged = {} if i % config.evaluate_every else task.judge(policy["policy"])[0]
         prompts, key = sharding.shard_batch(task.prompts[i], mesh), jax.random.fold_in(keys[1], i)
-        policy = {"policy": state.params}
         experience = rollout.collect(start.model, policy, frozen, prompts, task.spec, key, config.n, version=i, options=options)
         score, weight, rewarded = task.score(experience.rollout, prompts)
         kept = shaping.score(score, experience.rollout.finished, config.score)
         pairs = choose(dataclasses.replace(experience, score=kept, weight=weight), n=config.n, soft=config.soft)
         batch, algorithm, stats = prepare(pairs, state.algorithm, config=config.algorithm)
-        state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), None, batch)
+        state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
         run.log(i, judged | {"reward/score": score.mean()} | rewarded | describe(experience) | stats | metrics)
         run.maybe_save(i, state)
     run.maybe_save(config.iterations - 1, state, last=True)
-    judged, samples = task.judge(state.params)
+    judged, samples = task.judge(lora.attach(start.params, state.params, config.lora))
     run.log(config.iterations, judged)
-    stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
+    stage.save_policy(config.out, start, state.params, config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     return run.done({"curve": curve, "samples": samples})
 
@@ -115,4 +119,4 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="policy")

@@ -22,6 +22,8 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Preferences
 from jaxrlhf.data import pipeline
+from jaxrlhf.models import lora
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
@@ -40,6 +42,7 @@ class Config:
     steps: int = 120
     batch: int = 64  # pairs
     algorithm: orpo.Config = orpo.Config()
+    lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=2e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -63,21 +66,24 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     start = task.start
     pairs = preference_data.gather(config, task, mesh)
     data = pipeline.batches(preference_data.arrays(pairs.train), config.batch, config.seed)
-    update = optimizer.make(config.optimizer, config.steps, start.params)
-    state = run.restore(step.init_state(start.params, update, jax.random.key(config.seed)))
-    train_step = step.make_train_step(objective.make_outputs(start.model), orpo.loss, config.algorithm, update)
+    params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
+    update = optimizer.make(config.optimizer, config.steps, params)
+    tasks.tell_memory(run, config, task, params, update)
+    state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
+    outputs = objective.make_outputs(start.model, adapters=config.lora)
+    train_step = step.make_train_step(outputs, orpo.loss, config.algorithm, update)
     prepare = jax.jit(orpo.prepare, static_argnames="config")
     for i in run.steps(run.start, config.steps, "orpo", show=("loss/lm", "reward/accuracy")):
-        judged = {} if i % config.evaluate_every else task.judge(state.params)[0]
+        judged = {} if i % config.evaluate_every else task.judge(lora.attach(start.params, state.params, config.lora))[0]
         batch = sharding.shard_batch(Preferences(**data[i]), mesh)
         batch, algorithm, stats = prepare(batch, state.algorithm, config=config.algorithm)
-        state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), None, batch)
+        state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
         run.log(i, judged | stats | metrics)
         run.maybe_save(i, state)
     run.maybe_save(config.steps - 1, state, last=True)
-    judged, samples = task.judge(state.params)
+    judged, samples = task.judge(lora.attach(start.params, state.params, config.lora))
     run.log(config.steps, judged)
-    stage.save(config.out / "model", "policy", jax.device_get(state.params), start.config, start.tokenizer)
+    stage.save_policy(config.out, start, state.params, config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     told = {"train": len(pairs.train.weight), "too_long": pairs.too_long}
     return run.done({"curve": curve, "pairs": told, "samples": samples})
@@ -102,4 +108,4 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="policy")

@@ -20,7 +20,7 @@ from jaxrlhf.algorithms import lm, ppo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import pipeline
-from jaxrlhf.models import heads, roles
+from jaxrlhf.models import heads, lora, roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import ensemble
 from jaxrlhf.sampling import rollout
@@ -35,7 +35,7 @@ TEXT_WIDTH = 32  # tokens of a row of the pre-training mix
 class Config:
     task: tasks.Name = "sentiment"
     policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
-    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task
+    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task; or an `adapter`
     out: Path = Path("runs/demo/ppo")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
@@ -70,8 +70,10 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     frozen = {"reference": start.params}
     exact, mixed = algorithm.kl_estimator == "exact", algorithm.text_coef > 0
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
+    tasks.tell_memory(run, config, task, params, update, n=1, average=config.ema_decay is not None)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = step.init_state(params, update, keys[0], ppo.init(algorithm))
+    del params  # which the state has copied: a critic's trunk need not stand in memory twice
     if config.ema_decay is not None:
         state = step.update_ema(state, config.ema_decay)
     state = run.restore(state)
@@ -114,12 +116,11 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
 def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """{"value": head} on the policy's trunk, or {"critic": trunk (or an adapter) and head}: see models/roles.py."""
     if config.critic == "reward":  # of an ensemble, its first member
-        judged = stage.load(config.reward, mesh, "reward_model")
+        judged = stage.load_reward(config.reward, mesh, start)
         several = stage.ensembled(judged.settings)
-        if several is not None and several.of == "adapters":
-            raise ValueError(f"critic='reward': {config.reward} is an ensemble of adapters; take critic='separate'")
         params = judged.params if several is None else ensemble.member(judged.params, 0, several)
-        return {"critic": roles.critic_from_reward(params)}
+        shared = judged.settings["kind"] == "reward_adapter"
+        return {"critic": roles.critic_from_reward(params, config.lora if shared else lora.NONE)}
     if config.critic == "separate":
         return {"critic": roles.critic(stage.trainable(start, config.lora, mesh, config.seed + 1), start.config.width)}
     value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
@@ -156,4 +157,4 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="policy")

@@ -18,6 +18,8 @@ from experiments import stage, tasks
 from jaxrlhf.algorithms import raft
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.models import roles
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
@@ -28,7 +30,7 @@ from jaxrlhf.training.run import Run
 class Config:
     task: tasks.Name = "sentiment"
     policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
-    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task
+    reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task; or an `adapter`
     out: Path = Path("runs/demo/raft")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
@@ -36,6 +38,7 @@ class Config:
     batch: int = 64  # prompts an iteration, each with algorithm.samples answers
     sampling: stage.Sampling = stage.Sampling()
     algorithm: raft.Config = raft.Config(samples=8)
+    lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -56,19 +59,22 @@ def run(config: Config) -> dict[str, Any]:
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy, whatever the task is."""
     start, algorithm = task.start, config.algorithm
-    params, frozen = {"policy": start.params}, {"reference": start.params}
+    params = {"policy": stage.trainable(start, config.lora, mesh, config.seed)}
+    frozen = {"reference": start.params}
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
+    tasks.tell_memory(run, config, task, params, update, n=algorithm.samples)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = run.restore(step.init_state(params, update, keys[0], raft.init(algorithm)))
-    outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy")
+    outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
     run_epochs = step.make_epochs(outputs, raft.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
     prepare, describe = jax.jit(raft.prepare, static_argnames="config"), jax.jit(rollout.stats)
 
     for i in run.steps(run.start, config.iterations, "raft", show=("reward/score", "policy/kl_ref")):
-        judged = {} if i % config.evaluate_every else task.judge(state.params["policy"])[0]
+        current = roles.attach(start.params, state.params, config.lora)
+        judged = {} if i % config.evaluate_every else task.judge(current["policy"])[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
-        experience = rollout.collect(start.model, state.params, frozen, prompts, task.spec, key, n=algorithm.samples, version=i)
+        experience = rollout.collect(start.model, current, frozen, prompts, task.spec, key, n=algorithm.samples, version=i)
         score, weight, rewarded = task.score(experience.rollout, prompts)
         experience = dataclasses.replace(experience, score=score, weight=weight)
         drawn = describe(experience)
@@ -77,9 +83,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         run.log(i, judged | rewarded | drawn | stats | metrics)
         run.maybe_save(i, state)
     run.maybe_save(config.iterations - 1, state, last=True)
-    judged, samples = task.judge(state.params["policy"])
+    judged, samples = task.judge(roles.attach(start.params, state.params, config.lora)["policy"])
     run.log(config.iterations, judged)
-    stage.save(config.out / "model", "policy", jax.device_get(state.params["policy"]), start.config, start.tokenizer)
+    stage.save_policy(config.out, start, state.params["policy"], config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     return run.done({"curve": curve, "samples": samples})
 
@@ -103,4 +109,4 @@ PRESETS = {
 }
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="policy")

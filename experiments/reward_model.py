@@ -3,6 +3,7 @@
     python -m experiments.reward_model --init runs/demo/pretrain/model --out runs/demo/reward_model
     python -m experiments.reward_model --ensemble 4 --ensemble-of heads --aggregation worst --out runs/demo/ensemble
     python -m experiments.reward_model --ensemble 4 --ensemble-of adapters --lora.rank 8 --out runs/demo/adapters
+    python -m experiments.reward_model --init runs/demo/sft/model --lora.rank 8    # adapter/: PPO lays it over its own start
 
 The language model's trunk with a linear head on the mean of its hidden states. Each batch is a set of rated texts; every pair
 of one domain whose mean ratings differ by half a point or more is a choice that people made (Bradley-Terry over some thousand
@@ -31,13 +32,13 @@ from jaxrlhf.data import comparisons, human_sentiment, pipeline
 from jaxrlhf.data.human_sentiment import DOMAINS
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, reward_model
-from jaxrlhf.models import heads, lora, transformer
+from jaxrlhf.models import heads, lora, pretrained, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import ensemble as ensembles
 from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import generate
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, plan, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -47,7 +48,7 @@ JUDGED_WIDTH = 64  # tokens of a held-out text
 @dataclasses.dataclass(frozen=True)
 class Config:
     init: Path = Path("runs/demo/pretrain/model")  # language model whose trunk is the start
-    refresh: Path | None = None  # a reward model to start from instead
+    refresh: Path | None = None  # a reward model to start from instead; of one that is an adapter, `init` is the base
     reference: Path = Path("runs/demo/sft/model")  # policy on whose samples the score gets mean 0 and deviation 1
     choices: Path | None = None  # choices between answers: feedback store, .jsonl file or TFDS folder
     out: Path = Path("runs/demo/reward_model")
@@ -106,6 +107,7 @@ def run(config: Config) -> dict[str, Any]:
             if config.debias_length:
                 learned = dataclasses.replace(learned, length_coef=length_coef(config, trunk.tokenizer))
             params = train(run, dataclasses.replace(config, algorithm=learned), trunk.config, params, data, base)
+            learnt = params["trunk"]
             params = normalised(config, trunk, whole(config, base, params), mesh)
             result = evaluate(config, trunk, params)
             if config.debias_length:
@@ -114,6 +116,8 @@ def run(config: Config) -> dict[str, Any]:
                 accuracy = choice_accuracy(config, trunk, params, held_out)
                 result["choices"] = {"held_out": len(held_out), "accuracy": accuracy, "accuracy_before": before}
         save(config.out / "model", config, params, trunk.config, trunk.tokenizer)
+        if config.lora.rank:
+            save_adapter(config.out / "adapter", config, params | {"trunk": learnt}, base, trunk)
         return run.done(result)
 
 
@@ -127,6 +131,7 @@ def train(run: Run, config: Config, shape: TransformerConfig, params: Any, data:
     update = optimizer.make(config.optimizer, config.steps, single(params, kind))
     if kind in ("adapters", "models"):
         update = optimizer.of_members(update)
+    stage.tell_memory(run, plan.training(params, update) + plan.frozen({"base": base}))
     # A generator for dropout: the default one costs a CPU as much as the layers.
     key = jax.random.key(config.seed, impl="rbg")
     state = run.restore(step.init_state(params, update, key))
@@ -164,24 +169,33 @@ def whole(config: Config, base: Any, params: dict[str, Any]) -> dict[str, Any]:
 
 def initial(config: Config, mesh: jax.sharding.Mesh) -> tuple[stage.Trained, Any, dict[str, Any]]:
     """The model, its trunk, and {trunk, head} to train: the language model with a new head, or an earlier reward model."""
-    several = config.several
     if config.refresh is not None:
-        start = stage.load(config.refresh, mesh, "reward_model")
-        earlier = stage.ensembled(start.settings)
-        kinds = [None if x is None else (x.members, x.of, x.lora) for x in (earlier, several)]
-        if kinds[0] != kinds[1]:
-            held = "one reward model" if earlier is None else f"{earlier.members} {earlier.of}"
-            if earlier is not None and earlier.lora.rank:
-                held += f" of {earlier.lora}"
-            raise ValueError(
-                f"{config.refresh} holds {held}, but ensemble={config.ensemble} of {config.ensemble_of} with {config.lora} is "
-                "asked for: refresh it as what it is"
-            )
-        base, adapters = start.params["trunk"], start.params.get("adapters")
-        trunk = own_trunk(config, start.config, base, mesh) if adapters is None else adapters
-        return start, base, {"trunk": trunk, "head": start.params["head"]}
+        return refreshed(config, config.refresh, mesh)
     start = stage.load(config.init, mesh)
     return start, start.params, fresh(config, start.config, start.params, mesh)
+
+
+def refreshed(config: Config, folder: Path, mesh: jax.sharding.Mesh) -> tuple[stage.Trained, Any, dict[str, Any]]:
+    """The same of an earlier reward model; of one that was saved as an adapter, over `init` again."""
+    if stage.kind(folder) == "reward_adapter":
+        start = stage.load_reward(folder, mesh, stage.load(config.init, mesh))
+    else:
+        start = stage.load(folder, mesh, "reward_model")
+    several, earlier, over = config.several, stage.ensembled(start.settings), stage.adapted(start.settings)
+    kinds = [None if x is None else (x.members, x.of, x.lora) for x in (earlier, several)]
+    if kinds[0] != kinds[1] or (over.rank and over != config.lora):
+        held = "one reward model" if earlier is None else f"{earlier.members} {earlier.of}"
+        own = over if earlier is None or over.rank else earlier.lora
+        held += f" of {own}" if own.rank else ""
+        raise ValueError(
+            f"{folder} holds {held}, but ensemble={config.ensemble} of {config.ensemble_of} with {config.lora} is "
+            "asked for: refresh it as what it is"
+        )
+    base, adapters = start.params["trunk"], start.params.get("adapters")
+    if over.rank:
+        base, adapters = lora.detach(base, over)
+    trunk = own_trunk(config, start.config, base, mesh) if adapters is None else adapters
+    return start, base, {"trunk": trunk, "head": start.params["head"]}
 
 
 def fresh(config: Config, shape: TransformerConfig, trunk: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -355,13 +369,27 @@ def choice_accuracy(config: Config, trunk: stage.Trained, params: Any, rows: lis
 
 def save(folder: Path, config: Config, params: Any, shape: TransformerConfig, tokenizer: Tokenizer) -> None:
     """Write the reward model, or the ensemble of them, for the stages that read it."""
-    notes: dict[str, Any] = {"pooling": config.pooling}
-    if config.several is not None:
-        notes["ensemble"] = dataclasses.asdict(config.several)
-    stage.save(folder, "reward_model", jax.device_get(params), shape, tokenizer, **notes)
+    stage.save(folder, "reward_model", jax.device_get(params), shape, tokenizer, **notes(config))
+
+
+def save_adapter(folder: Path, config: Config, params: Any, base: Any, start: stage.Trained) -> None:
+    """Write what was trained without the base under it: for stages that hold that base already (`stage.load_reward`)."""
+    of_members = config.several is not None and config.several.of == "adapters"
+    own = {"adapters" if of_members else "adapter": params["trunk"]} | {x: params[x] for x in ("head", "gain", "bias")}
+    told = notes(config) | ({} if of_members else {"lora": dataclasses.asdict(config.lora)})
+    over_init = config.refresh is None or stage.kind(config.refresh) == "reward_adapter"
+    folder_of_base = config.init if over_init else config.refresh
+    told["base"] = {"folder": str(folder_of_base), "blake2b": pretrained.fingerprint(base)}
+    stage.save(folder, "reward_adapter", jax.device_get(own), start.config, start.tokenizer, **told)
+
+
+def notes(config: Config) -> dict[str, Any]:
+    """What a reader of the reward model must know beside its shape."""
+    told: dict[str, Any] = {"pooling": config.pooling}
+    return told if config.several is None else told | {"ensemble": dataclasses.asdict(config.several)}
 
 
 PRESETS = {"default": Config(), "smoke": Config(steps=40, texts=32, reference_samples=64, width=48, widths=1)}
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="init")

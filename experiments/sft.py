@@ -23,7 +23,7 @@ from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import chitchat, conversations, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models.lora import LoraConfig
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, plan, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -69,6 +69,7 @@ def run(config: Config) -> dict[str, Any]:
 def train(run: Run, config: Config, params: Any, frozen: Any, outputs: objective.OutputsFn, batches: Any) -> Any:
     """`config.steps` updates of a model, or of its adapter, on `batches[step]` (`lm.Batch`), from where `run` left off."""
     update = optimizer.make(config.optimizer, config.steps, params)
+    stage.tell_memory(run, plan.training(params, update) + plan.frozen(frozen or {}))
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
     for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
@@ -119,4 +120,4 @@ def loss(outputs: objective.OutputsFn, params: Any, frozen: Any, batch: lm.Batch
 PRESETS = {"default": Config(), "smoke": Config(steps=20, batch=16)}
 
 if __name__ == "__main__":
-    cli.main(run, Config, PRESETS)
+    cli.main(run, Config, PRESETS, model="init")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import Model
 from jaxrlhf.rewards import ensemble
 from jaxrlhf.rewards import model as rewards
+from jaxrlhf.training import metrics, plan
+from jaxrlhf.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,25 +79,35 @@ def specs(config: TransformerConfig, kind: str, several: ensemble.Config | None 
 
 
 def kind(folder: Path) -> str:
-    """`policy` or `reward_model`.
+    """`policy`, `reward_model`, or `reward_adapter`, which is a reward model without its base.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: a model of another program.
     """
-    settings = pretrained.settings(folder)
-    if settings.get("kind") not in ("policy", "reward_model"):
-        raise ValueError(f"{folder}: holds a {settings.get('kind', 'model of another program')}, not a policy or reward_model")
-    return settings["kind"]
+    if is_checkpoint(folder):
+        return "reward_model" if hf.is_reward_model(hf.read_config(folder)) else "policy"
+    found = pretrained.settings(folder).get("kind", "model of another program")
+    if found not in ("policy", "reward_model", "reward_adapter"):
+        raise ValueError(f"{folder}: holds a {found}, not a policy or reward_model")
+    return found
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder is a checkpoint of Hugging Face, not a model that a stage here wrote."""
+    file = folder / pretrained.CONFIG
+    return file.is_file() and not (folder / pretrained.PARAMS).is_file() and "model_type" in hf.read_config(folder)
 
 
 def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained:
-    """The model in `folder`, on the mesh.
+    """The model in `folder`, on the mesh: what a stage wrote, or a checkpoint of Hugging Face, its weights in float32.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: not a model of this kind, or damaged.
+        ValueError: not a model of this kind, or damaged, or a checkpoint that `models/hf.py` cannot read.
     """
+    if is_checkpoint(folder):
+        return _load_checkpoint(folder, mesh, kind)
     params, settings = pretrained.load(folder)
     if settings.get("kind") != kind:
         raise ValueError(f"{folder}: holds a {settings.get('kind', 'model of another program')}, not a {kind}")
@@ -104,14 +117,54 @@ def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained
     return Trained(config, transformer.build(config), params, tokenizer, settings)
 
 
+def _load_checkpoint(folder: Path, mesh: jax.sharding.Mesh, wanted: str) -> Trained:
+    if (found := kind(folder)) != wanted:
+        raise ValueError(f"{folder}: holds a checkpoint of a {found}, not of a {wanted}")
+    tokenizer = tokenizers.load(folder)
+    params, config = hf.load(folder, mesh)
+    hf.check_vocabulary(tokenizer, config)
+    settings = {"kind": found, "transformer": dataclasses.asdict(config), "source": str(folder)}
+    settings |= {"pooling": "last"} if found == "reward_model" else {}
+    return Trained(config, transformer.build(config), params, tokenizer, settings)
+
+
+def load_reward(folder: Path, mesh: jax.sharding.Mesh, start: Trained) -> Trained:
+    """The reward model in `folder`: one with a trunk of its own, or what was trained over `start` (the `adapter/` that
+    experiments/reward_model.py leaves under --lora.rank), which is laid over it again and shares its arrays.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: not a reward model, damaged, or trained over another model than `start`.
+    """
+    if kind(folder) != "reward_adapter":
+        return load(folder, mesh, "reward_model")
+    own, settings = pretrained.load(folder)
+    if pretrained.fingerprint(start.params) != settings["base"]["blake2b"]:
+        raise ValueError(
+            f"{folder}: was trained over {settings['base']['folder']}, whose parameters are not those that it would be laid "
+            "over here: start from that model, or give the `model` folder beside this one, which has a trunk of its own"
+        )
+    config, several, over = TransformerConfig(**settings["transformer"]), ensembled(settings), adapted(settings)
+    placed = {name: spec for name, spec in specs(config, "reward_model", several).items() if name != "trunk"}
+    placed |= {"adapter": lora.specs(config, over)} if over.rank else {}
+    own = jax.device_put(own, sharding.shardings(placed, mesh))
+    trunk = lora.attach(start.params, own.pop("adapter"), over) if over.rank else start.params
+    return Trained(config, transformer.build(config), {"trunk": trunk} | own, tokenizers.load(folder), settings)
+
+
 def ensembled(settings: dict[str, Any]) -> ensemble.Config | None:
     """Of how many heads, adapters or models a reward model is, and how their scores are taken together; None: of one."""
     if "ensemble" not in settings:
         return None
-    adapters = dict(settings["ensemble"].get("lora", {}))
-    if adapters.get("targets") is not None:
-        adapters["targets"] = tuple(adapters["targets"])
-    return ensemble.Config(**settings["ensemble"] | {"lora": LoraConfig(**adapters)})
+    return ensemble.Config(**settings["ensemble"] | {"lora": adapted(settings["ensemble"])})
+
+
+def adapted(settings: dict[str, Any]) -> LoraConfig:
+    """The adapter that settings name; of rank 0 where they name none."""
+    values = dict(settings.get("lora", {}))
+    if values.get("targets") is not None:
+        values["targets"] = tuple(values["targets"])
+    return LoraConfig(**values)
 
 
 def reward(judged: Trained) -> Callable[[Any, Rollout], jax.Array]:
@@ -131,6 +184,19 @@ def adapter(shape: TransformerConfig, config: LoraConfig, mesh: jax.sharding.Mes
     """A new adapter, under which the model is as it was."""
     fresh = lora.specs(shape, config)
     return jax.device_put(sharding.init_params(fresh, jax.random.key(seed)), sharding.shardings(fresh, mesh))
+
+
+def tell_memory(run: Run, rows: Sequence[plan.Row]) -> None:
+    """Print what a run will hold, keep it as `memory.json` beside its settings, and refuse what no device can hold.
+
+    Raises:
+        ValueError: the arrays alone are more than a device has.
+    """
+    most = plan.limit(jax.local_devices())
+    print(f"\n{plan.table(rows, most)}\n", flush=True)
+    told = {"rows": [dataclasses.asdict(row) for row in rows], "device_bytes": most}
+    metrics.write_atomic(run.out / "memory.json", json.dumps(told, indent=1) + "\n")
+    plan.check(rows, most)
 
 
 def save_policy(out: Path, start: Trained, params: Any, config: LoraConfig, base: Path) -> None:

@@ -22,8 +22,12 @@ from jaxrlhf.data import arithmetic as sums
 from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, policy
+from jaxrlhf.models import roles
+from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import functions
 from jaxrlhf.sampling import generate
+from jaxrlhf.training import plan
+from jaxrlhf.training.run import Run
 
 Name = Literal["sentiment", "arithmetic"]
 Figures = dict[str, float]  # ready for `Run.log`
@@ -44,6 +48,7 @@ class Task:
     """(rollout, prompts) -> score [B*n], weight [B*n] (0: no score could be had), what to log."""
     judge: Callable[[Any], tuple[Figures, list[dict[str, str]]]]
     """(policy params) -> held-out figures, the KL to the reference (`held_out/kl`) among them; answers beside the start's."""
+    reward: Any = None  # parameters of the reward model, where one scores
 
 
 class Settings(Protocol):
@@ -84,6 +89,11 @@ class Settings(Protocol):
         """How many prompts the policy is judged on."""
         ...
 
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapter that is trained, if one is."""
+        ...
+
 
 def make(config: Settings, mesh: jax.sharding.Mesh) -> Task:
     """The task called `config.task`.
@@ -94,10 +104,24 @@ def make(config: Settings, mesh: jax.sharding.Mesh) -> Task:
     return arithmetic(config, mesh) if config.task == "arithmetic" else sentiment(config, mesh)
 
 
+def tell_memory(run: Run, config: Settings, task: Task, params: Any, update: Any, n: int = 0, average: bool = False) -> None:
+    """Print and keep what the run will hold (`stage.tell_memory`), before training is compiled: `params` to be trained by
+    `update`, the frozen start, the reward, and n samples of each prompt, or where n is 0 those of the judgement alone.
+    """
+    start, tree = task.start, params if "policy" in params else {"policy": params}
+    trained = plan.training(params, update, average)
+    kept = plan.frozen({"base and reference" if config.lora.rank else "reference": start.params, "reward": task.reward})
+    policy = roles.attach(start.params, tree, config.lora)["policy"]
+    width, drawn = task.prompts[0].tokens.shape[1], [(config.held_out_prompts, 1), *([(config.batch, n)] if n else [])]
+    prompts, samples = max(drawn, key=lambda rows: rows[0] * rows[1])
+    sampled = plan.sampling(start.model, policy, task.spec, (prompts, width), samples)
+    stage.tell_memory(run, (*trained, *kept, *sampled))
+
+
 def sentiment(config: Settings, mesh: jax.sharding.Mesh) -> Task:
     """Continue the first words of a review; the reward model in `config.reward` scores."""
     first = stage.load(config.policy, mesh)
-    judged = stage.load(config.reward, mesh, "reward_model")
+    judged = stage.load_reward(config.reward, mesh, first)
     value = stage.reward(judged)
     setting = held_out.Setting(
         model=first.model,
@@ -108,7 +132,8 @@ def sentiment(config: Settings, mesh: jax.sharding.Mesh) -> Task:
         tokenizer=first.tokenizer,
         mesh=mesh,
     )
-    return learned(setting, first, review_prompts(first.tokenizer, config.batch, config.seed), held_out.JUDGES)
+    task = learned(setting, first, review_prompts(first.tokenizer, config.batch, config.seed), held_out.JUDGES)
+    return dataclasses.replace(task, reward=judged.params)
 
 
 def learned(setting: held_out.Setting, start: stage.Trained, prompts: Any, judged_by: Mapping[str, judges.Judge]) -> Task:

@@ -50,6 +50,19 @@ def test_defaults_presets_and_flags():
     assert changed == Settings(steps=3, target=6.0, sampler=Sampler(temperature=1.0), optimizer=OptimizerConfig(name="adamw"))
 
 
+def test_the_model_that_a_script_starts_from_has_one_more_name(capsys):
+    for argv in (("--model", "runs/y"), ("--model=runs/y",), ("--steps", "20", "--model", "runs/y")):
+        assert cli.parse(Settings, argv, PRESETS, model="out") == Settings(steps=20, out=Path("runs/y"))
+    assert cli.parse(Settings, ("--out", "runs/y"), PRESETS, model="out").out == Path("runs/y")
+    with pytest.raises(ValueError, match="--model and --out are one setting"):
+        cli.parse(Settings, ("--model", "runs/y", "--out=runs/z"), PRESETS, model="out")
+    with pytest.raises(SystemExit):
+        cli.parse(Settings, ("--help",), PRESETS, model="out")
+    assert "--model PATH is another name of --out" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.parse(Settings, ("--model", "runs/y"), PRESETS)
+
+
 def test_a_run_is_repeated_from_its_settings_with_flags_on_top(tmp_path):
     settings = Settings(
         out=Path("runs/y"), steps=7, target=0.00003, sampler=Sampler(0.5, (2, 5)), judge=Sampler(temperature=2.0)

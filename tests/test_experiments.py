@@ -111,6 +111,28 @@ def test_a_killed_loop_ends_with_the_same_figures(loop, tmp_path, kills):
 
 
 @pytest.mark.full
+def test_four_roles_on_one_trunk(loop, tmp_path):
+    """Reward and critic as adapters over the policy's start: the reward is that of its merged model, and no trunk is added."""
+    start, reward = loop / "sft" / "model", tmp_path / "reward_model"
+    flags = ("--model", start, "--reference", start, "--lora.rank", 4, "--lora.targets", "query", "down", "--out", reward)
+    done = script("reward_model", "--preset", "smoke", *flags)
+    assert done.returncode == 0, done.stderr
+    first = []
+    for name in ("adapter", "model"):
+        out = tmp_path / f"ppo_{name}"
+        flags = ("--model", start, "--reward", reward / name, "--critic", "reward", "--lora.rank", 2, "--out", out)
+        done = script("ppo", "--preset", "smoke", *flags)
+        assert done.returncode == 0, done.stderr
+        rows = json.loads((out / "memory.json").read_text())["rows"]
+        held = {(row["role"], row["kind"]): row["size"]["total"] for row in rows}
+        assert (held["reward", "frozen"] < held["base and reference", "frozen"] / 5) == (name == "adapter")
+        assert (held["critic", "parameters"] < held["base and reference", "frozen"] / 5) == (name == "adapter")
+        first.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0]))
+    # 0.03: scores of deviation 1 through products of bfloat16 operands, which round W + s A B once and its parts apart.
+    assert first[0]["reward/score"] == pytest.approx(first[1]["reward/score"], abs=0.03)
+
+
+@pytest.mark.full
 def test_the_control_and_the_over_optimised_run(tmp_path):
     done = script("rlhf", "--preset", "smoke", "--control", "--overoptimize", "--out", tmp_path / "more")
     assert done.returncode == 0, done.stderr

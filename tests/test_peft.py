@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrlhf.models import lora, peft, transformer
+from jaxrlhf.models import hf, hf_config, lora, peft, transformer
 from jaxrlhf.models.config import TransformerConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "peft"
@@ -108,6 +108,28 @@ def test_a_folder_that_cannot_be_read_as_it_is_meant(tmp_path, change, told):
     (tmp_path / peft.CONFIG).write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=told):
         peft.load(tmp_path, SHAPE)
+
+
+@pytest.mark.parametrize("kind", hf_config.CLASSES)
+def test_every_architecture_is_written_by_its_own_names_or_refused(tmp_path, kind):
+    """The modules that peft is told of are those that the checkpoint's tensors are called after."""
+    published = json.loads((GOLDEN.parent / "hf.json").read_text()).values()
+    values = next(one["config"] for one in published if one["config"]["model_type"] == kind)
+    shape = hf_config.config_from_hf(values)
+    if kind in ("gpt2", "gpt_neox"):
+        with pytest.raises(ValueError, match="gpt2 and gpt_neox hold query, key and value in one matrix"):
+            peft.save(tmp_path, {}, shape, lora.LoraConfig(2), "base")
+        return
+    tensors = {rule.leaves[0].removeprefix("layers/"): rule.tensor for rule in hf.rules(shape, kind)}
+    wanted = lora.specs(shape, lora.LoraConfig(2))
+    adapter = jax.tree.map(lambda spec: np.zeros(spec.shape, np.float32), wanted, is_leaf=lambda x: hasattr(x, "axes"))
+    peft.save(tmp_path, adapter, shape, lora.LoraConfig(2), "base")
+    written = load_file(tmp_path / peft.TENSORS)
+    for name in adapter["layers"]:
+        for layer in range(shape.layers):
+            module = tensors[name].format(layer).removesuffix(".weight")
+            assert f"base_model.model.{module}.lora_A.weight" in written
+    assert len(written) == 2 * shape.layers * len(adapter["layers"])
 
 
 def test_no_folder_a_damaged_one_and_another_layout(tmp_path):

@@ -80,10 +80,13 @@ def test_ppo_with_every_option_that_is_off_by_default(start, tmp_path):
     [
         ("grpo", (*SMALL, "--batch", 8, "--lora.targets", "query", "down")),
         pytest.param("ppo", (*SMALL, "--batch", 32, "--critic", "separate", "--ema-decay", 0.5), marks=pytest.mark.full),
-        pytest.param("dpo", ("--steps", 2, "--evaluate-every", 1, "--held-out-prompts", 48, "--batch", 16,
-                             "--pairs.prompts", 256), marks=pytest.mark.full),
+        *(pytest.param(name, (*SMALL, "--batch", batch, *more), marks=pytest.mark.full) for name, batch, *more in (
+            ("rloo", 8), ("raft", 8), ("online_dpo", 16),
+            ("reinforce", 32, "--algorithm.baseline", "greedy", "--algorithm.no-whiten-advantages"))),
+        *(pytest.param(name, ("--steps", 2, "--evaluate-every", 1, "--held-out-prompts", 48, "--batch", 16,
+                              "--pairs.prompts", 256), marks=pytest.mark.full) for name in ("dpo", "kto", "orpo")),
     ],
-    ids=("grpo", "ppo", "dpo"),
+    ids=("grpo", "ppo", "rloo", "raft", "online_dpo", "reinforce", "dpo", "kto", "orpo"),
 )  # fmt: skip
 def test_an_adapter_is_trained_over_the_start_and_saved_twice(start, tmp_path, name, flags):
     """Merged, for the stages that follow, and alone, from which the merged model comes out again bit for bit."""
@@ -91,6 +94,11 @@ def test_an_adapter_is_trained_over_the_start_and_saved_twice(start, tmp_path, n
     command = ("--preset", "arithmetic", "--policy", start / "model", "--out", out, *flags, "--lora.rank", 4)
     done = script(name, *command)
     assert done.returncode == 0, done.stderr
+    assert "base and reference" in done.stdout  # the table of what the run holds
+    planned = {(row["role"], row["kind"]): row["size"] for row in json.loads((out / "memory.json").read_text())["rows"]}
+    weights = sum(x.nbytes for x in load_file(start / "model" / "params.safetensors").values())
+    assert planned["base and reference", "frozen"] == {"total": weights, "device": weights}
+    assert 0 < planned["policy", "moments"]["total"] < weights
     curve = json.loads((out / "result.json").read_text())["curve"]
     assert abs(curve[0]["held_out/kl"]) < 1e-5
     assert abs(curve[-1]["held_out/kl"]) > 1e-7

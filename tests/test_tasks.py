@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -146,3 +147,15 @@ def test_rows_of_the_start_are_problem_and_answer_and_the_end(task):
         assert rows["tokens"][i, end - 1] == EOS
         prompts = pipeline.text_prompts([prompt], tokenizer, tasks.PROMPT_WIDTH)
         np.testing.assert_array_equal(prompts.tokens[0], rows["tokens"][i, :begin], "as the task asks later")
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_trains(mesh, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stage.plan, "limit", lambda devices: 1 << 16)
+    config = dataclasses.replace(ppo.ARITHMETIC, policy=folder, out=tmp_path, batch=8, held_out_prompts=48)
+    with pytest.raises(ValueError, match=r"the arrays of this run take .* a device, of 0.1 MiB that it has"):
+        ppo.run(config)
+    assert "% of 0.1 MiB" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "memory.json").read_text())
+    assert kept["device_bytes"] == 1 << 16
+    assert {row["role"] for row in kept["rows"]} == {"policy", "value", "reference", "reward", "sampling"}
+    assert not (tmp_path / "metrics.jsonl").exists()

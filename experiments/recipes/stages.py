@@ -286,4 +286,5 @@ def task(config: Recipe, settings: ppo.Config, data: examples.Data, mesh: jax.sh
         mesh=mesh,
     )
     train = pipeline.take_prompts(every, slice(examples.HELD_OUT, None))
-    return tasks.learned(setting, start, pipeline.prompt_batches(train, settings.batch, settings.seed), {})
+    made = tasks.learned(setting, start, pipeline.prompt_batches(train, settings.batch, settings.seed), {})
+    return dataclasses.replace(made, reward=judged.params)

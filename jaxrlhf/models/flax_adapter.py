@@ -46,7 +46,7 @@ def from_flax(
         decode=functools.partial(_decode, forward),
         take=lambda cache, rows: jax.tree.map(lambda x: x[rows], cache),
         put=lambda cache, rows, part: jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), cache, part),
-        grow=lambda cache, extra: cache | {"tokens": jnp.pad(cache["tokens"], ((0, 0), (0, extra)))},
+        grow=lambda cache, extra: {"tokens": jnp.pad(cache["tokens"], ((0, 0), (0, extra)))},
     )
 
 

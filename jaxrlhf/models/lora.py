@@ -105,9 +105,28 @@ def _overlay(base: Any, adapter: Any, config: LoraConfig) -> Any:
     return found
 
 
+def detach(params: Any, config: LoraConfig) -> tuple[Any, Any]:
+    """(base, adapter) of what `attach` laid together; the adapter's B as it must be to do the same under `config`'s scale."""
+    base, adapter = {}, {}
+    for name, own in params.items():
+        if isinstance(own, Adapted):
+            base[name], adapter[name] = own.weight, {"a": own.a, "b": own.b * (own.scale / config.scale)}
+        elif isinstance(own, dict):
+            base[name], inner = detach(own, config)
+            adapter |= {name: inner} if inner else {}
+        else:
+            base[name] = own
+    return base, adapter
+
+
 def merge(base: Any, adapter: Any, config: LoraConfig) -> Any:
     """The model as one tree of plain weights, W + scale * A B."""
-    return jax.tree.map(products.whole, attach(base, adapter, config), is_leaf=lambda x: isinstance(x, Adapted))
+    return whole(attach(base, adapter, config))
+
+
+def whole(params: Any) -> Any:
+    """Parameters of which every adapter is merged into its weight."""
+    return jax.tree.map(products.whole, params, is_leaf=lambda x: isinstance(x, Adapted))
 
 
 def unmerge(merged: Any, adapter: Any, config: LoraConfig) -> Any:

@@ -51,5 +51,11 @@ class Model:
     """(cache, rows [m]) -> the cache of these rows alone, in this order; each then continues a prompt of its own."""
     put: Callable[[Any, jax.Array, Any], Any]
     """(cache, rows [m], part) -> the cache with that of m other rows in these places; those of either come from `take`."""
-    grow: Callable[[Any, int], Any]
-    """(cache, extra) -> the cache with room for `extra` response tokens more in each row."""
+    grow: Callable[[Any, int], dict[str, Any]]
+    """(cache, extra) -> those entries of the cache, a dict, that change with room for `extra` response tokens more a row."""
+
+
+def decode_changes(model: Model, params: Any) -> Any:
+    """`model.decode_params(params)` with None in the place of every leaf that is as it was: what sampling holds besides."""
+    given = {id(leaf) for leaf in jax.tree.leaves(params)}
+    return jax.tree.map(lambda leaf: None if id(leaf) in given else leaf, model.decode_params(params))

@@ -1,7 +1,9 @@
 """Adapters in the format of the peft package, out and in: `adapter_config.json` and `adapter_model.safetensors`.
 
-For models of Llama's layout (RMSNorm, rotary positions, a gated MLP), whose modules stand one to one for our weights. A torch
-linear layer holds [out, in], so every matrix is transposed on the way: lora_A is A^T [r, in], lora_B is B^T [out, r].
+For models of Llama's layout (RMSNorm, rotary positions, a gated MLP), whose modules stand one to one for our weights: llama,
+mistral, qwen2, qwen3, gemma, gemma2, gemma3_text. Not gpt2 and gpt_neox: query, key and value are one matrix there, and its
+adapter would be of another rank. A torch linear layer holds [out, in], so every matrix is transposed on the way: lora_A is
+A^T [r, in], lora_B is B^T [out, r].
 """
 
 from __future__ import annotations
@@ -125,7 +127,8 @@ def _check(shape: TransformerConfig) -> None:
     if not holds(shape):
         raise ValueError(
             f"peft: a model with norm='{shape.norm}', positions='{shape.positions}', mlp='{shape.mlp}' has not Llama's layout "
-            "(rms, rope, swiglu or geglu), the only one whose adapters are written and read"
+            "(rms, rope, swiglu or geglu: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text), the only one whose "
+            "adapters are written and read; gpt2 and gpt_neox hold query, key and value in one matrix: give such a model merged"
         )
 
 

@@ -6,6 +6,7 @@ What a finished stage hands to the next, and all that serving reads: no optimize
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -88,3 +89,13 @@ def settings(path: Path | str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path / CONFIG}: holds {type(config).__name__}, not the settings of a model; export it again")
     return config
+
+
+def fingerprint(params: Any) -> str:
+    """A hash of names, types, shapes and numbers, by which parameters are known again wherever they were read from."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
+        array = np.ascontiguousarray(jax.device_get(leaf))  # leaf by leaf: the host need not hold a second model
+        found.update(f"{name} {array.dtype} {array.shape} ".encode())
+        found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()

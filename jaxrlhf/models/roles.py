@@ -67,11 +67,15 @@ def critic(trunk: Any, width: int) -> dict[str, Any]:
     return {"trunk": jax.tree.map(jnp.copy, trunk), "head": {"weight": jnp.zeros(width), "bias": jnp.zeros([])}}
 
 
-def critic_from_reward(reward: dict[str, Any]) -> dict[str, Any]:
+def critic_from_reward(reward: dict[str, Any], config: lora.LoraConfig = lora.NONE) -> dict[str, Any]:
     """A critic that starts as the reward model, its gain and bias folded into the head.
+
+    Where the reward is an adapter over a base, and the policy trains one of this `config` over the same base, the critic's
+    trunk is that adapter; else it is a whole model.
 
     Source: Stiennon et al. 2020, appendix G.1 (the value function starts from the reward model).
     """
     head, gain = reward["head"], reward["gain"]
     folded = {"weight": gain * head["weight"], "bias": gain * head["bias"] + reward["bias"]}
-    return {"trunk": jax.tree.map(jnp.copy, reward["trunk"]), "head": folded}
+    adapter = lora.detach(reward["trunk"], config)[1] if config.rank else {}
+    return {"trunk": jax.tree.map(jnp.copy, adapter or lora.whole(reward["trunk"])), "head": folded}

@@ -448,11 +448,11 @@ def put(cache: Cache, rows: Int[Array, " m"], part: Cache) -> Cache:
     }
 
 
-def grow(config: TransformerConfig, cache: Cache, extra: int) -> Cache:
-    """The cache with room for so many response tokens more."""
+def grow(config: TransformerConfig, cache: Cache, extra: int) -> dict[str, Any]:
+    """What changes in the cache with room for so many response tokens more."""
     prompt, response = (cache[part][0][0].values.shape[2] for part in ("prompt", "response"))
     rotations = _rotations(config, jnp.arange(prompt + response + extra))
-    return cache | {"rotations": rotations, "response": kv_cache.grow(cache["response"], extra)}
+    return {"rotations": rotations, "response": kv_cache.grow(cache["response"], extra)}
 
 
 def _decode_attention(config, query, prompt, response, place):

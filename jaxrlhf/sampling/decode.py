@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.models import heads
-from jaxrlhf.models.model import CacheConfig, Model
+from jaxrlhf.models.model import CacheConfig, Model, decode_changes
 from jaxrlhf.sampling import filters, nucleus, stop_strings
 
 
@@ -69,10 +69,18 @@ class Shape:
 # ------------------------------------------------------------------------------------------------ reading prompts
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def decode_params(model: Model, params: Any) -> Any:
-    """Weights as the other programs read them."""
-    return model.decode_params(params)
+    """Weights as the other programs read them. What stays as it is is handed on: a program would copy it."""
+    given = dict(jax.tree_util.tree_leaves_with_path(params))
+    changes = _decode_changes(model, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: given.get(path) if leaf is None else leaf, changes, is_leaf=lambda leaf: leaf is None
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode_changes(model: Model, params: Any) -> Any:
+    return decode_changes(model, params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -292,7 +300,7 @@ def halve(model: Model, done: Written | None, state: State) -> tuple[Written, St
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def grow(model: Model, extra: int, cache: Any) -> Any:
-    """The cache with room for `extra` response tokens more; what does not grow is handed on, not copied."""
+    """The entries of the cache that change when it gets room for `extra` response tokens more."""
     return model.grow(cache, extra)
 
 

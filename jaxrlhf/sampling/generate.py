@@ -208,7 +208,7 @@ class _Job:
 
     def grown(self, state: State, room: int) -> State:
         """With room for so many response tokens, in place of that at the start."""
-        return dataclasses.replace(state, cache=decode.grow(self.model, room - self.rooms[0], state.cache))
+        return dataclasses.replace(state, cache=state.cache | decode.grow(self.model, room - self.rooms[0], state.cache))
 
     def shrunk(self, done: Written | None, state: State, live: int) -> tuple[Written | None, State]:
         """Without the rows that have ended, if those that go on fill no more than half."""

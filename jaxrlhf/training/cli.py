@@ -17,10 +17,13 @@ from typing import Any, TypeVar
 C = TypeVar("C")
 
 
-def parse(cls: type[C], argv: Sequence[str] | None = None, presets: Mapping[str, C] | None = None, about: str = "") -> C:
+def parse(
+    cls: type[C], argv: Sequence[str] | None = None, presets: Mapping[str, C] | None = None, about: str = "", model: str = ""
+) -> C:
     """Settings of the dataclass `cls`: from `--preset NAME`, or all of them from `--config FILE`; flags override either.
 
-    Without both, the preset called `default`, or else the defaults of `cls`.
+    Without both, the preset called `default`, or else the defaults of `cls`. `model` is the setting that `--model PATH` is
+    another name of: the model that a script starts from has one name in all of them.
 
     Raises:
         ValueError: unknown preset or setting (with a suggestion), a value of the wrong type, an unreadable file.
@@ -30,6 +33,10 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, presets: Mapping[str,
 
     argv = list(sys.argv[1:] if argv is None else argv)
     preset, file = _take(argv, "--preset"), _take(argv, "--config")
+    if model and (start := _take(argv, "--model")) is not None:
+        if any(word.partition("=")[0] == f"--{model}" for word in argv):
+            raise ValueError(f"--model and --{model} are one setting: give one of them")
+        argv += [f"--{model}", start]
     for word in (w for w in argv if w[2:].partition("=")[0].replace("-", "_") not in _names(cls)):
         if close := difflib.get_close_matches(word.partition("=")[0], ("--preset", "--config"), 1, 0.75):
             raise ValueError(f"unknown flag {word} (did you mean '{close[0]}'?)")
@@ -38,6 +45,7 @@ def parse(cls: type[C], argv: Sequence[str] | None = None, presets: Mapping[str,
     notes = [about] if about else []
     if presets:
         notes.append(f"--preset NAME starts from one of: {', '.join(presets)}.")
+    notes += [f"--model PATH is another name of --{model}."] if model else []
     notes.append("--config FILE starts from the settings of an earlier run (its config.yaml). Flags override either.")
     description = "\n\n".join(notes)
     default = _preset(presets or {}, preset) if file is None else load(cls, Path(file))
@@ -153,7 +161,9 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def main(run: Callable[[C], Any], cls: type[C], presets: Mapping[str, C] | None = None, about: str = "") -> None:
+def main(
+    run: Callable[[C], Any], cls: type[C], presets: Mapping[str, C] | None = None, about: str = "", model: str = ""
+) -> None:
     """Parse the command line, `run(settings)`, and end the process as a shell expects.
 
     Bad input (a ValueError raised by this library or a script, or any operating-system error) is one line on stderr and
@@ -161,7 +171,7 @@ def main(run: Callable[[C], Any], cls: type[C], presets: Mapping[str, C] | None 
     under JAXRLHF_TRACEBACK=1.
     """
     try:
-        config = parse(cls, presets=presets, about=about or (sys.modules["__main__"].__doc__ or "").strip())
+        config = parse(cls, None, presets, about or (sys.modules["__main__"].__doc__ or "").strip(), model)
         keep_programs()
         run(config)
     except KeyboardInterrupt:

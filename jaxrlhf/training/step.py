@@ -49,20 +49,24 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Ar
     return TrainState(step=step, params=params, opt_state=guarded, algorithm=algorithm, key=key)
 
 
-def state_shardings(opt_state: Any, params: Any) -> Any:
-    """A sharding for each leaf of an optimizer's state: the parameter's whose path ends its own, else replicated."""
-    by_path = {tuple(map(str, path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    everywhere = _replicated(params)
+def owners(opt_state: Any, params: Any) -> list[tuple | None]:
+    """For each leaf of an optimizer's state the path of the parameter that it is kept for, whose path ends its own; or None."""
+    by_path = {tuple(map(str, path)): (path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
     def one(path, leaf):
         names = tuple(map(str, path))
-        for i in range(len(names)):
-            param = by_path.get(names[i:])
-            if param is not None and param.shape == leaf.shape:
-                return param.sharding
-        return everywhere
+        ends = (by_path.get(names[i:], (None, None)) for i in range(len(names)))
+        return next((owner for owner, shape in ends if owner is not None and shape == leaf.shape), None)
 
-    return jax.tree_util.tree_map_with_path(one, opt_state)
+    return [one(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)]
+
+
+def state_shardings(opt_state: Any, params: Any) -> Any:
+    """A sharding for each leaf of an optimizer's state: that of its parameter, else replicated."""
+    placed = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    everywhere = _replicated(params)
+    found = [everywhere if owner is None else placed[owner] for owner in owners(opt_state, params)]
+    return jax.tree.unflatten(jax.tree.structure(opt_state), found)
 
 
 def _replicated(params: Any) -> jax.sharding.Sharding:

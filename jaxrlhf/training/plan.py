@@ -1,0 +1,187 @@
+"""Bytes before a run: what training and sampling will hold, by role, from shapes and shardings alone.
+
+A tree's leaves are arrays, or `jax.ShapeDtypeStruct`s for a model that is not there (`sharding.abstract`): nothing here puts
+anything on a device. Counted is what is known without compiling: parameters, gradients, the optimizer's moments, frozen models,
+the weights that are sampled with, caches. What a program needs beside its arguments (activations, logits) the compiler alone
+knows: `compiled`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrlhf.core import sharding
+from jaxrlhf.core.types import SamplingSpec
+from jaxrlhf.models.model import Model, decode_changes
+from jaxrlhf.training import step
+
+When = Literal["always", "sampling", "update"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Bytes of whole arrays, and of the parts of them that one device holds (the same on each)."""
+
+    total: int = 0
+    device: int = 0
+
+    def __add__(self, other: Size) -> Size:
+        return Size(self.total + other.total, self.device + other.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    role: str  # policy, critic, reference, ...
+    kind: str  # parameters, gradient, moments, ...
+    when: When  # it stands in memory
+    size: Size
+
+
+def size(tree: Any) -> Size:
+    """Of all leaves of a tree; one without a sharding stands whole on its device."""
+    return sum((_leaf(x) for x in jax.tree.leaves(tree)), Size())
+
+
+def _leaf(x: Any, place: jax.sharding.Sharding | None = None) -> Size:
+    place = place or getattr(x, "sharding", None)
+    shape, width = tuple(x.shape), jnp.dtype(x.dtype).itemsize
+    return Size(math.prod(shape) * width, math.prod(place.shard_shape(shape) if place else shape) * width)
+
+
+def training(params: dict[str, Any], optimizer: optax.GradientTransformation, average: bool = False) -> tuple[Row, ...]:
+    """What an update holds of each role of `params` ({"policy": ..., "critic": ...}; a model alone is the policy): parameters,
+    moments, the gradient, and with `average` an average of the parameters.
+    """
+    roles = params if "policy" in params or "trunk" in params else {"policy": params}
+    state = jax.eval_shape(optimizer.init, params)
+    placed = {path: x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    moments = dict.fromkeys(roles, Size())
+    for owner, leaf in zip(step.owners(state, params), jax.tree.leaves(state), strict=True):
+        role = owner[0].key if owner is not None and roles is params else next(iter(roles))  # counts go with the first role
+        moments[role] += _leaf(leaf, None if owner is None else placed[owner])
+    rows = []
+    for role, tree in roles.items():
+        own = size(tree)
+        rows += [Row(role, "parameters", "always", own), Row(role, "gradient", "update", own)]
+        rows += [Row(role, "moments", "always", moments[role])]
+        rows += [Row(role, "average", "always", own)] if average else []
+    return tuple(rows)
+
+
+def frozen(trees: dict[str, Any]) -> tuple[Row, ...]:
+    """What is read and never trained, by role. An array that stands in several roles counts with the first of them."""
+    seen: set[int] = set()
+    rows = []
+    for role, tree in trees.items():
+        new = [x for x in jax.tree.leaves(tree) if id(x) not in seen]
+        seen |= {id(x) for x in new}
+        rows.append(Row(role, "frozen", "always", size(new)))
+    return tuple(rows)
+
+
+def sampling(model: Model, policy: Any, spec: SamplingSpec, prompts: tuple[int, int], n: int = 1) -> tuple[Row, ...]:
+    """What drawing n responses to `prompts` (how many, width) of them holds: the weights as they are sampled with, and the
+    cache. `policy` is what `Model` reads, adapters attached. Call it under the mesh of the run.
+    """
+    weights = jax.eval_shape(model.decode_params, policy)
+    # Backwards, so that of a weight and its adapter, which have one name, the weight stays.
+    sources = {_names(path): x for path, x in reversed(jax.tree_util.tree_leaves_with_path(policy))}
+    copied = Size()
+    changed = jax.eval_shape(functools.partial(decode_changes, model), policy)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(changed):
+        source = _leaf(sources.get(_names(path), sources.get(("embed",), leaf)))  # a tied head is cut as the embedding
+        whole = _leaf(leaf).total
+        copied += Size(whole, whole * source.device // max(source.total, 1))
+    rows, width = prompts
+    tokens, length = jax.ShapeDtypeStruct((rows, width), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+
+    def prefill(weights: Any, tokens: jax.Array, length: jax.Array) -> Any:
+        return model.prefill(weights, tokens, length, n, spec.max_tokens)[1]
+
+    cache = jax.eval_shape(prefill, weights, tokens, length)
+    parts = {f"cache of {part}s": cache.pop(part) for part in ("prompt", "response") if part in cache}  # keys and values
+    sizes = {"weights": copied} | {kind: _rows_size(tree) for kind, tree in (parts | {"rest of cache": cache}).items()}
+    return tuple(Row("sampling", kind, "sampling", size) for kind, size in sizes.items())
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    """The path of a weight, whether its layers are a stack, a tuple, or have adapters beside them."""
+    return tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+
+
+def _rows_size(tree: Any) -> Size:
+    """Of arrays [rows, ...] or [rows, K, ...], split as the sampler splits them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    total = Size()
+    for leaf in jax.tree.leaves(tree):
+        axes = ("batch", "kv_heads", None, None) if leaf.ndim == 4 else ()
+        place = jax.sharding.NamedSharding(mesh, sharding.partition_spec(axes)) if axes and not mesh.empty else None
+        total += _leaf(leaf, place)
+    return total
+
+
+def peak(rows: Sequence[Row]) -> Size:
+    """The most that stands at once: what is always there, and of sampling and update the larger."""
+    sums = {when: sum((row.size for row in rows if row.when == when), Size()) for when in ("always", "sampling", "update")}
+    return sums["always"] + max(sums["sampling"], sums["update"], key=lambda size: size.device)
+
+
+def compiled(program: Any, *args: Any) -> dict[str, int]:
+    """Bytes a device that the compiler gives a jitted function: its arguments, and the temporaries beside them."""
+    sizes: Any = program.lower(*args).compile().memory_analysis()
+    return {"arguments": sizes.argument_size_in_bytes, "temporaries": sizes.temp_size_in_bytes}
+
+
+def limit(devices: Sequence[Any]) -> int | None:
+    """The least number of bytes that one of the devices can hold; None where they do not say."""
+    found = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    known = [size for size in found if size is not None]
+    return min(known) if known and len(known) == len(found) else None
+
+
+def table(rows: Sequence[Row], limit: int | None = None) -> str:
+    """Rows as text: a line a role, a column a kind, the sums, and the share of what a device can hold."""
+    roles = dict.fromkeys(row.role for row in rows if row.size.total)
+    lines = [("", "all devices", "one device", "")]
+    for role in roles:
+        own = [row for row in rows if row.role == role and row.size.total]
+        whole = sum((row.size for row in own), Size())
+        named = [f"{row.kind} {told(row.size.total)}" for row in own if told(row.size.total) != told(0)]
+        lines.append((role, told(whole.total), told(whole.device), ", ".join(named)))
+    most = peak(rows)
+    of = "" if limit is None else f"{most.device / limit:.0%} of {told(limit)}"
+    lines.append(("at most at once", told(most.total), told(most.device), of))
+    left, *numbers = (max(len(line[i]) for line in lines) for i in range(3))
+    shown = [f"{a:<{left}}  {b:>{numbers[0]}}  {c:>{numbers[1]}}  {d}".rstrip() for a, b, c, d in lines]
+    return "\n".join(shown)
+
+
+def check(rows: Sequence[Row], limit: int | None) -> None:
+    """Refuse a run whose arrays alone a device cannot hold.
+
+    Raises:
+        ValueError: with the numbers, the largest rows and what would help.
+    """
+    most = peak(rows)
+    if limit is None or most.device <= limit:
+        return
+    largest = sorted(rows, key=lambda row: row.size.device, reverse=True)[:3]
+    named = ", ".join(f"{row.role} {row.kind} {told(row.size.device)}" for row in largest)
+    raise ValueError(
+        f"the arrays of this run take {told(most.device)} a device, of {told(limit)} that it has, before any activation "
+        f"(largest: {named}): train adapters (--lora.rank 16), split the parameters over devices (--mesh.fsdp), or take fewer "
+        "rows at a time (--batch)"
+    )
+
+
+def told(size: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
