@@ -8,9 +8,10 @@ The second needs jax-cuda12-pjrt and jax-cuda12-plugin (pip install --no-deps), 
 One program scores a rollout by all four roles and makes one update of policy and critic, so that everything that PPO holds is
 its argument; rows are read in microbatches, whose gradients add up. `trained`: four models, of which policy and critic are
 trained whole, each with Adam's two moments. `copies`: a frozen copy of the base for each role, an adapter on policy, critic and
-reward. `one_trunk`: those adapters over one base, and the reference is the base. Counted is what the compiler says that the
+reward. `one_trunk`: those adapters over one base, and the reference is the base. `one_trunk_int8`: the same with the weight
+matrices of the base in eight bits. Counted is what the compiler says that the
 program needs: arguments plus temporaries (what comes out takes the place of donated arguments). What bounds it: a trained
-parameter takes 4 bytes, its moments 8, its gradient 4, a frozen one 4; activations and logits are common to all three. Before
+parameter takes 4 bytes, its moments 8, its gradient 4, a frozen one 4; one in eight bits 1; activations and logits are common to all. Before
 that, at a small shape, copies and one trunk run and must give the same losses. No times are taken. The last line of stdout is
 one JSON document.
 """
@@ -35,7 +36,7 @@ from sampling import commit
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Rollout, SamplingSpec
-from jaxrlhf.models import heads, lora, roles, transformer
+from jaxrlhf.models import heads, int8, lora, roles, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import rollout
@@ -47,7 +48,7 @@ GPT2 = TransformerConfig(
     positions="learned", mlp="gelu", dtype="bfloat16",
 )  # fmt: skip
 SMALL = dataclasses.replace(GPT2, vocab_size=211, width=32, layers=2, heads=2, kv_heads=2, head_width=16, mlp_width=64)
-SETUPS = ("trained", "copies", "one_trunk")
+SETUPS = ("trained", "copies", "one_trunk", "one_trunk_int8")
 ROLES = ("policy", "reference", "critic", "reward")
 # Typed from Nvidia's figures; they choose kernels, and take no part in what is measured.
 H100 = """
@@ -61,7 +62,7 @@ H100 = """
 
 
 def main() -> None:
-    """Compile the three programs and print one JSON document."""
+    """Compile the programs and print one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--width", type=int, default=128, help="tokens of a row; half of them are the response")
@@ -88,6 +89,7 @@ def main() -> None:
         "bytes": found,
         "one_trunk_of_trained": total["one_trunk"] / total["trained"],
         "one_trunk_of_copies": total["one_trunk"] / total["copies"],
+        "int8_of_one_trunk": total["one_trunk_int8"] / total["one_trunk"],
     }
     if settings.result is not None:
         settings.result.write_text(json.dumps(document, indent=1) + "\n")
@@ -122,6 +124,8 @@ def memory(setup: str, config: lora.LoraConfig, settings: Any, place: Any) -> di
 def start(setup: str, shape: TransformerConfig, config: lora.LoraConfig) -> tuple[Any, Any]:
     """(what is trained, what is frozen). Of `copies` and `one_trunk` the adapters are the same, and not zero."""
     base = transformer.build(shape).init(jax.random.key(0))
+    if setup == "one_trunk_int8":
+        base = int8.quantise(base)
     scalar = sharding.init_params(heads.score_specs(shape.width), jax.random.key(1))
     unit = {"gain": jnp.ones([]), "bias": jnp.zeros([])}
     if setup == "trained":
@@ -134,7 +138,7 @@ def start(setup: str, shape: TransformerConfig, config: lora.LoraConfig) -> tupl
 
     params = {"policy": adapter(2), "critic": {"trunk": adapter(3), "head": scalar}}
     frozen = {"reward": {"trunk": adapter(4), "head": scalar} | unit}
-    return params, frozen | ({"base": base} if setup == "one_trunk" else {f"{role}_base": base for role in ROLES})
+    return params, frozen | ({"base": base} if setup.startswith("one_trunk") else {f"{role}_base": base for role in ROLES})
 
 
 def iteration(
@@ -148,7 +152,7 @@ def iteration(
         """Trees of policy and critic, of the reference, and of the reward."""
         if setup == "trained":
             return params, frozen["reference"], frozen["reward"]
-        if setup == "one_trunk":
+        if setup.startswith("one_trunk"):
             reward = roles.attach(frozen["base"], frozen["reward"], config)
             return roles.attach(frozen["base"], params, config), frozen["base"], reward
         policy = lora.attach(frozen["policy_base"], params["policy"], config)

@@ -106,8 +106,8 @@ def _overlay(base: Any, adapter: Any, config: LoraConfig) -> Any:
 
 
 def merge(base: Any, adapter: Any, config: LoraConfig) -> Any:
-    """The model as one tree of plain weights, W + scale * A B."""
-    return jax.tree.map(products.whole, attach(base, adapter, config), is_leaf=lambda x: isinstance(x, Adapted))
+    """The model as one tree of plain weights, W + scale * A B; of a base in eight bits, the W that they stand for."""
+    return jax.tree.map(products.whole, attach(base, adapter, config), is_leaf=products.is_weight)
 
 
 def unmerge(merged: Any, adapter: Any, config: LoraConfig) -> Any:
