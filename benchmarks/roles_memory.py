@@ -7,13 +7,12 @@ r"""Device memory of PPO's four roles (policy, reference, value, reward): whole 
 The second needs jax-cuda12-pjrt and jax-cuda12-plugin (pip install --no-deps), and no GPU.
 One program scores a rollout by all four roles and makes one update of policy and critic, so that everything that PPO holds is
 its argument; rows are read in microbatches, whose gradients add up. `trained`: four models, of which policy and critic are
-trained whole, each with Adam's two moments. `copies`: a frozen copy of the base for each role, an adapter on policy, critic and
-reward. `one_trunk`: those adapters over one base, and the reference is the base. `one_trunk_int8`: the same with the weight
-matrices of the base in eight bits. Counted is what the compiler says that the
-program needs: arguments plus temporaries (what comes out takes the place of donated arguments). What bounds it: a trained
-parameter takes 4 bytes, its moments 8, its gradient 4, a frozen one 4; one in eight bits 1; activations and logits are common to all. Before
-that, at a small shape, copies and one trunk run and must give the same losses. No times are taken. The last line of stdout is
-one JSON document.
+trained whole, each with Adam's two moments. `copies`: a frozen copy of the base for each role, an adapter on policy, critic
+and reward. `one_trunk`: those adapters over one base, and the reference is the base. `one_trunk_int8`: the same with the
+weight matrices of the base in eight bits. Counted is what the compiler says that the program needs: arguments plus temporaries
+(what comes out takes the place of donated arguments). What bounds it: a trained parameter takes 4 bytes, its moments 8, its
+gradient 4, a frozen one 4; one in eight bits 1; activations and logits are common to all. Before that, at a small shape,
+copies and one trunk run and must give the same losses. No times are taken. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Rollout, SamplingSpec
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.models import heads, hf, lora, peft, pretrained, transformer
+from jaxrlhf.models import heads, hf, int8, lora, peft, pretrained, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import Model
@@ -42,6 +42,9 @@ def spec(sampling: Sampling, tokenizer: Tokenizer) -> SamplingSpec:
     return SamplingSpec(**dataclasses.asdict(sampling), stop=(tokenizer.eos,), forbidden=forbidden, pad=tokenizer.pad)
 
 
+Weights = Literal["float32", "int8"]  # of a model that is read and not trained: as the folder has them, or in eight bits
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """A finished stage's model."""
@@ -51,6 +54,7 @@ class Trained:
     params: Any
     tokenizer: Tokenizer
     settings: dict[str, Any]  # config.json of the folder
+    folder: Path | None = None  # it was read from
 
 
 def specs(config: TransformerConfig, kind: str, several: ensemble.Config | None = None) -> Any:
@@ -88,8 +92,8 @@ def kind(folder: Path) -> str:
     return settings["kind"]
 
 
-def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained:
-    """The model in `folder`, on the mesh.
+def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy", weights: Weights = "float32") -> Trained:
+    """The model in `folder`, on the mesh; with weights="int8" to be read and not trained (`models/int8.py`).
 
     Raises:
         FileNotFoundError: no such folder.
@@ -100,8 +104,9 @@ def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained
         raise ValueError(f"{folder}: holds a {settings.get('kind', 'model of another program')}, not a {kind}")
     config, tokenizer = TransformerConfig(**settings["transformer"]), tokenizers.load(folder)
     hf.check_vocabulary(tokenizer, config)
-    params = jax.device_put(params, sharding.shardings(specs(config, kind, ensembled(settings)), mesh))
-    return Trained(config, transformer.build(config), params, tokenizer, settings)
+    places = sharding.shardings(specs(config, kind, ensembled(settings)), mesh)
+    params = int8.quantise(params, places) if weights == "int8" else jax.device_put(params, places)
+    return Trained(config, transformer.build(config), params, tokenizer, settings, folder)
 
 
 def ensembled(settings: dict[str, Any]) -> ensemble.Config | None:
@@ -123,8 +128,15 @@ def reward(judged: Trained) -> Callable[[Any, Rollout], jax.Array]:
 
 
 def trainable(start: Trained, config: LoraConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
-    """What is trained of a language model: a new adapter over it, or with rank 0 all of it."""
-    return adapter(start.config, config, mesh, seed) if config.rank else start.params
+    """What is trained of a language model: a new adapter over it, or with rank 0 all of it.
+
+    Of one in eight bits that is the weights in its folder, read again.
+    """
+    if config.rank:
+        return adapter(start.config, config, mesh, seed)
+    if start.folder is not None and int8.inside(start.params):
+        return load(start.folder, mesh).params
+    return start.params
 
 
 def adapter(shape: TransformerConfig, config: LoraConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
@@ -136,6 +148,8 @@ def adapter(shape: TransformerConfig, config: LoraConfig, mesh: jax.sharding.Mes
 def save_policy(out: Path, start: Trained, params: Any, config: LoraConfig, base: Path) -> None:
     """Write a trained policy as `out/model`. Where `params` are an adapter, it is merged there with `start`, which was read
     from `base`, and stands alone as `out/adapter` in the format of the peft package, where that can hold it.
+
+    Of a start in eight bits the merged model has the weights that those stand for, wide: it is the policy that was trained.
     """
     whole = jax.device_get(lora.merge(start.params, params, config))
     save(out / "model", "policy", whole, start.config, start.tokenizer)

@@ -69,16 +69,20 @@ def _narrow(weight: jax.Array, axis: int) -> Quantised:
     return Quantised(jnp.round(weight / scale).astype(jnp.int8), scale)
 
 
+def inside(params: Any) -> list[str]:
+    """Names of the parameters that are in eight bits, with an adapter beside them or alone."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, Quantised))
+    return [sharding.path_name(path) for path, leaf in leaves if isinstance(leaf, Quantised)]
+
+
 def refuse(params: Any, done: str) -> None:
     """Raise where a parameter is in eight bits, which cannot be `done` (trained, saved).
 
     Raises:
         ValueError: it names the first such parameter.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=products.is_weight):
-        frozen = leaf.weight if isinstance(leaf, products.Adapted) else leaf
-        if isinstance(frozen, Quantised):
-            raise ValueError(
-                f"parameter {sharding.path_name(path)} is in eight bits (int8) and cannot be {done}: int8 is for frozen weights. "
-                "Train an adapter over it (lora rank > 0) or the float weights; lora.merge makes plain weights of both"
-            )
+    if names := inside(params):
+        raise ValueError(
+            f"parameter {names[0]} is in eight bits (int8) and cannot be {done}: int8 is for frozen weights. Train an adapter "
+            "over it (lora rank > 0), or the float weights; lora.merge makes plain weights of a base and its adapter"
+        )
