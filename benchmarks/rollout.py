@@ -82,7 +82,7 @@ def compare(config: argparse.Namespace, rates: dict[str, float]) -> dict[str, An
     def run(name: str, least: int):
         def call(key: jax.Array) -> Rollout:
             generate.LEAST = least
-            return generate.generate(model, params, prompts, spec, key, chunk=config.chunk)
+            return generate.generate(model, params, prompts, spec, key, options=generate.Options(config.chunk))
 
         steps[name] = row_steps(config, prompts, least)
         return call

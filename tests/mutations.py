@@ -386,7 +386,7 @@ MUTATIONS = (
     Mutation(
         "scorer-forgets-the-constraints",
         "sampling/rollout.py",
-        "token_logprobs(model, trunk, states, tokens, spec, entropy, kept=kept)",
+        "token_logprobs(model, trunk, states, tokens, spec, entropy, kept=kept, seen=seen)",
         "token_logprobs(model, trunk, states, tokens, SamplingSpec(spec.temperature, spec.max_tokens, spec.stop), entropy)",
         "test_rollout.py::test_sampler_and_learner_agree_so_that_the_first_ratio_is_one",
     ),
@@ -522,8 +522,8 @@ MUTATIONS = (
     Mutation(
         "scorer-forgets-the-temperature",
         "models/heads.py",
-        "return logits if spec is None else policy_logits(",
-        "return logits if spec is None else spec.temperature * policy_logits(",
+        "return policy_logits(logits, jnp.broadcast_to",
+        "return spec.temperature * policy_logits(logits, jnp.broadcast_to",
         "test_sampler_agreement.py::test_learner_and_sampler_agree_on_the_full_softmax",
     ),
     Mutation(

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import ParamSpec
-from jaxrlhf.models import products
-from jaxrlhf.models.attention import MASKED, attention, capped, near, scaled
+from jaxrlhf.models import kv_cache, products
+from jaxrlhf.models.attention import MASKED, capped, near, scaled
+from jaxrlhf.models.attention import attention as attend
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.models.model import Model
+from jaxrlhf.models.model import CacheConfig, Model
 
 Params = Any
 Cache = Any
@@ -100,6 +101,8 @@ def build(config: TransformerConfig) -> Model:
         prefill=functools.partial(prefill, config),
         decode=functools.partial(decode, config),
         take=take,
+        put=put,
+        grow=functools.partial(grow, config),
     )
 
 
@@ -182,11 +185,11 @@ def _embed(config, params, tokens, position):
     return sharding.constrain(x, "batch", *("length",) * (x.ndim - 2), "residual")
 
 
-def _layer(config, weights, x, rotations, segments, key, window):
+def _layer(config, weights, x, rotations, segments, key, window, attention="xla"):
     """One layer; also its keys and values [B,T,K,E]."""
     b, t, _ = x.shape
     query, k, v = _heads(config, weights, _norm(config, weights["attention_norm"], x), _of_layer(rotations, window))
-    mixed = attention(query, k, v, segments, "xla", window, config.attention_scale, config.attention_cap).reshape(b, t, -1)
+    mixed = attend(query, k, v, segments, attention, window, config.attention_scale, config.attention_cap).reshape(b, t, -1)
     keys = (None, None) if key is None else jax.random.split(key)
     x = _branches(config, weights, x, mixed, keys)
     return sharding.constrain(x, "batch", "length", "residual"), (k, v)
@@ -322,12 +325,18 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
 
 
 def prefill(
-    config: TransformerConfig, params: Params, tokens: Int[Array, "p w"], length: Int[Array, " p"], n: int, width: int
+    config: TransformerConfig,
+    params: Params,
+    tokens: Int[Array, "p w"],
+    length: Int[Array, " p"],
+    n: int,
+    width: int,
+    cache: CacheConfig = CacheConfig(),
 ) -> tuple[Float[Array, "p {config.width}"], Cache]:
     """Hidden state of each prompt's last token, and the cache for n responses of at most `width` tokens to each.
 
     The cache holds, for each layer, keys and values of the prompts `[prompts, K, P, E]` once for their n samples, and
-    those of the responses `[prompts * n, K, R, E]`, written at one common place by each decode step.
+    those of the responses `[prompts * n, K, R, E]`, written by each decode step: see `models/kv_cache.py`.
 
     Raises:
         ValueError: prompt and response together are longer than `config.max_length`.
@@ -339,25 +348,28 @@ def prefill(
     x = _embed(config, params, tokens, position)
     cached = []
     for i in range(config.layers):
-        x, (k, v) = _layer(config, _at(params["layers"], i), x, rotations, None, None, _window(config, i))
-        cached.append((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+        x, read = _layer(
+            config, _at(params["layers"], i), x, rotations, None, None, _window(config, i), attention=cache.attention
+        )
+        cached.append(tuple(kv_cache.keep(each.transpose(0, 2, 1, 3), cache.dtype) for each in read))
     last = jnp.take_along_axis(x, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    empty = jnp.zeros((prompts * n, config.kv_heads, width, config.head_width))
-    empty = sharding.constrain(empty, "batch", "kv_heads", None, None)  # else every device would hold all of it
-    cache = {
+    empty = kv_cache.empty(prompts * n, config.kv_heads, width, config.head_width, cache.dtype)
+    found = {
         "length": length,
         # Angles of all places, looked up by each step: a sine costs a CPU more than the product it turns.
         "rotations": _rotations(config, jnp.arange(prompt_width + width)),
         "prompt": tuple(cached),
         "response": ((empty, empty),) * config.layers,
     }
-    return _norm(config, params["norm"], last), cache
+    return _norm(config, params["norm"], last), found
 
 
 def decode(
-    config: TransformerConfig, params: Params, cache: Cache, token: Int[Array, " b"], step: Int[Array, ""] | int
+    config: TransformerConfig, params: Params, cache: Cache, token: Int[Array, " b"], step: Int[Array, "*b"] | int
 ) -> tuple[Float[Array, "b {config.width}"], Cache]:
-    """Read response token number `step` (0, 1, ...) of every row; its hidden state and the grown cache."""
+    """Read response token number `step` (0, 1, ...) of every row, [] or each its own [B]; its hidden state and the grown
+    cache. Rows with steps of their own have prompts of their own (`take`)."""
+    step = jnp.asarray(step)
     n = token.shape[0] // cache["length"].shape[0]
     position = jnp.repeat(cache["length"], n) + step
     rotations = jax.tree.map(lambda table: jnp.take(table, position, axis=0, mode="clip"), cache["rotations"])
@@ -367,10 +379,7 @@ def decode(
         weights = _at(params["layers"], i)
         window = _window(config, i)
         query, k, v = _heads(config, weights, _norm(config, weights["attention_norm"], x), _of_layer(rotations, window))
-        response = tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, new[:, :, None], step, axis=2)
-            for old, new in zip(cache["response"][i], (k, v), strict=True)
-        )
+        response = tuple(kv_cache.write(old, new, step) for old, new in zip(cache["response"][i], (k, v), strict=True))
         mixed = _decode_attention(config, query, cache["prompt"][i], response, (cache["length"], step, window))
         x = sharding.constrain(_branches(config, weights, x, mixed), "batch", "residual")
         grown.append(response)
@@ -379,17 +388,29 @@ def decode(
 
 def take(cache: Cache, rows: Int[Array, " m"]) -> Cache:
     """The cache of some rows, in this order, each with a prompt of its own: samples of one prompt end at different times."""
-    responses = cache["response"][0][0].shape[0]
+    responses = cache["response"][0][0].values.shape[0]
     prompts = rows // (responses // cache["length"].shape[0])
-
-    def of(index: jax.Array, x: jax.Array) -> jax.Array:
-        return sharding.constrain(x[index], "batch", *("kv_heads", None, None)[: x.ndim - 1])
-
     return cache | {
         "length": cache["length"][prompts],
-        "prompt": jax.tree.map(functools.partial(of, prompts), cache["prompt"]),
-        "response": jax.tree.map(functools.partial(of, rows), cache["response"]),
+        "prompt": kv_cache.take(cache["prompt"], prompts),
+        "response": kv_cache.take(cache["response"], rows),
     }
+
+
+def put(cache: Cache, rows: Int[Array, " m"], part: Cache) -> Cache:
+    """The cache with `part` in the place of some rows, every row of either with a prompt of its own."""
+    return cache | {
+        "length": cache["length"].at[rows].set(part["length"], mode="drop"),
+        "prompt": kv_cache.put(cache["prompt"], rows, part["prompt"]),
+        "response": kv_cache.put(cache["response"], rows, part["response"]),
+    }
+
+
+def grow(config: TransformerConfig, cache: Cache, extra: int) -> Cache:
+    """The cache with room for so many response tokens more."""
+    prompt, response = (cache[part][0][0].values.shape[2] for part in ("prompt", "response"))
+    rotations = _rotations(config, jnp.arange(prompt + response + extra))
+    return cache | {"rotations": rotations, "response": kv_cache.grow(cache["response"], extra)}
 
 
 def _decode_attention(config, query, prompt, response, place):
@@ -399,21 +420,22 @@ def _decode_attention(config, query, prompt, response, place):
     """
     length, step, window = place
     b, h, e = query.shape
-    prompts, k, p, _ = prompt[0].shape
-    n, r = b // prompts, response[0].shape[2]
+    prompts, k, p, _ = prompt[0].values.shape
+    n, r = b // prompts, response[0].values.shape[2]
     query = scaled(query.reshape(b, k, h // k, e), config.attention_scale)
+    step = step[..., None]  # [1] or, each with a prompt of its own, [B, 1]
     in_prompt, in_response = jnp.arange(p) < length[:, None], jnp.arange(r) <= step
     if window:
         in_prompt &= near(length[:, None] + step - jnp.arange(p), window)
         in_response &= near(step - jnp.arange(r), window)
     # A prompt's samples are rows of one product. The responses keep their shape: another one would copy the cache.
-    at_prompt = capped(_apart(jnp.matmul(_together(query, n), prompt[0].swapaxes(2, 3)), n), config.attention_cap)
+    at_prompt = capped(_apart(kv_cache.scores(_together(query, n), prompt[0]), n), config.attention_cap)
     at_prompt = jnp.where(in_prompt.repeat(n, 0)[:, None, None], at_prompt, MASKED)
-    at_response = capped(jnp.matmul(query, response[0].swapaxes(2, 3)), config.attention_cap)
-    at_response = jnp.where(in_response, at_response, MASKED)
+    at_response = capped(kv_cache.scores(query, response[0]), config.attention_cap)
+    at_response = jnp.where(jnp.atleast_2d(in_response)[:, None, None], at_response, MASKED)
     weights = jax.nn.softmax(jnp.concatenate([at_prompt, at_response], axis=-1), axis=-1)
-    mixed = _apart(jnp.matmul(_together(weights[..., :p], n), prompt[1]), n) + jnp.matmul(weights[..., p:], response[1])
-    return mixed.reshape(b, h * e)
+    mixed = _apart(kv_cache.mixed(_together(weights[..., :p], n), prompt[1]), n)
+    return (mixed + kv_cache.mixed(weights[..., p:], response[1])).reshape(b, h * e)
 
 
 def _together(x, n):
