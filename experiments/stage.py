@@ -104,7 +104,10 @@ def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy", weights: W
         raise ValueError(f"{folder}: holds a {settings.get('kind', 'model of another program')}, not a {kind}")
     config, tokenizer = TransformerConfig(**settings["transformer"]), tokenizers.load(folder)
     hf.check_vocabulary(tokenizer, config)
-    places = sharding.shardings(specs(config, kind, ensembled(settings)), mesh)
+    declared = specs(config, kind, ensembled(settings))
+    places = sharding.shardings(declared, mesh)
+    for line in sharding.undivided(declared, mesh):
+        print(f"{folder}: {line}", flush=True)
     params = int8.quantise(params, places) if weights == "int8" else jax.device_put(params, places)
     return Trained(config, transformer.build(config), params, tokenizer, settings, folder)
 
