@@ -763,9 +763,9 @@ MUTATIONS = (
     ),
     Mutation(
         "sampling-without-the-adapter",
-        "models/transformer.py",
-        "products.whole(w).astype(dtype)",
-        "getattr(w, 'weight', w).astype(dtype)",
+        "models/products.py",
+        "else whole(weight).astype(dtype)",
+        "else getattr(weight, 'weight', weight).astype(dtype)",
         "test_lora.py::test_merged_equals_unmerged",
     ),
     Mutation(
@@ -885,8 +885,8 @@ MUTATIONS = (
     Mutation(
         "int8-scale-of-the-other-axis",
         "models/int8.py",
-        "    if names[-1] == \"embed\":\n        return -1\n    return -2 if",
-        "    if names[-1] == \"embed\":\n        return -1\n    return -1 if",
+        '    if names[-1] == "embed":\n        return -1\n    return -2 if',
+        '    if names[-1] == "embed":\n        return -1\n    return -1 if',
         "test_int8.py::test_a_column_by_hand",
     ),
     Mutation(
