@@ -16,7 +16,7 @@ from adapter_cases import CONFIG, GPT, KINDS, LLAMA, SPEC, adapter_of, base_of, 
 from jaxrlhf.algorithms import lm
 from jaxrlhf.core import members, sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.models import int8, lora, pretrained, products, transformer
+from jaxrlhf.models import hf, int8, lora, pretrained, products, transformer
 from jaxrlhf.models.products import Quantised
 from jaxrlhf.sampling import generate, rollout
 from jaxrlhf.training import objective, optimizer, step
@@ -258,6 +258,8 @@ def test_eight_bits_are_neither_trained_nor_saved(tmp_path):
     for params in (narrow_of(LLAMA), lora.attach(narrow_of(LLAMA), adapter_of(LLAMA, CONFIG), CONFIG)):
         with pytest.raises(ValueError, match=r"eight bits \(int8\) and cannot be saved"):
             pretrained.save(tmp_path / "model", params, {})
+        with pytest.raises(ValueError, match=r"eight bits \(int8\) and cannot be exported"):
+            hf.save(tmp_path / "hf", params, LLAMA, None)
     assert not list(tmp_path.iterdir())
 
 
