@@ -8,61 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling_cases import BOS, CONFIG, EOS, KEY, MODEL, PAD, VOCAB, assert_same, prompts, responses, spec, take, weights
 
 from jaxrlhf.core import sharding
-from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
+from jaxrlhf.core.types import Rollout, SamplingSpec
 from jaxrlhf.models import flax_adapter, transformer
-from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.heads import IMPOSSIBLE
 from jaxrlhf.models.model import CacheConfig
 from jaxrlhf.sampling import decode, filters, generate
 from jaxrlhf.sampling.generate import Options
 
-VOCAB, PAD, BOS, EOS = 48, 0, 1, 2
-CONFIG = TransformerConfig(
-    vocab_size=VOCAB,
-    width=16,
-    layers=1,
-    heads=2,
-    kv_heads=2,
-    head_width=8,
-    mlp_width=32,
-    max_length=24,
-    tied_head=False,
-)
-MODEL = transformer.build(CONFIG)
-KEY = jax.random.key(7)
-
 
 @pytest.fixture(scope="module")
 def params():
-    """Weights that give clear preferences: logits of a fresh model are nearly flat."""
-    fresh = MODEL.init(jax.random.key(0))
-    return fresh | {"head": fresh["head"] * 20}
-
-
-def spec(**changes) -> SamplingSpec:
-    return SamplingSpec(**{"temperature": 0.7, "max_tokens": 10, "stop": (EOS, 5, 6), "pad": PAD, **changes})
-
-
-def prompts(count: int = 8, width: int = 6) -> Prompts:
-    rng = np.random.default_rng(3)
-    length = rng.integers(1, width + 1, count).astype(np.int32)
-    tokens = rng.integers(3, VOCAB, (count, width)).astype(np.int32)  # garbage stands after a prompt's end, on purpose
-    uid = (100 + 3 * np.arange(count)).astype(np.int32)
-    return jax.tree.map(jnp.asarray, Prompts(tokens=tokens, length=length, uid=uid, row=uid - 100))
-
-
-def take(data, index):
-    return jax.tree.map(lambda x: x[jnp.asarray(index)], data)
-
-
-def assert_same(a: Rollout, b: Rollout) -> None:
-    """Equal choices; log-probs up to the order in which products of another shape are summed."""
-    for name in ("tokens", "prompt_len", "response_len", "finished", "group", "sample"):
-        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
-    for name in ("logprobs", "sampled_logprobs"):
-        np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=3e-5, err_msg=name)
+    return weights()
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +36,14 @@ def teacher_forced(params, rollout: Rollout, spec: SamplingSpec) -> np.ndarray:
     out = np.full((*rollout.logprobs.shape, VOCAB), -1e9)
     for b, (start, length) in enumerate(zip(rollout.prompt_len.tolist(), rollout.response_len.tolist(), strict=True)):
         for t in range(length):
-            out[b, t] = logits[b, start + t - 1] / spec.temperature
+            row = logits[b, start + t - 1]
+            seen = np.isin(np.arange(VOCAB), rollout.tokens[b, : start + t])
+            penalty = spec.repetition_penalty
+            out[b, t] = np.where(seen, np.where(row > 0, row / penalty, row * penalty), row) / spec.temperature
             out[b, t, list(spec.forbidden)] = -1e9
             if t < spec.min_tokens:
                 out[b, t, list(spec.stop)] = -1e9
     return out
-
-
-def responses(rollout: Rollout) -> list[list[int]]:
-    rows = zip(rollout.tokens.tolist(), rollout.prompt_len.tolist(), rollout.response_len.tolist(), strict=True)
-    return [row[start : start + length] for row, start, length in rows]
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -154,7 +111,10 @@ def test_what_stands_after_a_prompt_does_not_matter(params, sampled):
 # ------------------------------------------------------------------------------------------------ log-probs
 
 
-@pytest.mark.parametrize("filtered", [{}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9, "min_p": 0.1}, {"greedy": True}])
+@pytest.mark.parametrize(
+    "filtered",
+    [{}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9, "min_p": 0.1}, {"greedy": True}, {"repetition_penalty": 1.6, "top_p": 0.8}],
+)
 def test_logprobs_are_those_of_the_policy_and_of_the_distribution_drawn_from(params, filtered):
     with jax.default_matmul_precision("highest"):
         rules = spec(min_tokens=3, forbidden=(PAD, BOS, 9), **filtered)
@@ -173,6 +133,14 @@ def test_logprobs_are_those_of_the_policy_and_of_the_distribution_drawn_from(par
                 assert token == logits[i, t].argmax()
     gap = float(jnp.abs(rollout.logprobs - rollout.sampled_logprobs).max())
     assert gap > 0.05 if filtered else gap == 0
+    if rules.penalised:
+        free = generate.generate(MODEL, params, prompts(), dataclasses.replace(rules, repetition_penalty=1.0), KEY, n=2)
+        assert repeated(rollout) < 0.7 * repeated(free)
+
+
+def repeated(rollout: Rollout) -> float:
+    """Tokens that stand in their response already, a response."""
+    return float(np.mean([len(response) - len(set(response)) for response in responses(rollout)]))
 
 
 def test_first_tokens_follow_the_policy(params):

@@ -35,10 +35,10 @@ class SamplingSpec:
     """The distribution a response is drawn from, read by the sampler and by the scorer alike.
 
     The *policy* is softmax(constrained logits / temperature): the constraints (`repetition_penalty`, `min_tokens`, `forbidden`)
-    are known from the row before the token and are part of it, so they enter every log-prob. `top_k`, `top_p` and `min_p` are
-    *filters*: they change what is drawn but not the policy's log-prob (`Rollout.logprobs` against
-    `Rollout.sampled_logprobs`). Order: constraints, temperature, top-k, top-p, min-p, as in transformers' warpers. With `replay`
-    the filtered distribution itself is what is trained: see `Rollout.kept`.
+    are known from the row before the token and are part of it, so they enter every log-prob. `top_k`, `top_p`, `min_p`
+    are *filters*: they change what is drawn but not the policy's log-prob (`Rollout.logprobs` against
+    `Rollout.sampled_logprobs`). Order: constraints, temperature, top-k, top-p, min-p, as in transformers' warpers. With
+    `replay` the filtered distribution itself is what is trained: see `Rollout.kept`.
     """
 
     temperature: float  # > 0; no default, so that no log-prob is ever computed without stating it

@@ -76,7 +76,9 @@ class Tokenizer:
         elif isinstance(kind, decoders.Metaspace | decoders.Sequence):
             read = _metaspace
         else:
-            raise ValueError(f"a tokenizer with the decoder {kind}: only byte-level and SentencePiece ones have pieces of bytes")
+            raise ValueError(
+                f"a tokenizer with the decoder {kind}: only byte-level and SentencePiece ones have pieces of bytes"
+            )
         return [b"" if name is None or i in special else read(name) for i, name in enumerate(names)]
 
     def save(self, folder: Path | str) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrlhf.core import masking
-from jaxrlhf.models.model import CacheConfig, Model
+from jaxrlhf.models.model import EXACT, CacheConfig, Model
 
 
 def from_flax(
@@ -72,10 +72,10 @@ def _prefill(
     length: jax.Array,
     n: int,
     width: int,
-    cache: CacheConfig = CacheConfig(),
+    cache: CacheConfig = EXACT,
 ):
     """The cache is the rows themselves, each prompt followed by room for its response."""
-    if cache != CacheConfig():
+    if cache != EXACT:
         raise ValueError(f"{cache}: a model from from_flax keeps no keys and values; leave it at its defaults")
     last = _at(forward(params, tokens), length - 1)
     rows = jnp.pad(jnp.repeat(tokens, n, axis=0), ((0, 0), (0, width)))

@@ -131,10 +131,10 @@ def token_logprobs(
 ) -> tuple[Float[Array, "b r"], Float[Array, "b r"] | None]:
     """Log-probs (and entropies) of response tokens under the policy `spec`, from the states that predict them.
 
-    `spec=None` is the plain softmax: temperature 1, no constraint. `seen`: `seen_from` of the rows. With `kept` (`Rollout.kept`) the policy is renormalised
-    over each token's recorded set, which gives it the distribution that was drawn from. The logits exist for `block`
-    positions of all rows at a time (0: chosen by size) and are computed again in the backward pass, so that [B, R, V]
-    never stands in memory.
+    `spec=None` is the plain softmax: temperature 1, no constraint. `seen`: `seen_from` of the rows. With `kept`
+    (`Rollout.kept`) the policy is renormalised over each token's recorded set, which gives it the distribution that was drawn
+    from. The logits exist for `block` positions of all rows at a time (0: chosen by size) and are computed again in the
+    backward pass, so that [B, R, V] never stands in memory.
     """
 
     def one(args):

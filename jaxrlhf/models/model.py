@@ -21,6 +21,9 @@ class CacheConfig:
     attention: Literal["xla", "cudnn"] = "xla"  # implementation that reads the prompts
 
 
+EXACT = CacheConfig()  # what was read is kept as it was computed
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A decoder-only language model as pure functions. Compared by identity, so it may be a static argument of `jit`."""

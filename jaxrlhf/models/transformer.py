@@ -13,19 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import ParamSpec
-from jaxrlhf.models import kv_cache, products
+from jaxrlhf.models import experts, kv_cache, products
 from jaxrlhf.models.attention import MASKED, capped, near, scaled
 from jaxrlhf.models.attention import attention as attend
-from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.models.model import CacheConfig, Model
+from jaxrlhf.models.config import GATED, TransformerConfig
+from jaxrlhf.models.model import EXACT, CacheConfig, Model
 
 Params = Any
 Cache = Any
-GATED = ("swiglu", "geglu")
 
 
 def param_specs(config: TransformerConfig) -> Params:
@@ -49,14 +48,15 @@ def param_specs(config: TransformerConfig) -> Params:
             "value": into(kv_heads, "kv_heads"),
             "output": back(heads, "heads"),
             "mlp_norm": _norm_specs(c, (layers,), ("layers",)),
-            "up": into(c.mlp_width, "mlp"),
-            "down": back(c.mlp_width, "mlp"),
         },
         "norm": _norm_specs(c, (), ()),
     }
     own = specs["layers"]
-    if c.mlp in GATED:
-        own["gate"] = into(c.mlp_width, "mlp")
+    if c.experts:
+        own["experts"] = experts.specs(c)
+    else:
+        own |= {"up": into(c.mlp_width, "mlp"), "down": back(c.mlp_width, "mlp")}
+        own |= {"gate": into(c.mlp_width, "mlp")} if c.mlp in GATED else {}
     if c.qk_norm:
         own |= {name: {"scale": _scale_spec(c, (layers, c.head_width))} for name in ("query_norm", "key_norm")}
     if c.post_norms:
@@ -143,6 +143,34 @@ def hidden(
     return _norm(config, params["norm"], x)
 
 
+def expert_load(
+    config: TransformerConfig,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    mask: Bool[Array, "b t"] | None = None,
+    segments: Int[Array, "b t"] | None = None,
+) -> Float[Array, "{config.layers} {config.experts}"]:
+    """Of each layer the share of the tokens' (in the mask) places that each expert has: 1 / X where all are used alike, and
+    1 / k for the k experts that have all.
+
+    Raises:
+        ValueError: the model has no experts, or the rows are longer than `config.max_length`.
+    """
+    if not config.experts:
+        raise ValueError("expert_load: this model has experts=0, one MLP that all tokens share: there is no load")
+    _check_length(config, tokens.shape[1])
+    position = segment_positions(segments) if segments is not None else jnp.arange(tokens.shape[1])[None]
+    rotations, x, loads = _rotations(config, position), _embed(config, params, tokens, position), []
+    for i in range(config.layers):
+        weights = _at(params["layers"], i)
+        mixed, _ = _mixed(config, weights, x, rotations, segments, _window(config, i))
+        _, read = _attended(config, weights, x, mixed)
+        chosen, _ = experts.route(config, weights["experts"]["router"], read.reshape(-1, config.width))
+        loads.append(experts.load(chosen, config.experts, None if mask is None else mask.reshape(-1)))
+        x = _branches(config, weights, x, mixed)
+    return jnp.stack(loads)
+
+
 def logits(config: TransformerConfig, params: Params, hidden: Float[Array, "*s d"]) -> Float[Array, "*s v"]:
     """Unnormalised log-probabilities of the next token, from the head or, where there is none, the embedding table."""
     if "head" in params:
@@ -187,24 +215,35 @@ def _embed(config, params, tokens, position):
 
 def _layer(config, weights, x, rotations, segments, key, window, attention="xla"):
     """One layer; also its keys and values [B,T,K,E]."""
-    b, t, _ = x.shape
-    query, k, v = _heads(config, weights, _norm(config, weights["attention_norm"], x), _of_layer(rotations, window))
-    mixed = attend(query, k, v, segments, attention, window, config.attention_scale, config.attention_cap).reshape(b, t, -1)
+    mixed, cached = _mixed(config, weights, x, rotations, segments, window, attention)
     keys = (None, None) if key is None else jax.random.split(key)
     x = _branches(config, weights, x, mixed, keys)
-    return sharding.constrain(x, "batch", "length", "residual"), (k, v)
+    return sharding.constrain(x, "batch", "length", "residual"), cached
+
+
+def _mixed(config, weights, x, rotations, segments, window, attention="xla"):
+    """What attention mixes [B,T,H*E]; also the layer's keys and values."""
+    query, k, v = _heads(config, weights, _norm(config, weights["attention_norm"], x), _of_layer(rotations, window))
+    mixed = attend(query, k, v, segments, attention, window, config.attention_scale, config.attention_cap)
+    return mixed.reshape(*x.shape[:2], -1), (k, v)
 
 
 def _branches(config, weights, x, mixed, keys=(None, None)):
     """The residual stream after a layer: x, what attention mixed, and the MLP."""
-    attended = _linear(config, weights, "output", mixed)
-    if config.post_norms:
-        attended = _norm(config, weights["attention_post_norm"], attended)
-    after = x + _dropout(config, keys[0], attended)
-    mlp = _mlp(config, weights, _norm(config, weights["mlp_norm"], x if config.parallel else after))
+    after, read = _attended(config, weights, x, mixed, keys[0])
+    mlp = _mlp(config, weights, read)
     if config.post_norms:
         mlp = _norm(config, weights["mlp_post_norm"], mlp)
     return after + _dropout(config, keys[1], mlp)
+
+
+def _attended(config, weights, x, mixed, key=None):
+    """The residual stream with what attention mixed, and what the MLP reads."""
+    attended = _linear(config, weights, "output", mixed)
+    if config.post_norms:
+        attended = _norm(config, weights["attention_post_norm"], attended)
+    after = x + _dropout(config, key, attended)
+    return after, _norm(config, weights["mlp_norm"], x if config.parallel else after)
 
 
 def _linear(config, weights, name, x):
@@ -225,12 +264,12 @@ def _heads(config, weights, x, rotation):
 
 
 def _mlp(config, weights, x):
-    """SwiGLU or GEGLU (Shazeer 2020, arXiv 2002.05202), or GELU in its tanh form, as in GPT-2, or exact, as in GPT-NeoX."""
+    """Experts, or one MLP: SwiGLU or GEGLU, or GELU in its tanh form, as in GPT-2, or exact, as in GPT-NeoX."""
+    if config.experts:
+        return experts.mlp(config, weights["experts"], x)
     up = _linear(config, weights, "up", x)
-    if config.mlp == "swiglu":
-        inner = jax.nn.silu(_linear(config, weights, "gate", x)) * up
-    elif config.mlp == "geglu":
-        inner = jax.nn.gelu(_linear(config, weights, "gate", x), approximate=True) * up
+    if config.mlp in GATED:
+        inner = experts.gated(config, _linear(config, weights, "gate", x), up)
     else:
         inner = jax.nn.gelu(up, approximate=config.mlp == "gelu")
     return _linear(config, weights, "down", inner)
@@ -312,13 +351,15 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
     """Weights as `prefill`, `decode` and `logits` read them while sampling: products' operands in `config.dtype`, adapters
     merged; those in eight bits as they are.
 
-    On a CPU the stack of layers becomes a tuple, because indexing a stacked array there copies it at every step.
+    The stack of layers becomes a tuple: a layer of a stacked array is copied before its products, on a CPU at every step, on a
+    GPU once a chunk (half of the weights as temporaries, compiled for an H100).
     The embedding table stays float32 for look-ups; a tied head becomes a separate narrow copy of it.
     """
     read = functools.partial(products.for_decoding, dtype=config.dtype)
     layers = {name: w if isinstance(w, dict) else read(w) for name, w in params["layers"].items()}
-    if jax.default_backend() == "cpu":
-        layers = tuple(_at(layers, i) for i in range(config.layers))
+    if config.experts:
+        layers["experts"] = experts.decode_weights(config, params["layers"]["experts"])
+    layers = tuple(_at(layers, i) for i in range(config.layers))
     if config.tied_head:
         return params | {"layers": layers, "head": products.table_for_decoding(params["embed"], config.dtype)}
     return params | {"layers": layers, "head": read(params["head"])}
@@ -331,7 +372,7 @@ def prefill(
     length: Int[Array, " p"],
     n: int,
     width: int,
-    cache: CacheConfig = CacheConfig(),
+    cache: CacheConfig = EXACT,
 ) -> tuple[Float[Array, "p {config.width}"], Cache]:
     """Hidden state of each prompt's last token, and the cache for n responses of at most `width` tokens to each.
 

@@ -1,7 +1,7 @@
 """The programs of sampling: read prompts, write a fixed number of tokens a row, and rearrange rows in between.
 
-`sampling/generate.py` decides on the host when each of them runs. Rows live in a `State`. Either all of them stand at one common
-step, a wave, or each at its own, in slots that are refilled.
+`sampling/generate.py` decides on the host when each of them runs. Rows live in a `State`. Either all of them stand at one
+common step, a wave, or each at its own, in slots that are refilled.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def refill(
     first: Int[Array, ""] | int,
     key: PRNGKeyArray,
     slots: Int[Array, " m"],
-    done: Written,
+    done: Written | None,
     state: State,
 ) -> tuple[Written, State]:
     """Put down what the rows in `slots` have written, and give these to the samples of `count` prompts from `first` on."""
@@ -225,7 +225,7 @@ def _step(model: Model, spec: SamplingSpec, weights: Any, state: State) -> State
     token = jnp.where(going, token, spec.pad)
     stopped = (token[:, None] == jnp.array(spec.stop, jnp.int32)).any(-1)
     match, seen = rows.match, rows.seen
-    if state.stops is not None:
+    if state.stops is not None and match is not None:
         match = jnp.where(going, state.stops[match, token], match)
         stopped |= match == state.stops.shape[0] - 1
     if seen is not None:
@@ -282,7 +282,7 @@ def _choose(
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="done")
 def halve(model: Model, done: Written | None, state: State) -> tuple[Written, State]:
     """Put down what all rows have written, and go on with half of them, those among them that go on."""
-    done = state.rows.written if done is None else _collected(done, state.rows.row, state.rows.written)
+    done = _collected(done, state.rows.row, state.rows.written)
     going = live(state)
     keep = jnp.argsort(~going, stable=True)[: going.size // 2]
     rows, step = jax.tree.map(lambda x: x[keep] if x.ndim else x, (state.rows, state.step))
@@ -290,10 +290,10 @@ def halve(model: Model, done: Written | None, state: State) -> tuple[Written, St
     return _by_row(done), state
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="state")
-def grow(model: Model, extra: int, state: State) -> State:
-    """Make room for `extra` more response tokens in the cache."""
-    return dataclasses.replace(state, cache=model.grow(state.cache, extra))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def grow(model: Model, extra: int, cache: Any) -> Any:
+    """The cache with room for `extra` response tokens more; what does not grow is handed on, not copied."""
+    return model.grow(cache, extra)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -301,7 +301,7 @@ def finish(
     spec: SamplingSpec, n: int, prompts: Prompts, done: Written | None, rows: Rows, version: Int[Array, ""] | int
 ) -> Rollout:
     """Rows with each response directly after its prompt, and `spec.pad` after that."""
-    written = rows.written if done is None else _collected(done, rows.row, rows.written)
+    written = _collected(done, rows.row, rows.written)
     prompt, prompt_len = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.length, n)
     count, width = prompt.shape
     place = jnp.arange(width + spec.max_tokens)
@@ -324,7 +324,10 @@ def finish(
     return _by_row(rollout)
 
 
-def _collected(done: Written, row: Int[Array, " b"], written: Written) -> Written:
+def _collected(done: Written | None, row: Int[Array, " b"], written: Written) -> Written:
+    """What all rows of the batch have written; before any has left, these are all."""
+    if done is None:
+        return written
     return jax.tree.map(lambda every, own: every.at[row].set(own, mode="drop"), done, written)
 
 

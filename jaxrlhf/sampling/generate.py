@@ -1,9 +1,9 @@
 """Sampling: which program of `sampling/decode.py` runs when.
 
-Prompts are read once and shared by their samples; decoding runs in chunks of a fixed number of steps. Between two chunks the host
-looks which rows go on. Where all rows are decoded at once, a wave, those that have ended leave whenever the others fill no
-more than half of the batch. Where there are fewer slots than rows, slots that are free are refilled with the next prompts. So
-the time of a batch follows its tokens, not its longest row.
+Prompts are read once and shared by their samples; decoding runs in chunks of a fixed number of steps. Between two chunks the
+host looks which rows go on. Where all rows are decoded at once, a wave, those that have ended leave whenever the others fill
+no more than half of the batch. Where there are fewer slots than rows, slots that are free are refilled with the next prompts.
+So the time of a batch follows its tokens, not its longest row.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
-from jaxrlhf.models.model import CacheConfig, Model
+from jaxrlhf.models.model import EXACT, CacheConfig, Model
 from jaxrlhf.sampling import decode
 from jaxrlhf.sampling.decode import Shape, State, Written
 
@@ -35,7 +35,7 @@ class Options:
     chunk: int = 8  # steps between two looks at which rows go on, at most
     slots: int = 0  # rows decoded at a time, the others waiting for one that is free; 0: all rows at once
     least: int = 8  # rows that a batch shrinks to at least; fewer take a product as long
-    cache: CacheConfig = CacheConfig()
+    cache: CacheConfig = EXACT
     stop_table: Any = dataclasses.field(default=None, compare=False)  # `stop_strings.table`, for a spec with stop strings
     on_chunk: Callable[[int, int], None] | None = dataclasses.field(default=None, compare=False)  # told (rows, steps)
 
@@ -119,7 +119,7 @@ def warm(
         decode.finish(spec, n, prompts, done, state.rows, 0)
         last = job.fewest >= state.rows.row.size
         for room in job.rooms[1:]:
-            large, _ = job.advance(decode.grow(model, room - job.rooms[0], jax.tree.map(jnp.copy, state)))
+            large, _ = job.advance(job.grown(jax.tree.map(jnp.copy, state), room))
             if not last:
                 decode.halve(model, jax.tree.map(jnp.copy, done), large)
         state, _ = job.advance(state)
@@ -194,7 +194,7 @@ class _Job:
         given = (self.weights, self.prompts, self.key, self.options.stop_table)
         return decode.start_slots(self.model, self.spec, self.shape, self.options.slots // self.shape.n, *given)
 
-    def refill(self, done: Written, state: State, first: int, slots: np.ndarray) -> tuple[Written, State]:
+    def refill(self, done: Written | None, state: State, first: int, slots: np.ndarray) -> tuple[Written | None, State]:
         given = (self.weights, self.prompts, first, self.key, slots, done, state)
         return decode.refill(self.model, self.spec, self.shape, self.refilled, *given)
 
@@ -205,6 +205,10 @@ class _Job:
         # A fixed number of steps a program, not one loop until all have ended: a GPU would ask the host after every token.
         state, live = decode.advance(self.model, self.spec, self.steps, self.weights, state)
         return state, np.asarray(live)
+
+    def grown(self, state: State, room: int) -> State:
+        """With room for so many response tokens, in place of that at the start."""
+        return dataclasses.replace(state, cache=decode.grow(self.model, room - self.rooms[0], state.cache))
 
     def shrunk(self, done: Written | None, state: State, live: int) -> tuple[Written | None, State]:
         """Without the rows that have ended, if those that go on fill no more than half."""
@@ -219,7 +223,7 @@ def _in_a_wave(job: _Job) -> tuple[Written | None, State]:
     for end in range(job.steps, job.shape.width + 1, job.steps):
         if min(end, job.spec.max_tokens) > room:
             room = job.rooms[1]
-            state = decode.grow(job.model, room - job.rooms[0], state)
+            state = job.grown(state, room)
         state, live = job.advance(state)
         if not live.any() or end == job.shape.width:
             break
@@ -227,7 +231,7 @@ def _in_a_wave(job: _Job) -> tuple[Written | None, State]:
     return done, state
 
 
-def _in_slots(job: _Job) -> tuple[Written, State]:
+def _in_slots(job: _Job) -> tuple[Written | None, State]:
     """Some rows at a time, the next ones in the slots of those that have ended."""
     done, state = job.start_slots()
     first, rows = job.options.slots // job.shape.n, job.refilled * job.shape.n
@@ -246,9 +250,7 @@ def _in_slots(job: _Job) -> tuple[Written, State]:
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _job(
-    model: Model, params: Any, prompts: Prompts, spec: SamplingSpec, key: PRNGKeyArray, n: int, options: Options
-) -> _Job:
+def _job(model: Model, params: Any, prompts: Prompts, spec: SamplingSpec, key: PRNGKeyArray, n: int, options: Options) -> _Job:
     """The batch, checked before anything is compiled."""
     _check_numbers(model, prompts, spec, n, options)
     _check_prompts(model, prompts)
@@ -301,8 +303,8 @@ def _check_prompts(model: Model, prompts: Prompts) -> None:
     if outside.any():
         row, place = np.argwhere(outside)[0]
         raise ValueError(
-            f"prompt {row} has the id {tokens[row, place]} at place {place}, outside the vocabulary 0 .. {model.vocab_size - 1}: "
-            "is its tokenizer that of the model?"
+            f"prompt {row} has the id {tokens[row, place]} at place {place}, outside the vocabulary 0 .. "
+            f"{model.vocab_size - 1}: is its tokenizer that of the model?"
         )
 
 
@@ -313,8 +315,8 @@ def _check_memory(size: int) -> None:
     limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size > limit:
         raise ValueError(
-            f"keys and values of all rows take {size / 2**30:.1f} GiB a device, more than its {limit / 2**30:.1f} GiB: set slots "
-            "to fewer rows at a time, or cache.dtype to bfloat16 or int8, or lower max_tokens"
+            f"keys and values of all rows take {size / 2**30:.1f} GiB a device, more than its {limit / 2**30:.1f} GiB: set "
+            "slots to fewer rows at a time, or cache.dtype to bfloat16 or int8, or lower max_tokens"
         )
 
 
