@@ -40,8 +40,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--result", type=Path, help="also write the JSON document here")
     config = parser.parse_args()
-    place = targets.h100() if config.target == "h100" else jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    document = measure.head("decode_step", vars(config)) | {"memory": memory(config, place)}
+    document = measure.head("decode_step", vars(config)) | {"memory": memory(config, targets.place(config.target))}
     if config.target == "here":
         document |= {"machine": measure.machine(config.repeats), "times": times(config)}
     measure.write(document, config.result)

@@ -4,15 +4,16 @@ r"""Device memory of PPO's four roles (policy, reference, value, reward): whole 
     JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_autotune_level=0 python benchmarks/roles_memory.py --target h100 \
         --result benchmarks/results/2026-11-22-roles-memory-h100.json
 
-The second needs jax-cuda12-pjrt and jax-cuda12-plugin (pip install --no-deps), and no GPU.
-The library's own programs of an iteration are compiled: `rollout.experience` (log-probs of policy and reference, values),
-`rewards.reward`, and the train step of policy and critic. `trained`: four models, of which policy and critic are trained whole,
-each with Adam's two moments. `copies`: a frozen copy of the base for each role, an adapter on policy, critic and reward.
-`one_trunk`: those adapters over one base, and the reference is the base. Counted is all that stands in memory between programs
-(parameters, moments, frozen models, the batch) and the temporaries that the compiler gives the largest program; what comes out
-takes the place of donated arguments. What bounds it: a trained parameter takes 4 bytes, its moments 8, its gradient 4, a frozen
-one 4; activations and logits are common to all three. Before that, at a small shape, copies and one trunk run and must give the
-same losses. No times are taken. The last line of stdout is one JSON document.
+The second needs jax-cuda12-pjrt and jax-cuda12-plugin (pip install --no-deps), and no GPU. The library's own programs of an
+iteration are compiled: `rollout.experience` (log-probs of policy and reference, values), `rewards.reward`, and the train step
+of policy and critic. `trained`: four models, of which policy and critic are trained whole, each with Adam's two moments.
+`copies`: a frozen copy of the base for each role, an adapter on policy, critic and reward. `one_trunk`: those adapters over
+one base, and the reference is the base. `one_trunk_int8`: the same with the base's weight matrices in eight bits. Counted is
+all that stands in memory between programs (parameters, moments, frozen models, the batch) and the temporaries that the
+compiler gives the largest program; what comes out takes the place of donated arguments. What bounds it: a trained parameter
+takes 4 bytes, its moments 8, its gradient 4, a frozen one 4, one in eight bits 1; activations and logits are common to all.
+Before that, at a small shape, copies and one trunk run and must give the same losses. No times are taken. The last line of
+stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import measure
 import numpy as np
-from sampling import commit
 
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Experience, Outputs, Rollout, SamplingSpec, TrainState
-from jaxrlhf.models import heads, lora, roles, transformer
+from jaxrlhf.models import heads, int8, lora, roles, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import rollout
@@ -46,21 +47,12 @@ GPT2 = TransformerConfig(
     positions="learned", mlp="gelu", dtype="bfloat16",
 )  # fmt: skip
 SMALL = dataclasses.replace(GPT2, vocab_size=211, width=32, layers=2, heads=2, kv_heads=2, head_width=16, mlp_width=64)
-SETUPS = ("trained", "copies", "one_trunk")
+SETUPS = ("trained", "copies", "one_trunk", "one_trunk_int8")
 ROLES = ("policy", "reference", "critic", "reward")
-# Typed from Nvidia's figures; they choose kernels, and take no part in what is measured.
-H100 = """
-  gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84978434048 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
-  platform_name: "CUDA" dnn_version_info { major: 9 minor: 1 }
-  runtime_version { major: 12 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3" """
 
 
 def main() -> None:
-    """Compile the programs of the three setups and print one JSON document."""
+    """Compile the programs of every setup and print one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--width", type=int, default=128, help="tokens of a row; half of them are the response")
@@ -71,13 +63,13 @@ def main() -> None:
     settings = parser.parse_args()
     config = lora.LoraConfig(rank=settings.rank, alpha=2.0 * settings.rank)
     losses = same_losses(config)
-    place = target(settings.target)
+    place = targets.place(settings.target)
     found = {setup: memory(setup, config, settings, place) for setup in SETUPS}
     total = {setup: found[setup]["arguments"] + found[setup]["temporaries"] for setup in SETUPS}
     document = {
         "benchmark": "roles_memory",
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": measure.commit(),
         "settings": {name: value for name, value in vars(settings).items() if name != "result"},
         "model": dataclasses.asdict(GPT2) | {"parameters": count(transformer.param_specs(GPT2))},
         "adapter": dataclasses.asdict(config) | {"parameters": count(lora.specs(GPT2, config))},
@@ -87,21 +79,11 @@ def main() -> None:
         "bytes": found,
         "one_trunk_of_trained": total["one_trunk"] / total["trained"],
         "one_trunk_of_copies": total["one_trunk"] / total["copies"],
+        "int8_of_one_trunk": total["one_trunk_int8"] / total["one_trunk"],
     }
     if settings.result is not None:
         settings.result.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document))
-
-
-def target(name: str) -> Any:
-    """The sharding of every argument: of this CPU, or of an H100 that need not be here."""
-    if name == "cpu":
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="cuda", topology_name="h100", target_config=H100, topology="1x1x1").devices
-    jax.default_backend = lambda: "gpu"  # the library asks it which form of a product and how many logits at a time are best
-    return jax.sharding.SingleDeviceSharding(devices[0])
 
 
 def memory(setup: str, config: lora.LoraConfig, settings: Any, place: Any) -> dict[str, Any]:
@@ -133,6 +115,8 @@ def learned(experience: Experience) -> ppo.Batch:
 def start(setup: str, shape: TransformerConfig, config: lora.LoraConfig) -> tuple[Any, Any]:
     """(what is trained, what is frozen). Of `copies` and `one_trunk` the adapters are the same, and not zero."""
     base = transformer.build(shape).init(jax.random.key(0))
+    if setup == "one_trunk_int8":
+        base = int8.quantise(base)
     scalar = sharding.init_params(heads.score_specs(shape.width), jax.random.key(1))
     unit = {"gain": jnp.ones([]), "bias": jnp.zeros([])}
     if setup == "trained":
@@ -145,7 +129,7 @@ def start(setup: str, shape: TransformerConfig, config: lora.LoraConfig) -> tupl
 
     params = {"policy": adapter(2), "critic": {"trunk": adapter(3), "head": scalar}}
     frozen = {"reward": {"trunk": adapter(4), "head": scalar} | unit}
-    return params, frozen | ({"base": base} if setup == "one_trunk" else {f"{role}_base": base for role in ROLES})
+    return params, frozen | ({"base": base} if setup.startswith("one_trunk") else {f"{role}_base": base for role in ROLES})
 
 
 def iteration(
@@ -158,20 +142,20 @@ def iteration(
         """Trees of policy and critic."""
         if setup == "trained":
             return params
-        if setup == "one_trunk":
+        if setup.startswith("one_trunk"):
             return roles.attach(frozen["base"], params, config)
         policy = lora.attach(frozen["policy_base"], params["policy"], config)
         return {"policy": policy, "critic": roles.attach(frozen["critic_base"], params["critic"], config)}
 
     def score(params: Any, frozen: Any, drawn: Rollout) -> Experience:
-        reference = frozen[{"trained": "reference", "one_trunk": "base", "copies": "reference_base"}[setup]]
+        reference = frozen[{"trained": "reference", "copies": "reference_base"}.get(setup, "base")]
         options = rollout.Options(rows=drawn.tokens.shape[0] // microbatches)
         return rollout.experience(model, whole(params, frozen), {"reference": reference}, drawn, spec, options)
 
     def reward(frozen: Any, drawn: Rollout) -> jax.Array:
         judge = frozen["reward"]
         if setup != "trained":
-            judge = roles.attach(frozen["base" if setup == "one_trunk" else "reward_base"], judge, config)
+            judge = roles.attach(frozen["base" if setup.startswith("one_trunk") else "reward_base"], judge, config)
         return rewards.reward(model, "last")(judge, drawn)
 
     outputs = objective.make_outputs(model, spec, entropy=True, values=True, trunk="policy")

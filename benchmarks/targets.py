@@ -15,8 +15,11 @@ H100 = """
   runtime_version { major: 12 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3" """
 
 
-def h100() -> jax.sharding.Sharding:
-    """One H100, by jax-cuda12-pjrt and jax-cuda12-plugin; from here on the library builds its programs for a GPU."""
+def place(name: str) -> jax.sharding.Sharding:
+    """The first device that is here, or for `h100` one that need not be, by jax-cuda12-pjrt and jax-cuda12-plugin; from there on
+    the library builds its programs for a GPU."""
+    if name != "h100":
+        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc(platform="cuda", topology_name="h100", target_config=H100, topology="1x1x1").devices

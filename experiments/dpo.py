@@ -46,6 +46,7 @@ class Config:
     batch: int = 64  # pairs
     algorithm: dpo.Config = dpo.Config(beta=0.3)  # at 0.1 this small model leaves 18 nats between itself and the reference
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
+    frozen: stage.Weights = "float32"  # of the frozen start: what adapters lie over, and the reference
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=1e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -61,7 +62,7 @@ def run(config: Config) -> dict[str, Any]:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            return train(run, config, tasks.make(config, mesh), mesh)
+            return train(run, config, tasks.make(config, mesh, config.frozen), mesh)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:

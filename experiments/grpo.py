@@ -41,6 +41,7 @@ class Config:
     # A learned reward needs the price of PPO: at the published 0.04 the policy went 29 nats away.
     algorithm: grpo.Config = dataclasses.replace(grpo.GRPO, kl_coef=0.12, samples=4, minibatches=4, epochs=2)
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
+    frozen: stage.Weights = "float32"  # of the frozen start: what adapters lie over, and the reference
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -55,7 +56,7 @@ def run(config: Config) -> dict[str, Any]:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            return train(run, config, tasks.make(config, mesh), mesh)
+            return train(run, config, tasks.make(config, mesh, config.frozen), mesh)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:

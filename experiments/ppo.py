@@ -45,6 +45,7 @@ class Config:
     algorithm: ppo.Config = ppo.Config(kl_coef=0.12)
     critic: Literal["shared", "separate", "reward"] = "shared"  # value head on the policy's trunk; its own; the reward model's
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train adapters over the frozen start, of policy and separate critic
+    frozen: stage.Weights = "float32"  # of the frozen start: what adapters lie over, and the reference
     ema_decay: float | None = None  # serve an average of the policy's weights over iterations instead of the last ones
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
@@ -60,7 +61,7 @@ def run(config: Config) -> dict[str, Any]:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
-            return train(run, config, tasks.make(config, mesh), mesh)
+            return train(run, config, tasks.make(config, mesh, config.frozen), mesh)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:

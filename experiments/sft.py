@@ -41,6 +41,7 @@ class Config:
     width: int = 512  # tokens of a conversation; a turn that ends later is left out
     held_out: float = 0.05  # of the conversations' turns
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
+    frozen: stage.Weights = "float32"  # of the frozen start
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon", muon_dtype="bfloat16", learning_rate=0.002, adam_learning_rate=4e-4, warmup_fraction=0.1, clip_norm=None
     )
@@ -48,11 +49,13 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
+    if config.frozen != "float32" and not config.lora.rank:
+        raise ValueError(f"frozen='{config.frozen}' with lora.rank=0: then nothing is frozen; set a rank, 8 say")
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
-        start = stage.load(config.init, mesh)
+        start = stage.load(config.init, mesh, weights=config.frozen)
         data, test, left_out = dataset(config, start.tokenizer)
         held_out = batch_of({name: array[:512] for name, array in test.items()})
         batches = pipeline.by_step(lambda i: sharding.shard_batch(batch_of(data[i]), mesh))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Rollout, SamplingSpec
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.models import heads, hf, lora, peft, pretrained, transformer
+from jaxrlhf.models import heads, hf, int8, lora, peft, pretrained, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import Model
@@ -45,6 +45,9 @@ def spec(sampling: Sampling, tokenizer: Tokenizer) -> SamplingSpec:
     return SamplingSpec(**dataclasses.asdict(sampling), stop=(tokenizer.eos,), forbidden=forbidden, pad=tokenizer.pad)
 
 
+Weights = Literal["float32", "int8"]  # of a model that is read and not trained: as the folder has them, or in eight bits
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """A finished stage's model."""
@@ -54,6 +57,7 @@ class Trained:
     params: Any
     tokenizer: Tokenizer
     settings: dict[str, Any]  # config.json of the folder
+    folder: Path | None = None  # it was read from
 
 
 def specs(config: TransformerConfig, kind: str, several: ensemble.Config | None = None) -> Any:
@@ -99,22 +103,28 @@ def is_checkpoint(folder: Path) -> bool:
     return file.is_file() and not (folder / pretrained.PARAMS).is_file() and "model_type" in hf.read_config(folder)
 
 
-def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy") -> Trained:
-    """The model in `folder`, on the mesh: what a stage wrote, or a checkpoint of Hugging Face, its weights in float32.
+def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy", weights: Weights = "float32") -> Trained:
+    """The model in `folder`, on the mesh: what a stage wrote, or a checkpoint of Hugging Face, its weights in float32; or with
+    weights="int8", to be read and not trained (`models/int8.py`).
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: not a model of this kind, or damaged, or a checkpoint that `models/hf.py` cannot read.
     """
     if is_checkpoint(folder):
-        return _load_checkpoint(folder, mesh, kind)
+        found = _load_checkpoint(folder, mesh, kind)
+        return dataclasses.replace(found, params=int8.quantise(found.params)) if weights == "int8" else found
     params, settings = pretrained.load(folder)
     if settings.get("kind") != kind:
         raise ValueError(f"{folder}: holds a {settings.get('kind', 'model of another program')}, not a {kind}")
     config, tokenizer = TransformerConfig(**settings["transformer"]), tokenizers.load(folder)
     hf.check_vocabulary(tokenizer, config)
-    params = jax.device_put(params, sharding.shardings(specs(config, kind, ensembled(settings)), mesh))
-    return Trained(config, transformer.build(config), params, tokenizer, settings)
+    declared = specs(config, kind, ensembled(settings))
+    places = sharding.shardings(declared, mesh)
+    for line in sharding.undivided(declared, mesh):
+        print(f"{folder}: {line}", flush=True)
+    params = int8.quantise(params, places) if weights == "int8" else jax.device_put(params, places)
+    return Trained(config, transformer.build(config), params, tokenizer, settings, folder)
 
 
 def _load_checkpoint(folder: Path, mesh: jax.sharding.Mesh, wanted: str) -> Trained:
@@ -125,7 +135,7 @@ def _load_checkpoint(folder: Path, mesh: jax.sharding.Mesh, wanted: str) -> Trai
     hf.check_vocabulary(tokenizer, config)
     settings = {"kind": found, "transformer": dataclasses.asdict(config), "source": str(folder)}
     settings |= {"pooling": "last"} if found == "reward_model" else {}
-    return Trained(config, transformer.build(config), params, tokenizer, settings)
+    return Trained(config, transformer.build(config), params, tokenizer, settings, folder)
 
 
 def load_reward(folder: Path, mesh: jax.sharding.Mesh, start: Trained) -> Trained:
@@ -139,7 +149,9 @@ def load_reward(folder: Path, mesh: jax.sharding.Mesh, start: Trained) -> Traine
     if kind(folder) != "reward_adapter":
         return load(folder, mesh, "reward_model")
     own, settings = pretrained.load(folder)
-    if pretrained.fingerprint(start.params) != settings["base"]["blake2b"]:
+    # What a start in eight bits was rounded from is in its folder.
+    exact = load(start.folder, mesh).params if start.folder is not None and int8.inside(start.params) else start.params
+    if pretrained.fingerprint(exact) != settings["base"]["blake2b"]:
         raise ValueError(
             f"{folder}: was trained over {settings['base']['folder']}, whose parameters are not those that it would be laid "
             "over here: start from that model, or give the `model` folder beside this one, which has a trunk of its own"
@@ -176,8 +188,15 @@ def reward(judged: Trained) -> Callable[[Any, Rollout], jax.Array]:
 
 
 def trainable(start: Trained, config: LoraConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
-    """What is trained of a language model: a new adapter over it, or with rank 0 all of it."""
-    return adapter(start.config, config, mesh, seed) if config.rank else start.params
+    """What is trained of a language model: a new adapter over it, or with rank 0 all of it.
+
+    Of one in eight bits that is the weights in its folder, read again.
+    """
+    if config.rank:
+        return adapter(start.config, config, mesh, seed)
+    if start.folder is not None and int8.inside(start.params):
+        return load(start.folder, mesh).params
+    return start.params
 
 
 def adapter(shape: TransformerConfig, config: LoraConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
@@ -202,6 +221,8 @@ def tell_memory(run: Run, rows: Sequence[plan.Row]) -> None:
 def save_policy(out: Path, start: Trained, params: Any, config: LoraConfig, base: Path) -> None:
     """Write a trained policy as `out/model`. Where `params` are an adapter, it is merged there with `start`, which was read
     from `base`, and stands alone as `out/adapter` in the format of the peft package, where that can hold it.
+
+    Of a start in eight bits the merged model has the weights that those stand for, wide: it is the policy that was trained.
     """
     whole = jax.device_get(lora.merge(start.params, params, config))
     save(out / "model", "policy", whole, start.config, start.tokenizer)

@@ -95,13 +95,14 @@ class Settings(Protocol):
         ...
 
 
-def make(config: Settings, mesh: jax.sharding.Mesh) -> Task:
-    """The task called `config.task`.
+def make(config: Settings, mesh: jax.sharding.Mesh, frozen: stage.Weights = "float32") -> Task:
+    """The task called `config.task`, its start with the weights `frozen`.
 
     Raises:
         ValueError, FileNotFoundError: a folder holds no such model, or more held-out prompts are asked for than there are.
     """
-    return arithmetic(config, mesh) if config.task == "arithmetic" else sentiment(config, mesh)
+    start = stage.load(config.policy, mesh, weights=frozen)
+    return arithmetic(config, start, mesh) if config.task == "arithmetic" else sentiment(config, start, mesh)
 
 
 def tell_memory(run: Run, config: Settings, task: Task, params: Any, update: Any, n: int = 0, average: bool = False) -> None:
@@ -118,9 +119,8 @@ def tell_memory(run: Run, config: Settings, task: Task, params: Any, update: Any
     stage.tell_memory(run, (*trained, *kept, *sampled))
 
 
-def sentiment(config: Settings, mesh: jax.sharding.Mesh) -> Task:
+def sentiment(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh) -> Task:
     """Continue the first words of a review; the reward model in `config.reward` scores."""
-    first = stage.load(config.policy, mesh)
     judged = stage.load_reward(config.reward, mesh, first)
     value = stage.reward(judged)
     setting = held_out.Setting(
@@ -158,9 +158,8 @@ def review_prompts(tokenizer: Tokenizer, batch: int, seed: int) -> Any:
     return pipeline.prompt_batches(pipeline.cut_prompts(tokenizer.encode_batch(texts), tokenizer, seed), batch, seed)
 
 
-def arithmetic(config: Settings, mesh: jax.sharding.Mesh) -> Task:
+def arithmetic(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh) -> Task:
     """Write a sum: 1 for the right answer, and 0.1 for an answer of digits alone."""
-    first = stage.load(config.policy, mesh)
     tokenizer, spec, rows = first.tokenizer, stage.spec(config.sampling, first.tokenizer), sums.problems("train")
     asked = held_out_sums(config.held_out_prompts)
     parts = {"correct": functions.exact_match, "digits": functions.format_match(r"\d+")}

@@ -763,9 +763,9 @@ MUTATIONS = (
     ),
     Mutation(
         "sampling-without-the-adapter",
-        "models/transformer.py",
-        "products.whole(w).astype(dtype)",
-        "getattr(w, 'weight', w).astype(dtype)",
+        "models/products.py",
+        "else whole(weight).astype(dtype)",
+        "else getattr(weight, 'weight', weight).astype(dtype)",
         "test_lora.py::test_merged_equals_unmerged",
     ),
     Mutation(
@@ -915,6 +915,42 @@ MUTATIONS = (
         'row["gold"] = float(np.mean(samples.gold))',
         'row["gold"] = float(np.mean(samples.proxy))',
         "test_win_rate.py::test_row_of_a_policy",
+    ),
+    # ------------------------------------------------------------------------------------------------ eight bits, harness
+    Mutation(
+        "int8-scale-of-the-other-axis",
+        "models/int8.py",
+        '    if names[-1] == "embed":\n        return -1\n    return -2 if',
+        '    if names[-1] == "embed":\n        return -1\n    return -1 if',
+        "test_int8.py::test_a_column_by_hand",
+    ),
+    Mutation(
+        "int8-gradient-without-the-scale",
+        "models/products.py",
+        "(g * (scale.T if flipped else scale)).astype(dtype)",
+        "g.astype(dtype)",
+        "test_int8.py::test_a_product_and_its_gradient",
+    ),
+    Mutation(
+        "int8-merged-for-decoding",
+        "models/products.py",
+        "return weight if isinstance(frozen, Quantised) else whole(weight).astype(dtype)",
+        "return whole(weight).astype(dtype)",
+        "test_int8.py::test_sampler_and_scorer_agree",
+    ),
+    Mutation(
+        "harness-greedy-if-any-token-is",
+        "evaluation/harness.py",
+        "greedy = np.asarray(best).sum(1) == response",
+        "greedy = np.asarray(best).any(1)",
+        "test_harness.py::test_one_token_that_is_not_the_most_probable_is_enough",
+    ),
+    Mutation(
+        "harness-keeps-the-beginning-of-a-long-context",
+        "evaluation/harness.py",
+        "rows = [(pairs[i][0] + pairs[i][1])[-width:] for i in part]",
+        "rows = [(pairs[i][0] + pairs[i][1])[:width] for i in part]",
+        "test_harness.py::test_a_context_too_long_loses_its_beginning_and_is_counted",
     ),
     # ------------------------------------------------------------------------------------------------- slots and caches
     Mutation(

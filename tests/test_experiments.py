@@ -214,6 +214,7 @@ def test_eight_devices_learn_what_one_learns(loop, tmp_path):
     [
         (("sft", "--init", "no/such/folder", "--out", "{tmp}/a"), "no/such/folder"),
         (("sft", "--init", "{tmp}", "--out", "{tmp}/a"), "no trained model"),
+        (("sft", "--frozen", "int8", "--out", "{tmp}/a"), "lora.rank=0"),
         (("pretrain", "--preset", "smoke", "--out", "{tmp}"), "not empty"),
         (("pretrain", "--preset", "smoke", "--out", "/proc/nowhere"), "/proc/nowhere"),
         (("pretrain", "--preset", "smok", "--out", "{tmp}/a"), "smoke"),

@@ -49,6 +49,7 @@ LATE = {
     "tyro",
     "pydantic",
     "math_verify",
+    "lm_eval",
 }
 
 # Mathematics: no print, no log, no files, no mesh, no arrays and no jit at import. Host code inside these folders is named.

@@ -113,6 +113,40 @@ def test_an_adapter_is_trained_over_the_start_and_saved_twice(start, tmp_path, n
     assert moved == {f"layers/{target}" for target in targets}
 
 
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("grpo", ("--batch", 8, "--lora.rank", 4, "--lora.targets", "query", "down")),
+        pytest.param("ppo", ("--batch", 32), marks=pytest.mark.full),
+    ],
+    ids=("adapter", "reference"),
+)
+def test_the_frozen_start_in_eight_bits(start, tmp_path, name, flags):
+    """What is saved is what was trained: over the weights that the eight bits stand for, or, without adapters, over the start's
+    own, near a reference that is off by rounding alone."""
+    out = tmp_path / name
+    command = ("--preset", "arithmetic", "--policy", start / "model", "--out", out, *SMALL, *flags, "--frozen", "int8")
+    done = script(name, *command)
+    assert done.returncode == 0, done.stderr
+    kl = json.loads((out / "result.json").read_text())["curve"][0]["held_out/kl"]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["rollout/sampler_gap_max"] < 1e-4
+    saved, before = (load_file(x / "model" / "params.safetensors") for x in (out, start))
+    assert {value.dtype for value in saved.values()} == {np.dtype(np.float32)}
+    if name == "ppo":
+        assert 0 < abs(kl) < 0.05
+        return
+    assert abs(kl) < 1e-5
+    for leaf in ("layers/key", "layers/up"):
+        step = np.abs(before[leaf]).max(-2, keepdims=True) / 127
+        np.testing.assert_allclose(saved[leaf], np.round(before[leaf] / step) * step, atol=1e-6, err_msg=leaf)
+        assert (saved[leaf] != before[leaf]).any()
+    step = np.abs(before["layers/query"]).max(-2, keepdims=True) / 127
+    rest = saved["layers/query"] - np.round(before["layers/query"] / step) * step  # the adapter
+    assert np.linalg.matrix_rank(rest[0], tol=1e-6) <= 4
+    assert np.abs(rest).max() > 1e-6
+
+
 def test_a_new_algorithm_is_two_new_files_and_no_edit(start, tmp_path):
     """A fork: a copy of rloo.py with another advantage and a copy of its script, in folders of their own."""
     algorithm = (ROOT / "jaxrlhf" / "algorithms" / "rloo.py").read_text()

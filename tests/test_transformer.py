@@ -384,6 +384,23 @@ def test_sampling_on_eight_devices_gives_the_same_logits():
     assert_close(np.asarray(out), sampler(GPT, 2)(params, prompts, length, responses), 2e-5)
 
 
+@pytest.mark.parametrize("config", [LLAMA, GPT], ids=["tied", "head"])
+def test_a_vocabulary_that_the_mesh_does_not_divide_is_whole_on_each_device_and_told(config):
+    """39 ids over two devices: the same numbers, and no id more."""
+    config = dataclasses.replace(config, vocab_size=39)
+    specs, mesh = transformer.param_specs(config), sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+    params, rows = parameters(config), tokens(8, 12) % 39
+    places = sharding.shardings(specs, mesh)
+    assert places["embed"].spec == jax.sharding.PartitionSpec(None, "fsdp")
+    told = ["embed: axis 'vocab' of size 39 is not split, since 2 do not divide it"]
+    assert sharding.undivided(specs, mesh) == told + [told[0].replace("embed", "head")] * ("head" in specs)
+    assert not sharding.undivided(transformer.param_specs(LLAMA), mesh)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(params, places)
+        found = jax.jit(gradient(config).__wrapped__)(split, sharding.shard_batch(rows, mesh))
+    assert_close(jax.device_get(found), gradient(config)(params, rows), 2e-5)
+
+
 def test_a_mesh_that_does_not_divide_the_heads_is_refused():
     mesh = sharding.make_mesh(sharding.MeshConfig(1, 1, 8))
     specs = transformer.param_specs(dataclasses.replace(LLAMA, vocab_size=64, heads=6, kv_heads=6))

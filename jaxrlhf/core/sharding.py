@@ -109,31 +109,53 @@ def init_params(specs: Any, key: jax.Array, dtype: Any = jnp.float32) -> Any:
     return jax.tree_util.tree_map_with_path(init, specs, is_leaf=_is_spec)
 
 
+# A vocabulary is what its tokenizer makes it, 50,257 say: where the mesh does not divide it, each device holds all of it.
+# Padded, it would be another distribution: the rows added would take probability.
+WHOLE_IF_UNEVEN = ("vocab",)
+
+
 def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """The mesh axes that split an array with these logical axes."""
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
 def shardings(specs: Any, mesh: Mesh) -> Any:
-    """`NamedSharding` of each spec.
+    """`NamedSharding` of each spec; an axis of `WHOLE_IF_UNEVEN` that the mesh does not divide is not split (`undivided`).
 
     Raises:
-        ValueError: an axis is not divisible by the mesh axes that split it (naming the leaf, the axis and the sizes).
+        ValueError: another axis is not divisible by the mesh axes that split it (naming the leaf, the axis and the sizes).
     """
 
     def one(path, spec):
+        axes = []
         for size, axis in zip(spec.shape, spec.axes, strict=True):
-            names = () if axis is None else RULES[axis]
-            names = (names,) if isinstance(names, str) else names or ()
-            ways = math.prod(mesh.shape[name] for name in names)
-            if size % ways:
+            names, ways = _split(axis, mesh)
+            if size % ways and axis not in WHOLE_IF_UNEVEN:
                 raise ValueError(
                     f"parameter {path_name(path)}: axis '{axis}' of size {size} cannot be split {ways} ways over mesh "
                     f"{names}; choose a mesh that divides it"
                 )
-        return NamedSharding(mesh, partition_spec(spec.axes))
+            axes.append(None if size % ways else axis)
+        return NamedSharding(mesh, partition_spec(tuple(axes)))
 
     return jax.tree_util.tree_map_with_path(one, specs, is_leaf=_is_spec)
+
+
+def undivided(specs: Any, mesh: Mesh) -> list[str]:
+    """What `shardings` leaves whole though its axis has mesh axes to split it, for people to read."""
+    found = []
+    for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=_is_spec):
+        for size, axis in zip(spec.shape, spec.axes, strict=True):
+            if axis in WHOLE_IF_UNEVEN and size % (ways := _split(axis, mesh)[1]):
+                found.append(f"{path_name(path)}: axis '{axis}' of size {size} is not split, since {ways} do not divide it")
+    return found
+
+
+def _split(axis: str | None, mesh: Mesh) -> tuple[tuple[str, ...], int]:
+    """The mesh axes that split a logical axis, and into how many parts."""
+    names = () if axis is None else RULES[axis]
+    names = (names,) if isinstance(names, str) else names or ()
+    return names, math.prod(mesh.shape[name] for name in names)
 
 
 def abstract(specs: Any, mesh: Mesh, dtype: Any = jnp.float32) -> Any:

@@ -44,12 +44,12 @@ def encode(tokenizer: Tokenizer, messages: Messages, ask: bool = False) -> tuple
             f"the chat template keeps messages {', '.join(pieces[1::2]) or 'none'} of 0 .. {len(messages) - 1}: each must "
             f"stand there once; the roles are {', '.join(str(message.get('role')) for message in messages)}"
         )
-    reader = _reader(tokenizer)
-    special = {i for i, token in reader.get_added_tokens_decoder().items() if token.special}
+    read = reader(tokenizer)
+    special = {i for i, token in read.get_added_tokens_decoder().items() if token.special}
     ids, written = [], []
     for i, text in enumerate(pieces[::2]):
         spoken = i > 0 and messages[i - 1]["role"] == "assistant"
-        between = reader.encode(text, add_special_tokens=False).ids
+        between = read.encode(text, add_special_tokens=False).ids
         ids += between
         written += [spoken and k == 0 and token in special for k, token in enumerate(between)]
         if i < len(messages):
@@ -57,6 +57,26 @@ def encode(tokenizer: Tokenizer, messages: Messages, ask: bool = False) -> tuple
             ids += said
             written += [messages[i]["role"] == "assistant"] * len(said)
     return np.array(ids, np.int32), np.array(written, bool)
+
+
+def render(tokenizer: Tokenizer, messages: Messages, ask: bool = False) -> str:
+    """A conversation as the chat template writes it, for programs that want text; the messages are not kept apart from it.
+
+    `ask`: the text ends where the assistant's next answer begins, else where the last message ends.
+
+    Raises:
+        ValueError: there is no chat template.
+    """
+    return _render(_named(tokenizer), [dict(message) for message in messages], ask, go_on=not ask)
+
+
+def template(tokenizer: Tokenizer) -> str:
+    """The chat template.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return _named(tokenizer)["chat_template"]
 
 
 def answer_rows(conversations: Sequence[Messages], tokenizer: Tokenizer, width: int) -> tuple[Arrays, int]:
@@ -105,6 +125,12 @@ def read(file: Path | str) -> list[list[dict[str, str]]]:
     return found
 
 
+@functools.lru_cache(maxsize=2)
+def reader(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """What reads a template's own text, special tokens and all."""
+    return tokenizers.Tokenizer.from_str(tokenizer.continuation.to_str())
+
+
 def _named(tokenizer: Tokenizer) -> dict[str, Any]:
     """`tokenizer_config.json` with the chat template in it.
 
@@ -120,18 +146,16 @@ def _named(tokenizer: Tokenizer) -> dict[str, Any]:
     return values | {"chat_template": template}
 
 
-def _render(values: dict[str, Any], messages: list[dict[str, Any]], ask: bool) -> str:
+def _render(values: dict[str, Any], messages: list[dict[str, Any]], ask: bool, go_on: bool = False) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     special = {name: token for name, token in values.items() if name.endswith("_token") and token is not None}
     special = {name: token["content"] if isinstance(token, dict) else token for name, token in special.items()}
     rendered: Any = render_jinja_template(
-        [messages], chat_template=values["chat_template"], add_generation_prompt=ask, **special
+        [messages],
+        chat_template=values["chat_template"],
+        add_generation_prompt=ask,
+        continue_final_message=go_on,
+        **special,
     )
     return rendered[0][0]
-
-
-@functools.lru_cache(maxsize=2)
-def _reader(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer that reads a template's own text, special tokens and all."""
-    return tokenizers.Tokenizer.from_str(tokenizer.continuation.to_str())

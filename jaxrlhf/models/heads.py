@@ -173,6 +173,11 @@ def token_kl(
     return _by_positions(one, hidden, model.vocab_size, block)
 
 
+def most_probable(model: Model, params: Any, hidden: Float[Array, "b r d"], block: int = 0) -> Int[Array, "b r"]:
+    """The most probable token after each state under the plain softmax, of several alike the first; blocks as above."""
+    return _by_positions(lambda args: model.logits(params, args[0]).argmax(-1), (hidden,), model.vocab_size, block)
+
+
 def _policy(model, params, hidden, position, spec, seen):
     logits = model.logits(params, hidden)
     if spec is None:

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import ParamSpec
-from jaxrlhf.models import transformer
+from jaxrlhf.models import int8, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.hf_config import CLASSES, config_from_hf
 from jaxrlhf.models.hf_export import config_to_hf
@@ -306,8 +306,10 @@ def save(
     what is left is kept as `score_offset` in `config.json`, to be added to its scores.
 
     Raises:
-        ValueError: the folder holds something, no architecture of transformers fits, or the tokenizer does not fit the model.
+        ValueError: the folder holds something, no architecture of transformers fits, the tokenizer does not fit the model, or a
+            weight is in eight bits.
     """
+    int8.refuse(params, "exported")
     folder = Path(folder)
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty: choose another folder")

@@ -120,13 +120,13 @@ def detach(params: Any, config: LoraConfig) -> tuple[Any, Any]:
 
 
 def merge(base: Any, adapter: Any, config: LoraConfig) -> Any:
-    """The model as one tree of plain weights, W + scale * A B."""
+    """The model as one tree of plain weights, W + scale * A B; of a base in eight bits, the W that they stand for."""
     return whole(attach(base, adapter, config))
 
 
 def whole(params: Any) -> Any:
-    """Parameters of which every adapter is merged into its weight."""
-    return jax.tree.map(products.whole, params, is_leaf=lambda x: isinstance(x, Adapted))
+    """Parameters of which every adapter is merged into its weight, and every weight in eight bits is wide again."""
+    return jax.tree.map(products.whole, params, is_leaf=products.is_weight)
 
 
 def unmerge(merged: Any, adapter: Any, config: LoraConfig) -> Any:

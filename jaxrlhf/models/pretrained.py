@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from jaxrlhf.models import int8
+
 PARAMS, CONFIG = "params.safetensors", "config.json"
 
 
@@ -25,11 +27,12 @@ def save(path: Path | str, params: dict[str, Any], config: dict[str, Any] | Any)
     whole: a reader sees the old model or the new one, and a crash leaves one of them.
 
     Raises:
-        ValueError: the folder holds something else, or a name cannot be flattened.
+        ValueError: the folder holds something else, a name cannot be flattened, or a weight is in eight bits.
         TypeError: the configuration holds what JSON cannot.
     """
     from safetensors.numpy import save_file
 
+    int8.refuse(params, "saved")
     path = Path(path)
     values = config if isinstance(config, dict) else dataclasses.asdict(config)
     text = json.dumps(values, indent=1) + "\n"  # before anything is written

@@ -1,6 +1,7 @@
 """The product of activations and a weight with narrow operands and float32 sums, its gradient, and what a CPU needs for it.
 
-A weight is an array, or `Adapted`: a frozen one with a low-rank adapter beside it (`models/lora.py`).
+A weight is an array, or `Quantised`: a frozen one in eight bits (`models/int8.py`), or `Adapted`: a frozen one of either kind
+with a low-rank adapter beside it (`models/lora.py`).
 
 On a CPU the backward pass of a language model is 2 to 3 times slower if left to autodiff and XLA: see the comments here.
 """
@@ -8,6 +9,7 @@ On a CPU the backward pass of a language model is 2 to 3 times slower if left to
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +18,32 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+
+@struct.dataclass
+class Quantised:
+    """values * scale, a frozen weight or a stack of them: one scale for each output of a product, which it multiplies."""
+
+    values: jax.Array  # int8 [..., in, out], or a table's [V, D]
+    scale: jax.Array  # float32 [..., 1, out], or a table's [V, 1]
 
 
 @struct.dataclass
 class Adapted:
     """W + scale * A B, the weight of a linear layer or of a stack of them. Source: Hu et al. 2021, equation 3."""
 
-    weight: jax.Array  # W [..., in, out]
+    weight: jax.Array | Quantised  # W [..., in, out]
     a: jax.Array  # [..., in, r]
     b: jax.Array  # [..., r, out]
     scale: float = struct.field(pytree_node=False)
 
 
+Weight = jax.Array | Quantised | Adapted
+
+
 def product(
-    dtype: str, x: Float[Array, "*s i"], weight: Float[Array, "a b"] | Adapted, flipped: bool = False
+    dtype: str, x: Float[Array, "*s i"], weight: Float[Array, "a b"] | Quantised | Adapted, flipped: bool = False
 ) -> Float[Array, "*s o"]:
     """x [..., in] @ weight [in, out] (`flipped`: [out, in]), operands rounded to `dtype`, sums and result float32."""
     if isinstance(weight, Adapted):  # never flipped: an embedding table has no adapter
@@ -38,15 +51,52 @@ def product(
         return product(dtype, x, weight.weight) + weight.scale * low
     # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
     rows = x.reshape(-1, x.shape[-1])
-    result: jax.Array = _matmul(jnp.dtype(dtype), flipped, rows, weight)
-    return result.reshape(*x.shape[:-1], weight.shape[0 if flipped else 1])
+    if isinstance(weight, Quantised):
+        shape = weight.values.shape
+        result: jax.Array = _matmul_int8(jnp.dtype(dtype), flipped, rows, weight.values, weight.scale)
+    else:
+        shape = weight.shape
+        result = _matmul(jnp.dtype(dtype), flipped, rows, weight)
+    return result.reshape(*x.shape[:-1], shape[0 if flipped else 1])
 
 
-def whole(weight: jax.Array | Adapted) -> jax.Array:
-    """The weight as one array: itself, or W + scale * A B."""
-    if not isinstance(weight, Adapted):
-        return weight
-    return weight.weight + weight.scale * jnp.matmul(weight.a, weight.b, precision="highest")
+def look_up(table: Float[Array, "v d"] | Quantised, ids: Int[Array, "*s"]) -> Float[Array, "*s d"]:
+    """Rows of a table, float32. Ids outside read its first or last row."""
+    # Clipped, because the default fills with NaN, which 0 * NaN would spread.
+    take = functools.partial(jnp.take, indices=ids, axis=0, mode="clip")
+    if isinstance(table, Quantised):
+        return take(table.values).astype(jnp.float32) * jax.lax.stop_gradient(take(table.scale))
+    return take(table).astype(jnp.float32)  # of a table kept in bfloat16
+
+
+def is_weight(x: Any) -> bool:
+    """Whether this node of a tree is a weight that is more than one array."""
+    return isinstance(x, Quantised | Adapted)
+
+
+def whole(weight: Weight) -> jax.Array:
+    """The weight as one array: itself, values * scale, or W + scale * A B."""
+    if isinstance(weight, Quantised):
+        return weight.values * weight.scale
+    if isinstance(weight, Adapted):
+        return whole(weight.weight) + weight.scale * jnp.matmul(weight.a, weight.b, precision="highest")
+    return weight
+
+
+def for_decoding(weight: Weight, dtype: str) -> Weight:
+    """The weight as decoding reads it: one array in `dtype`, but one in eight bits as it is, with its adapter beside it.
+
+    Merged, it would take the memory that eight bits save, and be rounded anew, apart from what the learner reads.
+    """
+    frozen = weight.weight if isinstance(weight, Adapted) else weight
+    return weight if isinstance(frozen, Quantised) else whole(weight).astype(dtype)
+
+
+def table_for_decoding(table: jax.Array | Quantised, dtype: str) -> jax.Array | Quantised:
+    """A tied embedding table [V, D] as a head [D, V] of its own."""
+    if isinstance(table, Quantised):
+        return Quantised(table.values.T, table.scale.T)
+    return transpose(table.astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -71,6 +121,34 @@ def _matmul_backward(dtype, flipped, residual, g):
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _matmul_int8(dtype, flipped, x, values, scale):
+    return _matmul_int8_forward(dtype, flipped, x, values, scale)[0]
+
+
+def _matmul_int8_forward(dtype, flipped, x, values, scale):
+    # All of int8 is exact in bfloat16. The scale is of an output, so it multiplies the sum and not each weight.
+    x, wide = _widened(dtype, x.astype(dtype), values)
+    return _dot(x, transpose(wide) if flipped else wide) * (scale.T if flipped else scale), (values, scale)
+
+
+def _matmul_int8_backward(dtype, flipped, residual, g):
+    """To x alone: the weight is frozen."""
+    values, scale = residual
+    g, wide = _widened(dtype, (g * (scale.T if flipped else scale)).astype(dtype), values)
+    return _dot(g, wide if flipped else transpose(wide)), None, None
+
+
+_matmul_int8.defvjp(_matmul_int8_forward, _matmul_int8_backward)
+
+
+def _widened(dtype, x, values):
+    # Tied to x, which every turn of a loop has anew: else XLA takes the conversion out of the loop over tokens, and all wide
+    # weights stand in memory at once.
+    x, values = jax.lax.optimization_barrier((x, values))
+    return x, values.astype(dtype)
 
 
 def _dot(a, b):

@@ -203,10 +203,9 @@ def _window(config: TransformerConfig, i: int) -> int | None:
 
 
 def _embed(config, params, tokens, position):
-    # Ids at padded places may be anything. Clipped, because the default fills with NaN, which 0 * NaN would spread.
+    # Ids at padded places may be anything: those outside the table are clipped.
     # Gathered over fsdp first: a look-up in a table split along the width makes the partitioner replicate the result.
-    x = jnp.take(sharding.constrain(params["embed"], "vocab", None), tokens, axis=0, mode="clip")
-    x = x.astype(jnp.float32)  # of a table kept in bfloat16
+    x = products.look_up(jax.tree.map(lambda table: sharding.constrain(table, "vocab", None), params["embed"]), tokens)
     if config.embed_scale != 1:
         x = x * config.embed_scale
     if config.positions == "learned":
@@ -350,20 +349,20 @@ def _dropout(config, key, x):
 
 def decode_params(config: TransformerConfig, params: Params) -> Params:
     """Weights as `prefill`, `decode` and `logits` read them while sampling: products' operands in `config.dtype`, adapters
-    merged.
+    merged; those in eight bits as they are.
 
     The stack of layers becomes a tuple: a layer of a stacked array is copied before its products, on a CPU at every step, on a
     GPU once a chunk (half of the weights as temporaries, compiled for an H100).
     The embedding table stays float32 for look-ups; a tied head becomes a separate narrow copy of it.
     """
-    dtype = jnp.dtype(config.dtype)
-    layers = {name: w if isinstance(w, dict) else products.whole(w).astype(dtype) for name, w in params["layers"].items()}
+    read = functools.partial(products.for_decoding, dtype=config.dtype)
+    layers = {name: w if isinstance(w, dict) else read(w) for name, w in params["layers"].items()}
     if config.experts:
         layers["experts"] = experts.decode_weights(config, params["layers"]["experts"])
     layers = tuple(_at(layers, i) for i in range(config.layers))
     if config.tied_head:
-        return params | {"layers": layers, "head": products.transpose(params["embed"].astype(dtype))}
-    return params | {"layers": layers, "head": products.whole(params["head"]).astype(dtype)}
+        return params | {"layers": layers, "head": products.table_for_decoding(params["embed"], config.dtype)}
+    return params | {"layers": layers, "head": read(params["head"])}
 
 
 def prefill(

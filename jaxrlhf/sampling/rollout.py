@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt32
 
 from jaxrlhf.core import masking
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
@@ -191,11 +191,27 @@ def batch_logprobs(
     Raises:
         ValueError: a response is longer than `width`.
     """
+    _check_width(batch, width)
+    fields = (batch.tokens, batch.prompt_len, batch.response_len)
+    return _batch_logprobs(model, spec, width, rows, policy, *fields)
+
+
+def batch_choices(
+    model: Model, policy: Any, batch: Any, width: int, rows: int = 32
+) -> tuple[Float[Array, "*b {width}"], Bool[Array, "*b {width}"]]:
+    """`batch_logprobs` of the plain softmax, and whether each token is its most probable one; 0 and False past the end.
+
+    Raises:
+        ValueError: a response is longer than `width`.
+    """
+    _check_width(batch, width)
+    return _batch_choices(model, width, rows, policy, batch.tokens, batch.prompt_len, batch.response_len)
+
+
+def _check_width(batch: Any, width: int) -> None:
     longest = int(jnp.max(batch.response_len))
     if longest > width:
         raise ValueError(f"a response has {longest} tokens, more than width={width}: its end would not count; widen it")
-    fields = (batch.tokens, batch.prompt_len, batch.response_len)
-    return _batch_logprobs(model, spec, width, rows, policy, *fields)
 
 
 class _Rows(NamedTuple):
@@ -206,13 +222,28 @@ class _Rows(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _batch_logprobs(model, spec, width, rows, policy, tokens, prompt_len, response_len):
-    shape = response_len.shape
-    count = response_len.size
-    rows = min(rows, count)
-    flat = _Rows(tokens.reshape(count, -1), prompt_len.reshape(count), response_len.reshape(count))
-    filled = jax.tree.map(lambda x: jnp.pad(x, [(0, -count % rows)] + [(0, 0)] * (x.ndim - 1)), flat)
-
     def score(part: _Rows) -> jax.Array:
         return _logprobs(model, policy, model.hidden(policy, part.tokens), part, width, spec)[0]
 
-    return _by_rows(score, filled, rows)[:count].reshape(*shape, width)
+    return _by_filled_rows(score, _Rows(tokens, prompt_len, response_len), rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _batch_choices(model, width, rows, policy, tokens, prompt_len, response_len):
+    def score(part: _Rows) -> tuple[jax.Array, jax.Array]:
+        hidden = model.hidden(policy, part.tokens)
+        best = heads.most_probable(model, policy, heads.response_hidden(hidden, part.prompt_len, width))
+        chosen = best == heads.response_tokens(part.tokens, part.prompt_len, width)
+        logprobs = _logprobs(model, policy, hidden, part, width, None)[0]
+        return logprobs, chosen & masking.length_mask(part.response_len, width)
+
+    return _by_filled_rows(score, _Rows(tokens, prompt_len, response_len), rows)
+
+
+def _by_filled_rows(score: Callable[[_Rows], Any], batch: _Rows, rows: int) -> Any:
+    """`score` of rows [..., T], `rows` at a time, the last ones filled up; [..., R]."""
+    shape, count = batch.response_len.shape, batch.response_len.size
+    rows = min(rows, count)
+    flat = _Rows(batch.tokens.reshape(count, -1), batch.prompt_len.reshape(count), batch.response_len.reshape(count))
+    filled = jax.tree.map(lambda x: jnp.pad(x, [(0, -count % rows)] + [(0, 0)] * (x.ndim - 1)), flat)
+    return jax.tree.map(lambda x: x[:count].reshape(*shape, -1), _by_rows(score, filled, rows))

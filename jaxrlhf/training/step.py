@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Outputs, Term, TrainState
+from jaxrlhf.models import int8
 from jaxrlhf.training.objective import OutputsFn
 
 LossFn = Callable[[Outputs, Any, Any], tuple[dict[str, Term], dict[str, Term]]]
@@ -36,7 +37,11 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Ar
     """The state before the first step, placed as `params` are: each optimizer moment is split as its parameter.
 
     Parameters are copied, because the step donates its state: the arrays passed in may serve on as a frozen reference.
+
+    Raises:
+        ValueError: a parameter is in eight bits, which nothing trains.
     """
+    int8.refuse(params, "trained")
     # device_put commits: a call with uncommitted arrays would be another program than the calls that follow it.
     params = jax.tree.map(jnp.copy, params)
     params = jax.tree.map(lambda x: jax.device_put(x, x.sharding), params)
