@@ -57,9 +57,9 @@ def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         raise ValueError(f"tokenizer.ggml.tokens: {len(tokens) - len(vocabulary)} of {len(tokens)} tokens stand there twice")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    if wrong := [merge for merge, pair in zip(merges, pairs, strict=True) if len(pair) != 2 or "".join(pair) not in vocabulary]:
+    if wrong := [merge for merge in merges if merge.count(" ") != 1 or merge.replace(" ", "") not in vocabulary]:
         raise ValueError(f"tokenizer.ggml.merges: '{wrong[0]}' is not two tokens that make a third: the file is damaged")
+    pairs = [(merge.partition(" ")[0], merge.partition(" ")[2]) for merge in merges]
     made = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre in _WHOLE_WORDS))
     if pre in ("qwen2", "deepseek-r1-qwen"):  # llama.cpp leaves it out; the published files have it
         made.normalizer = normalizers.NFC()
