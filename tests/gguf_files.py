@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import types
 from collections.abc import Mapping
 from typing import Any
 
 import gguf
+import hf_weights
 import numpy as np
+import tokenizers as library
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+HERE = pathlib.Path(__file__).resolve().parent
 
 NAMES = {
     "model.embed_tokens": "token_embd",
@@ -98,3 +104,75 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+def tiny(file: pathlib.Path) -> tuple[pathlib.Path, int]:
+    """A file with a model of random weights and a tokenizer; and how many numbers its weights are."""
+    case, own = json.loads((HERE / "golden" / "hf.json").read_text())["smollm2"], tokenizer_metadata("smollm")
+    ids = len(own["tokenizer.ggml.tokens"])
+    shapes = {name: [ids if size == 96 else size for size in shape] for name, shape in case["shapes"].items()}
+    values, tensors = case["config"] | {"vocab_size": ids}, hf_weights.weights(shapes)
+    write(file, "llama", metadata(values) | own, stored(values, tensors))
+    return file, sum(array.size for array in tensors.values())
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizers
+
+TEXTS = [
+    "the film is good, isn't it?",
+    "a  bad film of 1999,   2.5 stars\n\n\tand  12 more",
+    "def f(x):\n    return x ** 2  # a square",
+    "naïve café, 你好 ½ ٣ 🎉",
+    "<|im_start|>user is text",
+    "  ",
+    "",
+]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"]
+TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"  # noqa: E501
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CUTTING = {
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "llama-bpe": [
+        pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+    "qwen2": [
+        pre_tokenizers.Split(Regex(LLAMA3.replace("{1,3}", "")), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+
+
+def theirs(pre: str) -> library.Tokenizer:
+    """A tokenizer trained on `TEXTS`, which are cut in this way."""
+    made = library.Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Sequence(CUTTING[pre]), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL[:3],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(TEXTS * 3, trainer)
+    made.add_tokens([library.AddedToken("<think>", normalized=False)])
+    return made
+
+
+def tokenizer_metadata(pre: str) -> dict[str, Any]:
+    """The same as a GGUF file has it."""
+    made = theirs(pre)
+    model = json.loads(made.to_str())["model"]
+    tokens = [made.id_to_token(i) for i in range(made.get_vocab_size())]
+    kinds = {**dict.fromkeys(SPECIAL[:3], 3), "<think>": 4}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [kinds.get(token, 1) for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 0,
+        "tokenizer.chat_template": TEMPLATE,
+    }

@@ -6,72 +6,15 @@ import json
 
 import pytest
 import tokenizers as library
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from gguf_files import CUTTING, TEXTS, theirs, tokenizer_metadata
 
 from jaxrlhf.data import conversations, gguf_tokenizer
 from jaxrlhf.data import tokenizer as tokenizers
 
-TEXTS = [
-    "the film is good, isn't it?",
-    "a  bad film of 1999,   2.5 stars\n\n\tand  12 more",
-    "def f(x):\n    return x ** 2  # a square",
-    "naïve café, 你好 ½ ٣ 🎉",
-    "<|im_start|>user is text",
-    "  ",
-    "",
-]
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>"]
-TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"  # noqa: E501
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CUTTING = {
-    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "llama-bpe": [
-        pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ],
-    "qwen2": [
-        pre_tokenizers.Split(Regex(LLAMA3.replace("{1,3}", "")), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ],
-}
-
-
-def theirs(pre: str) -> library.Tokenizer:
-    made = library.Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.Sequence(CUTTING[pre]), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIAL[:3],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    made.train_from_iterator(TEXTS * 3, trainer)
-    made.add_tokens([library.AddedToken("<think>", normalized=False)])
-    return made
-
-
-def metadata(pre: str) -> dict:
-    made = theirs(pre)
-    model = json.loads(made.to_str())["model"]
-    tokens = [made.id_to_token(i) for i in range(made.get_vocab_size())]
-    kinds = {**dict.fromkeys(SPECIAL[:3], 3), "<think>": 4}
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [kinds.get(token, 1) for token in tokens],
-        "tokenizer.ggml.merges": [" ".join(pair) for pair in model["merges"]],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.padding_token_id": 0,
-        "tokenizer.chat_template": TEMPLATE,
-    }
-
 
 @pytest.mark.parametrize("pre", CUTTING)
 def test_ids_are_those_of_the_library(pre):
-    tokenizer, expected = gguf_tokenizer.from_metadata(metadata(pre)), theirs(pre)
+    tokenizer, expected = gguf_tokenizer.from_metadata(tokenizer_metadata(pre)), theirs(pre)
     expected.encode_special_tokens = True
     for text in TEXTS:
         ids = tokenizer.encode(text)
@@ -85,7 +28,7 @@ def test_ids_are_those_of_the_library(pre):
 
 def test_how_digits_and_the_spaces_before_them_are_cut():
     """SmolLM's way; the plain way of GPT-2 would give the last space to the number."""
-    spaces = metadata("smollm")
+    spaces = tokenizer_metadata("smollm")
     ids = gguf_tokenizer.from_metadata(spaces).encode("a  12")
     other = gguf_tokenizer.from_metadata(spaces | {"tokenizer.ggml.pre": "gpt-2"}).encode("a  12")
     tokens = spaces["tokenizer.ggml.tokens"]
@@ -94,7 +37,7 @@ def test_how_digits_and_the_spaces_before_them_are_cut():
 
 
 def test_it_is_written_and_read_as_any_other(tmp_path):
-    made = gguf_tokenizer.from_metadata(metadata("smollm"))
+    made = gguf_tokenizer.from_metadata(tokenizer_metadata("smollm"))
     made.save(tmp_path)
     again = tokenizers.load(tmp_path)
     assert (again.pad, again.bos, again.eos) == (0, 1, 2)
@@ -108,7 +51,7 @@ def test_it_is_written_and_read_as_any_other(tmp_path):
 
 
 def test_bos_begins_a_text_where_the_file_says_so():
-    given = metadata("llama-bpe")
+    given = tokenizer_metadata("llama-bpe")
     whole = json.loads(gguf_tokenizer.from_metadata(given).files["tokenizer.json"])
     assert library.Tokenizer.from_str(json.dumps(whole)).encode("a film").ids[0] == 1  # in transformers
     assert whole["model"]["ignore_merges"]
@@ -118,7 +61,7 @@ def test_bos_begins_a_text_where_the_file_says_so():
 
 
 def test_missing_pad_and_bos_are_eos():
-    given = metadata("gpt-2")
+    given = tokenizer_metadata("gpt-2")
     del given["tokenizer.ggml.padding_token_id"], given["tokenizer.ggml.bos_token_id"]
     tokenizer = gguf_tokenizer.from_metadata(given)
     assert (tokenizer.pad, tokenizer.bos, tokenizer.eos) == (2, 2, 2)
@@ -139,4 +82,4 @@ def test_missing_pad_and_bos_are_eos():
 )
 def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        gguf_tokenizer.from_metadata(metadata("smollm") | change)
+        gguf_tokenizer.from_metadata(tokenizer_metadata("smollm") | change)

@@ -11,13 +11,10 @@ import json
 import pathlib
 
 import gguf_files
-import hf_weights
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_gguf import CASES
-from test_gguf_tokenizer import metadata
 
 from experiments import import_hf, stage
 from experiments.recipes import smollm2
@@ -91,7 +88,7 @@ def smaller(config: smollm2.Config, **own) -> smollm2.Config:
     """The smoke preset with a handful of steps."""
     smoke = config.ppo
     policy = dataclasses.replace(
-        smoke, iterations=2, batch=8, evaluate_every=2, held_out_prompts=8,
+        smoke, iterations=2, batch=32, evaluate_every=2, held_out_prompts=8,
         sampling=dataclasses.replace(smoke.sampling, max_tokens=12),
     )  # fmt: skip
     judge = dataclasses.replace(config.reward_model, steps=3, texts=8, width=24, reference_samples=8, held_out_texts=64)
@@ -109,19 +106,14 @@ def test_the_recipe_goes_from_the_file_to_an_answer(tmp_path):
     assert result["asked"][0]["after"]
 
 
+@pytest.mark.full
 def test_the_recipe_runs_on_any_gguf_file(tmp_path):
     """The same stages, fine-tuning among them, on a model of random weights that the test writes; and a second time none."""
-    given = metadata("smollm")
-    shapes = {name: [len(given["tokenizer.ggml.tokens"]) if size == 96 else size for size in shape]
-              for name, shape in CASES["smollm2"]["shapes"].items()}  # fmt: skip
-    values = CASES["smollm2"]["config"] | {"vocab_size": shapes["model.embed_tokens.weight"][0]}
-    settings = gguf_files.metadata(values) | given
-    tensors = gguf_files.stored(values, hf_weights.weights(shapes))
-    file = gguf_files.write(tmp_path / "tiny.gguf", "llama", settings, tensors)
+    file, size = gguf_files.tiny(tmp_path / "tiny.gguf")
     config = smaller(smollm2.SMOKE, checkpoint=file, out=tmp_path / "run")
     config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, steps=1, batch=8))
     result = smollm2.run(config)
-    assert result["import"]["parameters"] == sum(np.prod(shape) for shape in shapes.values())
+    assert result["import"]["parameters"] == size
     assert result["export"]["difference"] < 1e-4
     assert [row["prompt"] for row in result["asked"]] == list(config.asked)
     assert (tmp_path / "run/export/hf/model.safetensors").is_file()
