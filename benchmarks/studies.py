@@ -1,4 +1,4 @@
-"""The over-optimisation study, the recipes on their stand-ins, or that of SmolLM2, run to the end and written down as one document.
+"""The over-optimisation study, the recipes on their stand-ins, or SmolLM2's: run to the end and written down as one document.
 
     python benchmarks/studies.py overoptimization --demo runs/demo --result benchmarks/results/2026-11-22-overoptimization.json
     python benchmarks/studies.py recipes --result benchmarks/results/2026-11-22-recipes.json
