@@ -65,8 +65,8 @@ def read(checkpoint: Path, mesh: jax.sharding.Mesh) -> tuple[str, str, Tokenizer
     """Kind, architecture, tokenizer, parameters on the mesh and configuration of a folder or a GGUF file."""
     if checkpoint.suffix == gguf.SUFFIX:
         file = gguf.open_file(checkpoint)
-        params, shape = gguf.load(file, mesh)
-        return "policy", file.metadata["general.architecture"], gguf_tokenizer.from_metadata(file.metadata), params, shape
+        tokenizer = gguf_tokenizer.from_metadata(file.metadata, checkpoint)  # first, for it may be refused and takes a second
+        return "policy", file.metadata["general.architecture"], tokenizer, *gguf.load(file, mesh)
     values = hf.read_config(checkpoint)
     kind = "reward_model" if hf.is_reward_model(values) else "policy"
     return kind, values["model_type"], tokenizers.load(checkpoint), *hf.load(checkpoint, mesh)

@@ -222,7 +222,7 @@ def test_a_gguf_file_becomes_a_model_folder(tmp_path):
     assert result["difference"] < 1e-6
     loaded = stage.load(tmp_path / "model", ONE)
     assert loaded.config == dataclasses.replace(config, max_length=20)
-    tokenizer = gguf_tokenizer.from_metadata(gguf_files.tokenizer_metadata("smollm"))
+    tokenizer = gguf_tokenizer.from_metadata(gguf_files.tokenizer_metadata("smollm"), "tiny.gguf")
     assert loaded.tokenizer.files == tokenizer.files
     assert loaded.tokenizer.encode("a  12") == tokenizer.encode("a  12")
     exported = export_hf.run(export_hf.Config(tmp_path / "model", tmp_path / "out"))

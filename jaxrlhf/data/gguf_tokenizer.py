@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -36,14 +37,21 @@ _WORDS = {
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
-def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer, with a `tokenizer.json` of its own.
+def from_metadata(metadata: Mapping[str, Any], file: Path | str) -> Tokenizer:
+    """The tokenizer, with a `tokenizer.json` of its own. `file` is named in errors.
 
     A missing pad token is EOS, and so is a missing BOS.
 
     Raises:
         ValueError: another kind of tokenizer, or a field is missing or does not fit the vocabulary.
     """
+    try:
+        return _made(metadata)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _made(metadata: Mapping[str, Any]) -> Tokenizer:
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise ValueError(
