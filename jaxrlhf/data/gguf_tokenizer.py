@@ -1,7 +1,6 @@
 """The tokenizer that the metadata of a GGUF file describes; `models/gguf.py` reads the metadata.
 
-Byte-level BPE only. llama.cpp names how text is cut before any merge (`tokenizer.ggml.pre`), and what it does for a name here
-equals the `tokenizer.json` that the models of that name were published with.
+Byte-level BPE only. A file names how text is cut before any merge, in `tokenizer.ggml.pre`; what a name means stands in llama.cpp.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# tokenizer.ggml.pre: how a text is cut. Source: llama.cpp, src/llama-vocab.cpp.
+# tokenizer.ggml.pre: how a text is cut. Source: llama.cpp, src/llama-vocab.cpp; the expressions of Llama 3, Qwen 2 and Tekken in
+# the form that transformers gives them (`integrations/gguf`, `Qwen2Tokenizer`).
 _WORDS = {
     **dict.fromkeys(("gpt-2", "olmo"), "gpt2"),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), "digits"),
@@ -55,7 +55,7 @@ def _made(metadata: Mapping[str, Any]) -> Tokenizer:
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise ValueError(
-            f"tokenizer.ggml.model='{kind}' is not supported: only gpt2, which is byte-level BPE; export the model from a "
+            f"tokenizer.ggml.model='{kind}' is not supported: only gpt2, which is byte-level BPE; import the folder of the "
             "Hugging Face checkpoint instead"
         )
     if pre not in _WORDS:
@@ -69,7 +69,7 @@ def _made(metadata: Mapping[str, Any]) -> Tokenizer:
         raise ValueError(f"tokenizer.ggml.merges: '{wrong[0]}' is not two tokens that make a third: the file is damaged")
     pairs = [(merge.partition(" ")[0], merge.partition(" ")[2]) for merge in merges]
     made = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre in _WHOLE_WORDS))
-    if pre in ("qwen2", "deepseek-r1-qwen"):  # llama.cpp leaves it out; the published files have it
+    if pre in ("qwen2", "deepseek-r1-qwen"):  # llama.cpp leaves it out; `Qwen2Tokenizer` has it
         made.normalizer = normalizers.NFC()
     made.pre_tokenizer, made.decoder = _cutting(_WORDS[pre]), decoders.ByteLevel()
     kinds = metadata.get("tokenizer.ggml.token_type", [])
