@@ -1,6 +1,6 @@
 """The tokenizer that the metadata of a GGUF file describes; `models/gguf.py` reads the metadata.
 
-Byte-level BPE only. A file names how text is cut before any merge, in `tokenizer.ggml.pre`; what a name means stands in llama.cpp.
+Byte-level BPE only. `tokenizer.ggml.pre` names how text is cut before any merge; what a name means stands in llama.cpp.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# tokenizer.ggml.pre: how a text is cut. Source: llama.cpp, src/llama-vocab.cpp; the expressions of Llama 3, Qwen 2 and Tekken in
-# the form that transformers gives them (`integrations/gguf`, `Qwen2Tokenizer`).
+# tokenizer.ggml.pre: how a text is cut. Source: llama.cpp, src/llama-vocab.cpp; the expressions of Llama 3, Qwen 2 and Tekken
+# in the form that transformers gives them (`integrations/gguf`, `Qwen2Tokenizer`).
 _WORDS = {
     **dict.fromkeys(("gpt-2", "olmo"), "gpt2"),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), "digits"),
