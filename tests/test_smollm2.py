@@ -9,12 +9,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import subprocess
 
 import gguf_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripts import ROOT, command, environment, script
 
 from experiments import import_hf, stage
 from experiments.recipes import smollm2
@@ -84,34 +86,43 @@ def test_greedy_answers_are_those_of_transformers(model):
         np.testing.assert_allclose(ours, row["logprobs"], atol=1e-3)
 
 
-def smaller(config: smollm2.Config, **own) -> smollm2.Config:
-    """The smoke preset with a handful of steps."""
-    smoke = config.ppo
-    policy = dataclasses.replace(
-        smoke, iterations=2, batch=32, evaluate_every=2, held_out_prompts=8,
-        sampling=dataclasses.replace(smoke.sampling, max_tokens=12),
-    )  # fmt: skip
-    judge = dataclasses.replace(config.reward_model, steps=3, texts=8, width=24, reference_samples=8, held_out_texts=64)
-    return dataclasses.replace(config, ppo=policy, reward_model=judge, **own)
-
-
 @pytest.mark.full
 @pytest.mark.smollm2
+@pytest.mark.timeout(3000)  # four minutes on two quiet cores; these may be busy
 def test_the_recipe_goes_from_the_file_to_an_answer(tmp_path):
-    result = smollm2.run(smaller(smollm2.SMOKE, out=tmp_path / "run"))
+    """The documented command with a handful of steps, in a process of its own with one device, and then a question."""
+    few = {"steps": 3, "texts": 8, "width": 24, "reference-samples": 8, "held-out-texts": 64}
+    fewer = {"iterations": 2, "batch": 8, "evaluate-every": 2, "held-out-prompts": 8, "sampling.max-tokens": 12}
+    flags = {f"--reward-model.{name}": x for name, x in few.items()} | {f"--ppo.{name}": x for name, x in fewer.items()}
+    flags |= {"--preset": "smoke", "--checkpoint": smollm2.installed(), "--out": tmp_path / "run"}
+    words = [word for pair in flags.items() for word in pair]
+    done = subprocess.run(command("recipes.smollm2", *words), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["reward_model"]["accuracy"]["model"]["movie"] > 0.5
     assert result["export"]["architecture"] == "LlamaForCausalLM"
     assert result["export"]["difference"] < 1e-4
     assert "Paris" in result["asked"][0]["before"]
-    assert result["asked"][0]["after"]
+    for policy in ("import/model", "ppo/model"):
+        asked = ("--task", "template", "--prompt", "What is the capital of France?")
+        told = script("chat", "--policy", tmp_path / "run" / policy, *asked)
+        assert told.returncode == 0, told.stderr
+        assert told.stdout.strip()
 
 
 @pytest.mark.full
 def test_the_recipe_runs_on_any_gguf_file(tmp_path):
     """The same stages, fine-tuning among them, on a model of random weights that the test writes; and a second time none."""
     file, size = gguf_files.tiny(tmp_path / "tiny.gguf")
-    config = smaller(smollm2.SMOKE, checkpoint=file, out=tmp_path / "run")
-    config = dataclasses.replace(config, sft=dataclasses.replace(config.sft, steps=1, batch=8))
+    smoke = smollm2.SMOKE
+    config = dataclasses.replace(
+        smoke,
+        checkpoint=file,
+        out=tmp_path / "run",
+        sft=dataclasses.replace(smoke.sft, steps=1, batch=8),
+        reward_model=dataclasses.replace(smoke.reward_model, steps=3, texts=8, reference_samples=8, held_out_texts=64),
+        ppo=dataclasses.replace(smoke.ppo, iterations=2, evaluate_every=2, held_out_prompts=8),
+    )
     result = smollm2.run(config)
     assert result["import"]["parameters"] == size
     assert result["export"]["difference"] < 1e-4
