@@ -45,6 +45,24 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def experts(p: dict, x: np.ndarray, k: int, renormalised: bool) -> np.ndarray:
+    """What k of the X experts make of each token of x [T, D], one token and one expert at a time.
+
+    Jiang et al. 2024 (arXiv 2401.04088), section 2.1; not renormalised: the weights of the softmax over all experts.
+    """
+    out = np.zeros_like(x)
+    for t, state in enumerate(x):
+        scores = state @ p["router"]
+        probs = np.exp(scores - scores.max())
+        probs = probs / probs.sum()
+        chosen = sorted(range(len(probs)), key=lambda e: (-probs[e], e))[:k]
+        total = sum(probs[e] for e in chosen) if renormalised else 1.0
+        for e in chosen:
+            inner = silu(state @ p["gate"][e]) * (state @ p["up"][e])
+            out[t] += probs[e] / total * (inner @ p["down"][e])
+    return out
+
+
 def logits(params: dict, tokens: np.ndarray, c: dict) -> np.ndarray:
     """Logits [T, V] of one row of tokens [T]; `c` holds heads, kv_heads, head_width, norm, norm_epsilon, positions, rope_theta
     and mlp by the names of the configuration."""
@@ -74,6 +92,9 @@ def logits(params: dict, tokens: np.ndarray, c: dict) -> np.ndarray:
             mixed[:, h * e : (h + 1) * e] = attention(qh, kh, vh)
         x = x + mixed @ p["output"]
         y = norm(x, p["mlp_norm"])
+        if "experts" in p:
+            x = x + experts(p["experts"], y, c["experts_per_token"], c["renormalise_experts"])
+            continue
         inner = silu(y @ p["gate"]) * (y @ p["up"]) if c["mlp"] == "swiglu" else gelu(y @ p["up"])
         x = x + inner @ p["down"]
     x = norm(x, params["norm"])

@@ -2,63 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling_cases import BOS, CONFIG, EOS, KEY, MODEL, PAD, VOCAB, assert_same, prompts, responses, spec, take, weights
 
 from jaxrlhf.core import sharding
-from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
+from jaxrlhf.core.types import Rollout, SamplingSpec
 from jaxrlhf.models import flax_adapter, transformer
-from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.heads import IMPOSSIBLE
-from jaxrlhf.sampling import filters, generate
-
-VOCAB, PAD, BOS, EOS = 48, 0, 1, 2
-CONFIG = TransformerConfig(
-    vocab_size=VOCAB,
-    width=16,
-    layers=1,
-    heads=2,
-    kv_heads=2,
-    head_width=8,
-    mlp_width=32,
-    max_length=24,
-    tied_head=False,
-)
-MODEL = transformer.build(CONFIG)
-KEY = jax.random.key(7)
+from jaxrlhf.models.model import CacheConfig
+from jaxrlhf.sampling import decode, filters, generate
+from jaxrlhf.sampling.generate import Options
 
 
 @pytest.fixture(scope="module")
 def params():
-    """Weights that give clear preferences: logits of a fresh model are nearly flat."""
-    fresh = MODEL.init(jax.random.key(0))
-    return fresh | {"head": fresh["head"] * 20}
-
-
-def spec(**changes) -> SamplingSpec:
-    return SamplingSpec(**{"temperature": 0.7, "max_tokens": 10, "stop": (EOS, 5, 6), "pad": PAD, **changes})
-
-
-def prompts(count: int = 8, width: int = 6) -> Prompts:
-    rng = np.random.default_rng(3)
-    length = rng.integers(1, width + 1, count).astype(np.int32)
-    tokens = rng.integers(3, VOCAB, (count, width)).astype(np.int32)  # garbage stands after a prompt's end, on purpose
-    uid = (100 + 3 * np.arange(count)).astype(np.int32)
-    return jax.tree.map(jnp.asarray, Prompts(tokens=tokens, length=length, uid=uid, row=uid - 100))
-
-
-def take(data, index):
-    return jax.tree.map(lambda x: x[jnp.asarray(index)], data)
-
-
-def assert_same(a: Rollout, b: Rollout) -> None:
-    """Equal choices; log-probs up to the order in which products of another shape are summed."""
-    for name in ("tokens", "prompt_len", "response_len", "finished", "group", "sample"):
-        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
-    for name in ("logprobs", "sampled_logprobs"):
-        np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=3e-5, err_msg=name)
+    return weights()
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +36,14 @@ def teacher_forced(params, rollout: Rollout, spec: SamplingSpec) -> np.ndarray:
     out = np.full((*rollout.logprobs.shape, VOCAB), -1e9)
     for b, (start, length) in enumerate(zip(rollout.prompt_len.tolist(), rollout.response_len.tolist(), strict=True)):
         for t in range(length):
-            out[b, t] = logits[b, start + t - 1] / spec.temperature
+            row = logits[b, start + t - 1]
+            seen = np.isin(np.arange(VOCAB), rollout.tokens[b, : start + t])
+            penalty = spec.repetition_penalty
+            out[b, t] = np.where(seen, np.where(row > 0, row / penalty, row * penalty), row) / spec.temperature
             out[b, t, list(spec.forbidden)] = -1e9
             if t < spec.min_tokens:
                 out[b, t, list(spec.stop)] = -1e9
     return out
-
-
-def responses(rollout: Rollout) -> list[list[int]]:
-    rows = zip(rollout.tokens.tolist(), rollout.prompt_len.tolist(), rollout.response_len.tolist(), strict=True)
-    return [row[start : start + length] for row, start, length in rows]
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -150,7 +111,10 @@ def test_what_stands_after_a_prompt_does_not_matter(params, sampled):
 # ------------------------------------------------------------------------------------------------ log-probs
 
 
-@pytest.mark.parametrize("filtered", [{}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9, "min_p": 0.1}, {"greedy": True}])
+@pytest.mark.parametrize(
+    "filtered",
+    [{}, {"top_p": 0.8}, {"top_k": 6, "top_p": 0.9, "min_p": 0.1}, {"greedy": True}, {"repetition_penalty": 1.6, "top_p": 0.8}],
+)
 def test_logprobs_are_those_of_the_policy_and_of_the_distribution_drawn_from(params, filtered):
     with jax.default_matmul_precision("highest"):
         rules = spec(min_tokens=3, forbidden=(PAD, BOS, 9), **filtered)
@@ -169,6 +133,14 @@ def test_logprobs_are_those_of_the_policy_and_of_the_distribution_drawn_from(par
                 assert token == logits[i, t].argmax()
     gap = float(jnp.abs(rollout.logprobs - rollout.sampled_logprobs).max())
     assert gap > 0.05 if filtered else gap == 0
+    if rules.penalised:
+        free = generate.generate(MODEL, params, prompts(), dataclasses.replace(rules, repetition_penalty=1.0), KEY, n=2)
+        assert repeated(rollout) < 0.7 * repeated(free)
+
+
+def repeated(rollout: Rollout) -> float:
+    """Tokens that stand in their response already, a response."""
+    return float(np.mean([len(response) - len(set(response)) for response in responses(rollout)]))
 
 
 def test_first_tokens_follow_the_policy(params):
@@ -200,18 +172,10 @@ def test_output_does_not_depend_on_n_or_chunk(params, sampled):
     given = prompts()
     assert_same(generate.generate(MODEL, params, given, spec(), KEY, n=1), take(sampled, list(range(0, 16, 2))))
     for chunk in (4, 100):  # 4: three chunks of 4 steps, two of them past the end
-        assert_same(generate.generate(MODEL, params, given, spec(), KEY, n=2, chunk=chunk), sampled)
+        assert_same(generate.generate(MODEL, params, given, spec(), KEY, n=2, options=Options(chunk)), sampled)
 
 
 LIMITS = (18, 2, 3, 18, 1, 5, 2, 9)  # of eight prompts
-
-
-@pytest.fixture
-def sizes(monkeypatch) -> list[int]:
-    """The number of rows of each chunk that is decoded."""
-    seen, advance = [], generate._advance
-    monkeypatch.setattr(generate, "_advance", lambda *args: seen.append(args[-1].row.shape[0]) or advance(*args))
-    return seen
 
 
 @pytest.mark.parametrize(
@@ -223,23 +187,23 @@ def sizes(monkeypatch) -> list[int]:
     ],
     ids=["one", "2x2x2", "data=8"],
 )
-def test_rows_that_have_ended_leave_and_change_nothing(params, sizes, monkeypatch, shape, expected):
+def test_rows_that_have_ended_leave_and_change_nothing(params, shape, expected):
     given = prompts().replace(limit=jnp.asarray(LIMITS, jnp.int32))
     rules = spec(max_tokens=18, stop=(), top_p=0.9, replay=True)  # without a stop id the limits decide
-    with monkeypatch.context() as patch:
-        patch.setattr(generate, "LEAST", 32)
-        static = generate.generate(MODEL, params, given, rules, KEY, n=4, chunk=3)
+    sizes, options = [], Options(chunk=3, on_chunk=lambda rows, steps: sizes.append(rows))
+    static = generate.generate(MODEL, params, given, rules, KEY, n=4, options=dataclasses.replace(options, least=32))
     assert sizes == [32] * 6
     assert static.response_len.tolist() == np.repeat(LIMITS, 4).tolist()
     assert not static.finished.any()
     sizes.clear()
     if shape is None:
-        compacted = generate.generate(MODEL, params, given, rules, KEY, n=4, chunk=3)
+        compacted = generate.generate(MODEL, params, given, rules, KEY, n=4, options=options)
     else:
         mesh = sharding.make_mesh(shape)
         placed = jax.device_put(params, sharding.shardings(transformer.param_specs(CONFIG), mesh))
         with jax.set_mesh(mesh):
-            compacted = generate.generate(MODEL, placed, sharding.shard_batch(given, mesh), rules, KEY, n=4, chunk=3)
+            split = sharding.shard_batch(given, mesh)
+            compacted = generate.generate(MODEL, placed, split, rules, KEY, n=4, options=options)
         for leaf in jax.tree.leaves(compacted):
             assert leaf.sharding.is_equivalent_to(sharding.batch_sharding(mesh), leaf.ndim)
     assert sizes == expected
@@ -247,16 +211,19 @@ def test_rows_that_have_ended_leave_and_change_nothing(params, sizes, monkeypatc
     np.testing.assert_array_equal(compacted.kept, static.kept)
 
 
-def test_a_module_without_a_cache_of_its_own_lets_rows_leave_too(sizes):
+def test_a_module_without_a_cache_of_its_own_lets_rows_leave_too():
     """Through models/flax_adapter.py, whose cache is the rows themselves."""
     plain = flax_adapter.from_flax(
         lambda p, x: MODEL.hidden(p, x), MODEL.logits, MODEL.init, VOCAB, CONFIG.width, CONFIG.max_length
     )
     fresh = MODEL.init(jax.random.key(0))
     given, rules = prompts().replace(limit=jnp.asarray(LIMITS, jnp.int32)), spec(max_tokens=18, stop=())
-    found = [generate.generate(model, fresh, given, rules, KEY, n=2, chunk=3) for model in (plain, MODEL)]
+    sizes, options = [], Options(chunk=3, on_chunk=lambda rows, steps: sizes.append(rows))
+    found = [generate.generate(model, fresh, given, rules, KEY, n=2, options=options) for model in (plain, MODEL)]
     assert sizes == [16, 8, 8, 8, 8, 8] * 2
     assert_same(*found)
+    refilled = generate.generate(plain, fresh, given, rules, KEY, n=2, options=Options(chunk=3, slots=4))
+    assert_same(refilled, found[0])
 
 
 @pytest.mark.parametrize(
@@ -266,10 +233,10 @@ def test_output_does_not_depend_on_devices(params, sampled, shape):
     given = prompts()
     mesh = sharding.make_mesh(shape)
     placed = jax.device_put(params, sharding.shardings(transformer.param_specs(CONFIG), mesh))
-    before = generate._advance._cache_size()
+    before = decode.advance._cache_size()
     with jax.set_mesh(mesh):
-        spread = generate.generate(MODEL, placed, sharding.shard_batch(given, mesh), spec(), KEY, n=2, chunk=3)
-    assert generate._advance._cache_size() == before + 1  # shardings are the same before and after a chunk
+        spread = generate.generate(MODEL, placed, sharding.shard_batch(given, mesh), spec(), KEY, n=2, options=Options(3))
+    assert decode.advance._cache_size() == before + 1  # shardings are the same before and after a chunk
     assert_same(spread, sampled)
     for leaf in jax.tree.leaves(spread):
         assert leaf.sharding.is_equivalent_to(sharding.batch_sharding(mesh), leaf.ndim)
@@ -282,7 +249,7 @@ def test_streams_are_named_by_key_uid_sample_and_position(params):
     uids = responses(generate.generate(MODEL, params, given.replace(uid=jnp.arange(8)), spec(), KEY, n=2))
     keyed = responses(generate.generate(MODEL, params, given, spec(), jax.random.key(8), n=2))
     assert len({str(response) for response in one_uid[:2] + uids + keyed[:2]}) > 15  # of 20; short ones may agree
-    numbers = generate._uniforms(KEY, jnp.repeat(jnp.arange(20), 5), jnp.tile(jnp.arange(5), 20), 30)
+    numbers = decode.uniforms(KEY, jnp.repeat(jnp.arange(20), 5), jnp.tile(jnp.arange(5), 20), 30)
     assert len(np.unique(numbers)) > 2990  # of 3000: 23 bits collide now and then, reused streams would by hundreds
     assert abs(float(numbers.mean()) - 0.5) < 0.02
 
@@ -291,29 +258,28 @@ def test_streams_are_named_by_key_uid_sample_and_position(params):
 
 
 def test_one_program_for_each_shape_and_spec(params):
-    counted = (generate._start, generate._advance, generate._rollout)
+    counted = (decode.start, decode.advance, decode.finish)
     before = [f._cache_size() for f in counted]
     for seed in range(3):
         equal = spec(max_tokens=9, top_p=0.77)  # an equal spec is the same spec
-        generate.generate(MODEL, params, prompts(), equal, jax.random.key(seed), n=2, chunk=3, version=seed)
+        generate.generate(MODEL, params, prompts(), equal, jax.random.key(seed), n=2, version=seed, options=Options(3))
     assert [f._cache_size() for f in counted] == [b + 1 for b in before]
 
 
-def test_decoding_stops_when_all_rows_have_ended(params, monkeypatch):
-    calls = []
-    advance = generate._advance
-    monkeypatch.setattr(generate, "_advance", lambda *args: calls.append(1) or advance(*args))
-    rollout = generate.generate(MODEL, params, prompts(), spec(stop=tuple(range(VOCAB))), KEY, chunk=5)
-    assert len(calls) == 1
+def test_decoding_stops_when_all_rows_have_ended(params):
+    calls, rules = [], spec(stop=tuple(range(VOCAB)))
+    options = Options(chunk=5, on_chunk=lambda rows, steps: calls.append((rows, steps)))
+    rollout = generate.generate(MODEL, params, prompts(), rules, KEY, options=options)
+    assert calls == [(8, 5)]
     assert rollout.finished.all()
     assert rollout.response_len.tolist() == [1] * 8
 
 
 def test_the_cache_is_donated(params):
-    given, rules = prompts(), spec()
-    weights = generate._decode_params(MODEL, params)
-    state = generate._start(MODEL, rules, 2, 10, weights, given, KEY)
-    generate._advance(MODEL, rules, 5, weights, state)
+    given, rules, shape = prompts(), spec(), decode.Shape(n=2, width=10, cache=CacheConfig())
+    weights = decode.decode_params(MODEL, params)
+    state = decode.start(MODEL, rules, shape, 10, weights, given, KEY, None)
+    decode.advance(MODEL, rules, 5, weights, state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache["response"]))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((weights, params)))
 
@@ -321,9 +287,9 @@ def test_the_cache_is_donated(params):
 def test_bad_input_is_refused_with_the_numbers_and_the_fix(params):
     given = prompts()
 
-    def refuse(match, given=given, rules=None, n=1, chunk=8):
+    def refuse(match, given=given, rules=None, n=1, **changes):
         with pytest.raises(ValueError, match=match):
-            generate.generate(MODEL, params, given, rules or spec(), KEY, n, chunk)
+            generate.generate(MODEL, params, given, rules or spec(), KEY, n, options=Options(**changes))
 
     refuse(
         r"6 \+ max_tokens 19 = 25 exceeds the model's context of 24: cut prompts to 5 .* lower max_tokens to 18",
@@ -331,8 +297,30 @@ def test_bad_input_is_refused_with_the_numbers_and_the_fix(params):
     )
     refuse(r"lengths 0 \.\. 6 must be in 1 \.\. 6", given.replace(length=given.length.at[0].set(0).at[1].set(6)))
     refuse(r"lengths . \.\. 7 must be in 1 \.\. 6", given.replace(length=given.length.at[0].set(7)))
+    for wrong in (48, -1):
+        tokens = given.tokens.at[3, 0].set(wrong)
+        refuse(rf"prompt 3 has the id {wrong} at place 0, outside the vocabulary 0 \.\. 47", given.replace(tokens=tokens))
     refuse(r"token ids \[48\] outside the vocabulary 0 \.\. 47", rules=spec(stop=(2, 48)))
     refuse(r"token ids \[-1\]", rules=spec(pad=-1))
     refuse("n=0", n=0)
     refuse("chunk=0", chunk=0)
-    generate._check(MODEL, given, spec(max_tokens=18), 1, 8)  # the longest that fits
+    refuse("slots=-1 at least 0", slots=-1)
+    refuse(r"slots=5 must be a multiple of n=2 samples times 1 .* choose 4", n=2, slots=5)
+    refuse("stop_strings=.* need Options.stop_table with a column for each of 48 ids", rules=spec(stop_strings=("x",)))
+    refuse("cache dtype 'float8' is not known: choose one of float32, bfloat16, int8", cache=CacheConfig("float8"))
+    generate._check_numbers(MODEL, given, spec(max_tokens=18), 1, Options())  # the longest that fits
+
+
+def test_a_cache_larger_than_the_memory_is_refused_before_it_is_made(params, monkeypatch):
+    given, rules = prompts(), spec()
+    # Keys and values of one layer, two heads of 8 numbers, 4 bytes each: 8 prompts of 6 tokens, 16 responses of 10.
+    held = 2 * 2 * 8 * 4 * (8 * 6 + 16 * 10)
+    found = generate.cache_bytes(MODEL, given, rules, 2)
+    assert held < found < 1.1 * held  # beside them lengths and the table of rotations
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.os, "sysconf", lambda name: 100)  # 100 pages of 100 bytes
+        with pytest.raises(ValueError, match=r"take 0\.0 GiB a device, more than its 0\.0 GiB: set slots to fewer rows"):
+            generate.generate(MODEL, params, given, rules, KEY, 2)
+    half = generate.cache_bytes(MODEL, given, rules, 2, Options(cache=CacheConfig("bfloat16")))
+    assert found - half == held // 2
+    assert generate.cache_bytes(MODEL, given, rules, 2, Options(slots=4)) < 0.4 * found

@@ -89,7 +89,7 @@ def test_logits_and_scores_equal_those_of_transformers(name, tmp_path):
         assert_equal(reward["trunk"][leaf], params[leaf])
 
 
-@pytest.mark.parametrize("name", few("gpt_neox", "gemma2"))
+@pytest.mark.parametrize("name", few("gpt_neox", "gemma2", "qwen3_moe"))
 def test_the_gradient_has_the_norm_of_that_of_transformers(name, tmp_path):
     params, config = hf.load(checkpoint(tmp_path, name), ONE)
     model, rows = transformer.build(config), jnp.asarray(ROWS)
@@ -104,7 +104,7 @@ def test_the_gradient_has_the_norm_of_that_of_transformers(name, tmp_path):
     np.testing.assert_allclose(norm, GOLDEN[f"{name}/gradient_norm"], rtol=1e-5)  # ten times what float32 sums leave
 
 
-@pytest.mark.parametrize("name", few("llama3", "mistral", "gpt2", "gpt_neox", "gemma2", "gemma3"))
+@pytest.mark.parametrize("name", few("llama3", "mistral", "mixtral", "gpt2", "gpt_neox", "gemma2", "gemma3"))
 def test_cached_logits_equal_those_of_transformers(name, tmp_path):
     params, config = hf.load(checkpoint(tmp_path, name), ONE)
     model = transformer.build(config)
@@ -128,7 +128,7 @@ def test_cached_logits_equal_those_of_transformers(name, tmp_path):
     assert_close(logits, np.stack([GOLDEN[f"{name}/logits"][i, p - 1 : p + 8] for i, p in enumerate(length)]))
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["gemma3", "gpt2", "mixtral"])
 def test_packed_texts_equal_those_of_transformers_alone(name, tmp_path):
     """Windows, two rope bases and learned positions begin anew with each text."""
     params, config = hf.load(checkpoint(tmp_path, name), ONE)
@@ -200,7 +200,7 @@ def test_narrow_weights_are_read_as_they_are(tmp_path):
     assert_equal(load_file(tmp_path / "out" / "model.safetensors"), weights)
 
 
-@pytest.mark.parametrize("name", ["llama2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama2", "gpt2", "gpt_neox", "qwen3_moe"])
 def test_each_device_reads_its_own_part_only(name, tmp_path, monkeypatch):
     mesh, sizes = sharding.make_mesh(EIGHT), []
     read = hf._read
@@ -212,7 +212,7 @@ def test_each_device_reads_its_own_part_only(name, tmp_path, monkeypatch):
     monkeypatch.setattr(hf, "_read", counted)
     params, config = hf.load(checkpoint(tmp_path, name), mesh)
     assert jax.tree.map(lambda x: x.sharding, params) == sharding.shardings(transformer.param_specs(config), mesh)
-    if name == "llama2":  # the others join three matrices in one tensor, which is read whole
+    if name in ("llama2", "qwen3_moe"):  # the others join three matrices in one tensor, which is read whole
         assert max(sizes) == 4 * 96 * 32 // 8
     monkeypatch.undo()
     assert_equal(params, hf.load(tmp_path, ONE)[0])
@@ -262,7 +262,7 @@ def test_published_configurations(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, r"model_type='mamba' is not supported: choose one of llama, mistral, qwen2, qwen3, gpt2"),
+        ({"model_type": "mamba"}, r"model_type='mamba' is not supported: choose one of llama, mistral, qwen2, qwen3, mixtral"),
         ({"model_type": None}, "model_type='None' is not supported"),
         ({"quantization_config": {"bits": 4}}, r"quantization_config=\{'bits': 4\} is not supported.*may hold attention_bias"),
         ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping=30.0 is not supported for model_type='llama'"),
@@ -281,6 +281,42 @@ def test_what_is_not_supported_is_said_with_what_is(change, message):
     values = {name: value for name, value in CASES["llama2"]["config"].items() if name != "rope_parameters"}
     with pytest.raises(ValueError, match=message):
         hf_config.config_from_hf(values | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\] is not supported: every layer must have experts \(mlp_only_layers="),
+        ({"decoder_sparse_step": 2}, r"decoder_sparse_step=2 is not supported: every layer must have experts"),
+        ({"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+        ({"num_local_experts": None}, "num_local_experts is missing"),
+        ({"num_experts_per_tok": 7}, r"experts_per_token=7 must be in 1 .. experts=6"),
+        ({"shared_expert_intermediate_size": 8}, r"shared_expert_intermediate_size=8 is not supported.*may hold.*num_experts"),
+        (
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "max_window_layers=1 is not supported with use_sliding_window=True",
+        ),
+    ],
+)
+def test_what_is_not_supported_of_experts(change, message):
+    with pytest.raises(ValueError, match=message):
+        hf_config.config_from_hf(CASES["qwen3_moe"]["config"] | change)
+
+
+def test_experts_by_either_name_and_windows_in_every_layer():
+    values = CASES["qwen3_moe"]["config"]
+    assert values["num_local_experts"] == 6  # transformers 5; the published files say num_experts
+    earlier = {name: value for name, value in values.items() if name != "num_local_experts"} | {"num_experts": 6}
+    config = hf_config.config_from_hf(earlier)
+    assert config == hf_config.config_from_hf(values)
+    assert (config.experts, config.experts_per_token, config.mlp_width) == (6, 2, 24)
+    windows = hf_config.config_from_hf(values | {"use_sliding_window": True, "sliding_window": 4})
+    assert windows.windows == (4, 4)
+    assert hf_config.config_from_hf(hf_export.config_to_hf(windows)) == windows
+    plain = hf_config.config_from_hf(CASES["qwen3_moe_plain"]["config"])
+    assert not plain.renormalise_experts
+    with pytest.raises(ValueError, match=r"nearest is mixtral, which differs in renormalise_experts=False \(there True\)"):
+        hf_export.config_to_hf(dataclasses.replace(plain, qk_norm=False))
 
 
 def test_a_model_that_no_architecture_fits_is_not_written(tmp_path):

@@ -64,7 +64,7 @@ PRINTS = {"training/run.py", "training/cli.py", "feedback/labelers.py"}  # they 
 # Where programs are compiled. A jit anywhere else hides a second compilation inside a first.
 JITS = {
     "training/step.py",
-    "sampling/generate.py",
+    "sampling/decode.py",
     "sampling/rollout.py",
     "models/roles.py",
     "rewards/model.py",

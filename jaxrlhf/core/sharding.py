@@ -25,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "residual": None,  # model width of an activation: its batch axis already uses fsdp
     "vocab": "tensor",
     "mlp": "tensor",
+    "expert": None,  # the other axes of its weights use fsdp and tensor already, which divide them whatever their number
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,

@@ -34,11 +34,11 @@ Array = jax.Array | Any  # a leaf of a batch: a jax array; on the host NumPy; in
 class SamplingSpec:
     """The distribution a response is drawn from, read by the sampler and by the scorer alike.
 
-    The *policy* is softmax(constrained logits / temperature): the constraints (`min_tokens`, `forbidden`) are known from
-    positions alone and are part of it, so they enter every log-prob. `top_k`, `top_p` and `min_p` are *filters*: they
-    change what is drawn but not the policy's log-prob (`Rollout.logprobs` against `Rollout.sampled_logprobs`).
-    Order: constraints, temperature, top-k, top-p, min-p, as in transformers' warpers. With `replay` the filtered distribution
-    itself is what is trained: see `Rollout.kept`.
+    The *policy* is softmax(constrained logits / temperature): the constraints (`repetition_penalty`, `min_tokens`, `forbidden`)
+    are known from the row before the token and are part of it, so they enter every log-prob. `top_k`, `top_p`, `min_p`
+    are *filters*: they change what is drawn but not the policy's log-prob (`Rollout.logprobs` against
+    `Rollout.sampled_logprobs`). Order: constraints, temperature, top-k, top-p, min-p, as in transformers' warpers. With
+    `replay` the filtered distribution itself is what is trained: see `Rollout.kept`.
     """
 
     temperature: float  # > 0; no default, so that no log-prob is ever computed without stating it
@@ -50,6 +50,8 @@ class SamplingSpec:
     top_p: float = 1.0
     min_p: float = 0.0
     greedy: bool = False  # the most probable token instead of a draw
+    repetition_penalty: float = 1.0  # logits of tokens in the row, prompt included: divided by it above 0, else multiplied
+    stop_strings: tuple[str, ...] = ()  # a response ends with the token that completes one: `sampling/stop_strings.py`
     replay: bool = False  # record which tokens the filters kept; the learner's log-probs are then renormalised over them
     pad: int = 0  # written after the end; only a filler
 
@@ -67,6 +69,10 @@ class SamplingSpec:
                 f"min_tokens={self.min_tokens}, max_tokens={self.max_tokens}: need 0 <= min_tokens <= max_tokens"
                 " and 1 <= max_tokens"
             )
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be > 0; 1 changes nothing, 1.2 discourages")
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"stop_strings={self.stop_strings!r} must be a tuple of strings, none of them empty")
         if self.replay and self.greedy:
             raise ValueError(
                 "replay=True with greedy=True: the most probable token is no draw, so there is no kept set to replay"
@@ -76,6 +82,11 @@ class SamplingSpec:
     def filtered(self) -> bool:
         """Whether the distribution drawn from differs from the policy's."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0 or self.greedy
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the policy depends on which tokens stand in the row."""
+        return self.repetition_penalty != 1
 
     @property
     def replayed(self) -> bool:

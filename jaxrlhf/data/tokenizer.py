@@ -62,12 +62,50 @@ class Tokenizer:
         """`decode` of many rows."""
         return [self.decode(row, continuation) for row in rows]
 
+    def pieces(self) -> list[bytes]:
+        """The bytes that each id adds to a text, [V]; none for special tokens and for holes in the vocabulary.
+
+        Raises:
+            ValueError: the tokenizer is of a kind whose ids do not stand for bytes of their own.
+        """
+        kind = self.continuation.decoder
+        names = [self.continuation.id_to_token(i) for i in range(self.vocab_size)]
+        special = {i for i, token in self.continuation.get_added_tokens_decoder().items() if token.special}
+        if isinstance(kind, decoders.ByteLevel):
+            read = _byte_level
+        elif isinstance(kind, decoders.Metaspace | decoders.Sequence):
+            read = _metaspace
+        else:
+            raise ValueError(
+                f"a tokenizer with the decoder {kind}: only byte-level and SentencePiece ones have pieces of bytes"
+            )
+        return [b"" if name is None or i in special else read(name) for i, name in enumerate(names)]
+
     def save(self, folder: Path | str) -> None:
         """Write `tokenizer.json`, `tokenizer_config.json` and what else came with them, which transformers reads as well."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.files.items():
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def _byte_level(name: str) -> bytes:
+    """A token of byte-level BPE has a letter for each byte. Source: openai/gpt-2 encoder.py `bytes_to_unicode`."""
+    if all(letter in _BYTES for letter in name):
+        return bytes(_BYTES[letter] for letter in name)
+    return name.encode()  # added by hand, in plain text
+
+
+def _metaspace(name: str) -> bytes:
+    """A token of SentencePiece is text with a mark for each space, or the number of one byte."""
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        return bytes([int(name[3:5], 16)])
+    return name.replace("▁", " ").encode()
+
+
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # a byte that prints is its own letter
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+_BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 def wrap(files: dict[str, str], ids: tuple[int, int, int]) -> Tokenizer:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+GATED = ("swiglu", "geglu")
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -28,6 +30,9 @@ class TransformerConfig:
     scan: bool = True  # one compiled layer run in a loop, in place of L copies of it; a matter of speed only
     remat: bool = True  # recompute activations in the backward pass instead of storing them; a matter of speed only
     dropout: float = 0.0  # on the residual branches, to the next 1/256; only where a dropout key is passed
+    experts: int = 0  # of each layer's MLP, `mlp_width` wide each (`models/experts.py`); 0: one MLP that all tokens share
+    experts_per_token: int = 0
+    renormalise_experts: bool = True  # the weights of a token's experts sum to 1; else they are those of the softmax over all
     # What published architectures differ in; `models/hf.py` sets these.
     qkv_bias: bool = False
     output_bias: bool = False
@@ -71,6 +76,15 @@ class TransformerConfig:
             raise ValueError(f"rope_low={self.rope_low} must be positive and below rope_high={self.rope_high}")
         if self.norm == "layer" and self.norm_plus_one:
             raise ValueError("norm_plus_one=True goes with norm='rms' only")
+        if self.experts < 0 or not min(self.experts, 1) <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must be in 1 .. experts={self.experts}, or both 0: no experts"
+            )
+        if self.experts and (self.mlp not in GATED or self.mlp_bias):
+            raise ValueError(
+                f"experts={self.experts} go with a gated MLP ({', '.join(GATED)}) without mlp_bias, not with mlp='{self.mlp}', "
+                f"mlp_bias={self.mlp_bias}"
+            )
         if not 0 <= self.dropout < 0.998:  # in steps of 1/256, 1 excluded
             raise ValueError(f"dropout={self.dropout} must be in [0, 0.998)")
         for name, choices in _CHOICES.items():

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrlhf.core import masking
-from jaxrlhf.models.model import Model
+from jaxrlhf.models.model import EXACT, CacheConfig, Model
 
 
 def from_flax(
@@ -45,6 +45,8 @@ def from_flax(
         prefill=functools.partial(_prefill, forward),
         decode=functools.partial(_decode, forward),
         take=lambda cache, rows: jax.tree.map(lambda x: x[rows], cache),
+        put=lambda cache, rows, part: jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), cache, part),
+        grow=lambda cache, extra: cache | {"tokens": jnp.pad(cache["tokens"], ((0, 0), (0, extra)))},
     )
 
 
@@ -63,8 +65,18 @@ def _forward(
     return hidden(params, tokens).astype(jnp.float32)
 
 
-def _prefill(forward: Callable[..., jax.Array], params: Any, tokens: jax.Array, length: jax.Array, n: int, width: int):
+def _prefill(
+    forward: Callable[..., jax.Array],
+    params: Any,
+    tokens: jax.Array,
+    length: jax.Array,
+    n: int,
+    width: int,
+    cache: CacheConfig = EXACT,
+):
     """The cache is the rows themselves, each prompt followed by room for its response."""
+    if cache != EXACT:
+        raise ValueError(f"{cache}: a model from from_flax keeps no keys and values; leave it at its defaults")
     last = _at(forward(params, tokens), length - 1)
     rows = jnp.pad(jnp.repeat(tokens, n, axis=0), ((0, 0), (0, width)))
     return last, {"tokens": rows, "length": jnp.repeat(length, n)}

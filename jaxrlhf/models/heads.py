@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.sharding import ParamSpec
@@ -21,15 +21,28 @@ from jaxrlhf.models.model import Model
 IMPOSSIBLE = -1e30
 
 
-def policy_logits(logits: Float[Array, "*s v"], position: Int[Array, "*s"], spec: SamplingSpec) -> Float[Array, "*s v"]:
-    """Logits of the policy: temperature and the constraints known from positions alone. Sampler and scorer both call this.
+def policy_logits(
+    logits: Float[Array, "*s v"],
+    position: Int[Array, "*s"],
+    spec: SamplingSpec,
+    seen: Bool[Array, "*s v"] | None = None,
+) -> Float[Array, "*s v"]:
+    """Logits of the policy: the constraints, then temperature. Sampler and scorer both call this.
 
-    `position[...]` is the index, in its response, of the token that the logits predict.
+    `position[...]` is the index, in its response, of the token that the logits predict; `seen` says which tokens stand before
+    it in the row, prompt included, and is read where the spec has a repetition penalty.
+    Source of the penalty: Keskar et al. 2019 (arXiv 1909.05858), section 4.1, in the form of transformers'
+    `RepetitionPenaltyLogitsProcessor`.
 
     Raises:
-        ValueError: a constrained id is not in the vocabulary.
+        ValueError: a constrained id is not in the vocabulary, or there is a penalty and `seen` is missing.
     """
     vocab = logits.shape[-1]
+    if spec.penalised:
+        if seen is None:
+            raise ValueError(f"repetition_penalty={spec.repetition_penalty} needs to know which tokens stand in the row")
+        less = jnp.where(logits > 0, logits / spec.repetition_penalty, logits * spec.repetition_penalty)
+        logits = jnp.where(seen, less, logits)
     logits = logits / spec.temperature
     if spec.forbidden:
         logits = jnp.where(_ids(spec.forbidden, vocab, "forbidden"), IMPOSSIBLE, logits)
@@ -37,6 +50,21 @@ def policy_logits(logits: Float[Array, "*s v"], position: Int[Array, "*s"], spec
         early = position[..., None] < spec.min_tokens
         logits = jnp.where(early & _ids(spec.stop, vocab, "stop"), IMPOSSIBLE, logits)
     return logits
+
+
+def seen_from(
+    tokens: Int[Array, "b t"], prompt_len: Int[Array, " b"], vocab: int, spec: SamplingSpec | None
+) -> Int[Array, "b v"] | None:
+    """The response position from which on each token stands in the row: 0 for those of the prompt, t + 1 for one that first
+    stands at response position t, T for none. None where the spec has no use for it.
+    """
+    if spec is None or not spec.penalised:
+        return None
+    b, t = tokens.shape
+    after = jnp.maximum(jnp.arange(t) - prompt_len[:, None] + 1, 0)
+    # What stands behind the response comes after all its positions. An id outside the vocabulary is padding: dropped.
+    rows = jnp.arange(b)[:, None]
+    return jnp.full((b, vocab), t).at[rows, tokens].min(after, mode="drop")
 
 
 def _ids(ids: tuple[int, ...], vocab: int, name: str) -> np.ndarray:
@@ -99,18 +127,19 @@ def token_logprobs(
     entropy: bool = False,
     block: int = 0,
     kept: UInt32[Array, "b r w"] | None = None,
+    seen: Int[Array, "b v"] | None = None,
 ) -> tuple[Float[Array, "b r"], Float[Array, "b r"] | None]:
     """Log-probs (and entropies) of response tokens under the policy `spec`, from the states that predict them.
 
-    `spec=None` is the plain softmax: temperature 1, no constraint. With `kept` (`Rollout.kept`) the policy is renormalised
-    over each token's recorded set, which gives it the distribution that was drawn from. The logits exist for `block`
-    positions of all rows at a time (0: chosen by size) and are computed again in the backward pass, so that [B, R, V]
-    never stands in memory.
+    `spec=None` is the plain softmax: temperature 1, no constraint. `seen`: `seen_from` of the rows. With `kept`
+    (`Rollout.kept`) the policy is renormalised over each token's recorded set, which gives it the distribution that was drawn
+    from. The logits exist for `block` positions of all rows at a time (0: chosen by size) and are computed again in the
+    backward pass, so that [B, R, V] never stands in memory.
     """
 
     def one(args):
         hidden, tokens, kept, position = args
-        logits = _policy(model, params, hidden, position, spec)
+        logits = _policy(model, params, hidden, position, spec, seen)
         if kept is not None:
             logits = jnp.where(masking.unpack_bits(kept, model.vocab_size), logits, IMPOSSIBLE)
         return logprobs_and_entropy(logits, tokens, entropy)
@@ -125,16 +154,17 @@ def token_kl(
     hidden: tuple[Float[Array, "b r d"], Float[Array, "b r d"]],
     spec: SamplingSpec | None = None,
     block: int = 0,
+    seen: Int[Array, "b v"] | None = None,
 ) -> Float[Array, "b r"]:
     """KL(policy || reference) in nats of the whole next-token distribution, from the states (policy's, reference's).
 
-    sum over v of p(v) (log p(v) - log q(v)), both at the spec's temperature and constraints.
+    sum over v of p(v) (log p(v) - log q(v)), both at the spec's temperature and constraints. `seen`: `seen_from` of the rows.
     """
 
     def one(args):
         states, ref_states, position = args
-        log_p = jax.nn.log_softmax(_policy(model, params, states, position, spec), axis=-1)
-        log_q = jax.nn.log_softmax(_policy(model, reference, ref_states, position, spec), axis=-1)
+        log_p = jax.nn.log_softmax(_policy(model, params, states, position, spec, seen), axis=-1)
+        log_q = jax.nn.log_softmax(_policy(model, reference, ref_states, position, spec, seen), axis=-1)
         # An impossible token's log-probs differ by rounding of 1e30: its term is 0 by the rule, not by arithmetic.
         possible = log_p > IMPOSSIBLE / 2
         difference = jnp.where(possible, log_p - log_q, 0.0)
@@ -143,9 +173,12 @@ def token_kl(
     return _by_positions(one, hidden, model.vocab_size, block)
 
 
-def _policy(model: Model, params: Any, hidden: jax.Array, position: jax.Array, spec: SamplingSpec | None) -> jax.Array:
+def _policy(model, params, hidden, position, spec, seen):
     logits = model.logits(params, hidden)
-    return logits if spec is None else policy_logits(logits, jnp.broadcast_to(position, logits.shape[:-1]), spec)
+    if spec is None:
+        return logits
+    before = None if seen is None else seen[:, None] <= position[:, None]
+    return policy_logits(logits, jnp.broadcast_to(position, logits.shape[:-1]), spec, before)
 
 
 def _by_positions(function: Callable[[tuple], Any], arrays: tuple, vocab: int, block: int) -> Any:

@@ -37,10 +37,10 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.ma
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One of their tensors, `{}` its layer, and the leaves of ours that it holds side by side."""
+    """One of their tensors, `{}` its layer and a second one its expert, and the leaves of ours that it holds side by side."""
 
     tensor: str
-    leaves: tuple[str, ...]  # `layers/query`: stacked over layers
+    leaves: tuple[str, ...]  # `layers/query`, stacked over layers; `layers/experts/up`, over layers and experts
     transposed: bool = False  # theirs is [out, in]
     by_head: bool = False  # its leaves stand side by side within each head, else one after another
 
@@ -56,6 +56,9 @@ _GEMMA2_NORMS = {
     "mlp_post_norm": "post_feedforward_layernorm",
 }
 _HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+_MIXTRAL = {"router": "block_sparse_moe.gate"}
+_MIXTRAL |= {name: f"block_sparse_moe.experts.{{}}.{own}" for name, own in (("gate", "w1"), ("up", "w3"), ("down", "w2"))}
+_QWEN3_MOE = {"router": "mlp.gate"} | {name: f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")}
 _GPT2 = {"output": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
 _NEOX = {"output": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
 
@@ -89,8 +92,15 @@ def rules(config: TransformerConfig, kind: str) -> list[Rule]:
     if qkv:
         found.append(Rule(f"{layer}{qkv}.weight", tuple(f"layers/{n}" for n in _QKV), flip, by_head=flip))
         found.append(Rule(f"{layer}{qkv}.bias", tuple(f"layers/bias/{n}" for n in _QKV), by_head=flip))
+    for ours, theirs in {"mixtral": _MIXTRAL, "qwen3_moe": _QWEN3_MOE}.get(kind, {}).items():
+        found.append(Rule(f"{layer}{theirs}.weight", (f"layers/experts/{ours}",), transposed=True))
     specs = _flat(transformer.param_specs(config))
     return [rule for rule in found if rule.leaves[0] in specs]
+
+
+def _lead(rule: Rule) -> int:
+    """How many axes of its leaves are stacked."""
+    return rule.tensor.count("{}")
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -228,11 +238,10 @@ def expected(trunk: list[Rule], config: TransformerConfig, reward: bool = False)
     """Shape of each tensor that the configuration asks for."""
     specs, shapes = _flat(transformer.param_specs(config)), {}
     for rule in trunk:
-        shape, stacked = specs[rule.leaves[0]].shape, rule.leaves[0].startswith("layers/")
-        one = shape[1:] if stacked else shape
-        one = (*one[:-1], sum(specs[leaf].shape[-1] for leaf in rule.leaves))
-        for i in range(shape[0] if stacked else 1):
-            shapes[rule.tensor.format(i)] = one[::-1] if rule.transposed else one
+        shape, lead = specs[rule.leaves[0]].shape, _lead(rule)
+        one = (*shape[lead:-1], sum(specs[leaf].shape[-1] for leaf in rule.leaves))
+        for which in np.ndindex(shape[:lead]):
+            shapes[rule.tensor.format(*which)] = one[::-1] if rule.transposed else one
     return shapes | ({SCORE: (1, specs["norm/scale"].shape[0])} if reward else {})
 
 
@@ -277,23 +286,22 @@ def _reader(
     rule: Rule, leaf: str, places: dict[str, Stored], head_width: int, spec: ParamSpec, dtype: np.dtype
 ) -> Callable[[Any], np.ndarray]:
     """index -> that part of a leaf, for a device that holds it."""
-    part = rule.leaves.index(leaf)
+    part, lead = rule.leaves.index(leaf), _lead(rule)
 
-    def one(layer: int, index: tuple[slice, ...]) -> np.ndarray:
-        name = rule.tensor.format(layer)
+    def one(which: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+        name = rule.tensor.format(*which)
         if len(rule.leaves) > 1:
             return split(rule, places[name].read(()), head_width)[part][index]
         tensor = places[name].read(index[::-1] if rule.transposed else index)
         return tensor.T if rule.transposed else tensor
 
     def read(index: Any) -> np.ndarray:
-        if not leaf.startswith("layers/"):
-            return np.ascontiguousarray(one(0, index), dtype)
-        layers = range(*index[0].indices(spec.shape[0]))
-        sizes = [len(range(*s.indices(size))) for s, size in zip(index[1:], spec.shape[1:], strict=True)]
-        stacked = np.empty((len(layers), *sizes), dtype)
-        for place, layer in enumerate(layers):
-            stacked[place] = one(layer, index[1:])
+        if not lead:
+            return np.ascontiguousarray(one((), index), dtype)
+        ranges = [range(*s.indices(size)) for s, size in zip(index, spec.shape, strict=True)]
+        stacked = np.empty([len(own) for own in ranges], dtype)
+        for place in np.ndindex(stacked.shape[:lead]):
+            stacked[place] = one(tuple(own[i] for own, i in zip(ranges, place, strict=False)), index[lead:])
         return stacked
 
     return read
@@ -373,10 +381,9 @@ def _named(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors, one after another."""
     for rule in trunk:
-        stacked = rule.leaves[0].startswith("layers/")
-        for i in range(config.layers if stacked else 1):
-            own = [np.asarray(leaves[leaf][i] if stacked else leaves[leaf]) for leaf in rule.leaves]
-            yield rule.tensor.format(i), join(rule, own, config.head_width)
+        for which in np.ndindex(np.shape(leaves[rule.leaves[0]])[: _lead(rule)]):
+            own = [np.asarray(leaves[leaf][which]) for leaf in rule.leaves]
+            yield rule.tensor.format(*which), join(rule, own, config.head_width)
     yield from extra.items()
 
 

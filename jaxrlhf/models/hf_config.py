@@ -16,6 +16,8 @@ CLASSES = {
     "mistral": ("MistralForCausalLM", "MistralForSequenceClassification"),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification"),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification"),
+    "mixtral": ("MixtralForCausalLM", "MixtralForSequenceClassification"),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeForSequenceClassification"),
     "gpt2": ("GPT2LMHeadModel", "GPT2ForSequenceClassification"),
     "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXForSequenceClassification"),
     "gemma": ("GemmaForCausalLM", "GemmaForSequenceClassification"),
@@ -33,11 +35,17 @@ _LLAMA = (
 _WINDOWS = ("sliding_window", "layer_types")
 _QWEN = ("use_sliding_window", "max_window_layers", *_WINDOWS)
 _GEMMA2 = ("hidden_activation", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", *_WINDOWS)
+_QWEN_EXPERTS = (  # transformers 5 writes num_local_experts, the published files have num_experts
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
+    *("decoder_sparse_step", "mlp_only_layers", "use_sliding_window", "sliding_window", "max_window_layers"),
+)
 _FIELDS = {
     "llama": (*_LLAMA, "attention_bias", "mlp_bias"),
     "mistral": (*_LLAMA, "sliding_window"),
     "qwen2": (*_LLAMA, *_QWEN),
     "qwen3": (*_LLAMA, "attention_bias", *_QWEN),
+    "mixtral": (*_LLAMA, "sliding_window", "num_local_experts", "num_experts_per_tok"),
+    "qwen3_moe": (*_LLAMA, "attention_bias", *_QWEN_EXPERTS),
     "gpt2": (
         *("vocab_size", "n_positions", "n_ctx", "n_embd", "n_layer", "n_head", "n_inner", "activation_function"),
         *("layer_norm_epsilon", "scale_attn_weights", "tie_word_embeddings"),
@@ -51,12 +59,14 @@ _FIELDS = {
     "gemma2": (*_LLAMA, "attention_bias", *_GEMMA2),
     "gemma3_text": (*_LLAMA, "attention_bias", *_GEMMA2, "rope_local_base_freq", "sliding_window_pattern"),
 }
-# These change no logit: names and ids, dropout and initialisation of training, settings of generation, caches and kernels.
+# These change no logit: names and ids, dropout, noise, losses and initialisation of training, settings of generation, caches
+# and kernels.
 _HARMLESS = {
     *("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map", "torch_dtype", "dtype"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "id2label", "label2id", "num_labels"),
     *("problem_type", "is_llama_config", "pretraining_tp", "rope_interleaved", "score_offset"),
     *("attention_dropout", "hidden_dropout", "classifier_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    *("router_aux_loss_coef", "router_jitter_noise", "output_router_logits"),
     *("initializer_range", "initializer_factor", "use_cache", "cache_implementation", "is_decoder", "chunk_size_feed_forward"),
     *("task_specific_params", "reorder_and_upcast_attn", "_attn_implementation", "attn_implementation", "output_attentions"),
     *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
@@ -101,16 +111,17 @@ def _from_llama(kind: str, values: dict[str, Any]) -> TransformerConfig:
         heads=heads,
         kv_heads=values.get("num_key_value_heads") or heads,
         head_width=values.get("head_dim") or {"qwen3": 128}.get(kind, 256 if gemma else width // heads),
-        mlp_width=_need(values, "intermediate_size"),
+        mlp_width=_need(values, "moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"),
         max_length=_need(values, "max_position_embeddings"),
-        norm_epsilon=values.get("rms_norm_eps", 1e-6),
+        norm_epsilon=values.get("rms_norm_eps", 1e-5 if kind == "mixtral" else 1e-6),
         mlp=_choice("hidden_act", activation, GATED),
         tied_head=values.get("tie_word_embeddings", gemma),
         qkv_bias=bias or kind == "qwen2",
         output_bias=bias,
         mlp_bias=bool(values.get("mlp_bias")),
-        qk_norm=kind in ("qwen3", "gemma3_text"),
+        qk_norm=kind in ("qwen3", "qwen3_moe", "gemma3_text"),
         windows=_windows(kind, values, layers),
+        **_experts(kind, values),
         **_rope_of(kind, values),
     )
     if not gemma:
@@ -125,6 +136,21 @@ def _from_llama(kind: str, values: dict[str, Any]) -> TransformerConfig:
         attention_cap=values.get("attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
         logit_cap=values.get("final_logit_softcapping", 30.0 if kind == "gemma2" else None),
     )
+
+
+def _experts(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Our settings of a mixture of experts."""
+    if kind not in ("mixtral", "qwen3_moe"):
+        return {}
+    for name, only in (("mlp_only_layers", []), ("decoder_sparse_step", 1)) * (kind == "qwen3_moe"):
+        if (value := values.get(name)) not in (None, only):
+            raise ValueError(f"config.json: {name}={value} is not supported: every layer must have experts ({name}={only})")
+    named = "num_experts" if values.get("num_experts") is not None else "num_local_experts"
+    return {
+        "experts": _need(values, named),
+        "experts_per_token": _need(values, "num_experts_per_tok"),
+        "renormalise_experts": kind == "mixtral" or bool(values.get("norm_topk_prob")),
+    }
 
 
 def _from_gpt2(values: dict[str, Any]) -> TransformerConfig:
@@ -192,9 +218,14 @@ def _windows(kind: str, values: dict[str, Any], layers: int) -> tuple[int, ...]:
     if not window or (kind.startswith("qwen") and not values.get("use_sliding_window")):
         return ()
     types = values.get("layer_types")
+    if kind == "qwen3_moe" and values.get("max_window_layers"):  # releases of transformers differ in which layers these are
+        raise ValueError(
+            f"config.json: max_window_layers={values['max_window_layers']} is not supported with use_sliding_window=True for "
+            "model_type='qwen3_moe': it must be 0, a window in every layer"
+        )
     if types is None:
         every = {"mistral": 0, "gemma2": 2, "gemma3_text": values.get("sliding_window_pattern", 6)}
-        first = values.get("max_window_layers", 28) if kind.startswith("qwen") else 0
+        first = values.get("max_window_layers", 28) if kind in ("qwen2", "qwen3") else 0
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
         if every.get(kind):
             types = ["sliding_attention" if (i + 1) % every[kind] else "full_attention" for i in range(layers)]
@@ -209,7 +240,7 @@ def _windows(kind: str, values: dict[str, Any], layers: int) -> tuple[int, ...]:
 def _rope_of(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     """Our settings of rotary positions, from the flat fields of transformers 4 or the nested ones of transformers 5."""
     given = values.get("rope_parameters") or {}
-    theta = {"gemma3_text": 1e6}.get(kind, values.get("rotary_emb_base", 1e4))
+    theta = {"gemma3_text": 1e6, "mixtral": 1e6}.get(kind, values.get("rotary_emb_base", 1e4))
     flat = {"rope_theta": values.get("rope_theta") or theta, **(values.get("rope_scaling") or {})}
     whole = flat | (given.get("full_attention") or {} if "full_attention" in given else given)
     if kind == "gpt_neox":

@@ -31,6 +31,8 @@ def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
 
 def model_type(config: TransformerConfig) -> str:
     """The architecture of transformers that comes nearest."""
+    if config.experts:
+        return "qwen3_moe" if config.qk_norm else "mixtral"
     if config.norm == "layer":
         return "gpt2" if config.positions == "learned" else "gpt_neox"
     if config.norm_plus_one:
@@ -64,7 +66,8 @@ def _to_llama(kind: str, config: TransformerConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
     }
     values |= _scaling(config)
-    if kind in ("llama", "qwen3", *GEMMA):
+    values |= _experts(kind, config)
+    if kind in ("llama", "qwen3", "qwen3_moe", *GEMMA):
         values["attention_bias"] = config.output_bias
     if kind == "llama":
         values["mlp_bias"] = config.mlp_bias
@@ -75,8 +78,9 @@ def _to_llama(kind: str, config: TransformerConfig) -> dict[str, Any]:
         # transformers builds a mask for the window of Gemma whether or not a layer has one.
         values["sliding_window"] = window or (config.max_length if kind in GEMMA else None)
     if kind.startswith("qwen"):
-        values |= {"use_sliding_window": bool(window), "max_window_layers": config.layers}
-    if kind not in ("llama", "gemma", "mistral"):
+        first = 0 if kind == "qwen3_moe" else config.layers
+        values |= {"use_sliding_window": bool(window), "max_window_layers": first}
+    if kind not in ("llama", "gemma", "mistral", "mixtral", "qwen3_moe"):
         windows = config.windows or (0,) * config.layers
         values["layer_types"] = ["sliding_attention" if each else "full_attention" for each in windows]
     if kind in ("gemma2", "gemma3_text"):
@@ -86,6 +90,21 @@ def _to_llama(kind: str, config: TransformerConfig) -> dict[str, Any]:
     if kind == "gemma3_text":
         values["rope_local_base_freq"] = config.rope_local_theta or config.rope_theta
     return values
+
+
+def _experts(kind: str, config: TransformerConfig) -> dict[str, Any]:
+    if kind == "mixtral":
+        return {"num_local_experts": config.experts, "num_experts_per_tok": config.experts_per_token}
+    if kind != "qwen3_moe":
+        return {}
+    return {
+        "num_experts": config.experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "moe_intermediate_size": config.mlp_width,
+        "norm_topk_prob": config.renormalise_experts,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 def _scaling(config: TransformerConfig) -> dict[str, Any]:

@@ -8,9 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """How a model keeps what it has read while it samples."""
+
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"  # of keys and values; narrow ones move log-probs a little
+    attention: Literal["xla", "cudnn"] = "xla"  # implementation that reads the prompts
+
+
+EXACT = CacheConfig()  # what was read is kept as it was computed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,10 +41,15 @@ class Model:
     """(params, hidden [..., D]) -> [..., V] float32."""
     decode_params: Callable[[Any], Any]
     """(params) -> what `prefill` and `decode` read; made once per rollout (architecture decision 4)."""
-    prefill: Callable[[Any, jax.Array, jax.Array, int, int], tuple[jax.Array, Any]]
-    """(decode_params, tokens [B,P], length [B], samples n, width R) -> (hidden [B,D] of each prompt's last token, cache).
+    prefill: Callable[[Any, jax.Array, jax.Array, int, int, CacheConfig], tuple[jax.Array, Any]]
+    """(decode_params, tokens [B,P], length [B], samples n, width R, how) -> (hidden [B,D] of each prompt's last token, cache).
     The cache serves B * n rows (row i continues prompt i // n) of at most R response tokens."""
     decode: Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
-    """(decode_params, cache, token [B*n], step []) -> (hidden [B*n,D], cache): read response token number `step`."""
+    """(decode_params, cache, token [B*n], step) -> (hidden [B*n,D], cache): read response token number `step`, one for all
+    rows [] or, where each has a prompt of its own, each its own [B]."""
     take: Callable[[Any, jax.Array], Any]
     """(cache, rows [m]) -> the cache of these rows alone, in this order; each then continues a prompt of its own."""
+    put: Callable[[Any, jax.Array, Any], Any]
+    """(cache, rows [m], part) -> the cache with that of m other rows in these places; those of either come from `take`."""
+    grow: Callable[[Any, int], Any]
+    """(cache, extra) -> the cache with room for `extra` response tokens more in each row."""

@@ -15,8 +15,8 @@ import numpy as np
 from flax import traverse_util
 
 from jaxrlhf.core.sharding import ParamSpec
-from jaxrlhf.models import lora, transformer
-from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.models import lora
+from jaxrlhf.models.config import GATED, TransformerConfig
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 MODULES: dict[lora.Target, str] = {
@@ -40,7 +40,7 @@ KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva")  # `init_lora_
 
 def holds(shape: TransformerConfig) -> bool:
     """Whether adapters of this model can be written."""
-    return (shape.norm, shape.positions) == ("rms", "rope") and shape.mlp in transformer.GATED
+    return (shape.norm, shape.positions) == ("rms", "rope") and shape.mlp in GATED
 
 
 def save(path: Path, adapter: dict[str, Any], shape: TransformerConfig, config: lora.LoraConfig, base: Path | str) -> None:

@@ -13,18 +13,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import ParamSpec
-from jaxrlhf.models import products
-from jaxrlhf.models.attention import MASKED, attention, capped, near, scaled
-from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.models.model import Model
+from jaxrlhf.models import experts, kv_cache, products
+from jaxrlhf.models.attention import MASKED, capped, near, scaled
+from jaxrlhf.models.attention import attention as attend
+from jaxrlhf.models.config import GATED, TransformerConfig
+from jaxrlhf.models.model import EXACT, CacheConfig, Model
 
 Params = Any
 Cache = Any
-GATED = ("swiglu", "geglu")
 
 
 def param_specs(config: TransformerConfig) -> Params:
@@ -48,14 +48,15 @@ def param_specs(config: TransformerConfig) -> Params:
             "value": into(kv_heads, "kv_heads"),
             "output": back(heads, "heads"),
             "mlp_norm": _norm_specs(c, (layers,), ("layers",)),
-            "up": into(c.mlp_width, "mlp"),
-            "down": back(c.mlp_width, "mlp"),
         },
         "norm": _norm_specs(c, (), ()),
     }
     own = specs["layers"]
-    if c.mlp in GATED:
-        own["gate"] = into(c.mlp_width, "mlp")
+    if c.experts:
+        own["experts"] = experts.specs(c)
+    else:
+        own |= {"up": into(c.mlp_width, "mlp"), "down": back(c.mlp_width, "mlp")}
+        own |= {"gate": into(c.mlp_width, "mlp")} if c.mlp in GATED else {}
     if c.qk_norm:
         own |= {name: {"scale": _scale_spec(c, (layers, c.head_width))} for name in ("query_norm", "key_norm")}
     if c.post_norms:
@@ -100,6 +101,8 @@ def build(config: TransformerConfig) -> Model:
         prefill=functools.partial(prefill, config),
         decode=functools.partial(decode, config),
         take=take,
+        put=put,
+        grow=functools.partial(grow, config),
     )
 
 
@@ -138,6 +141,34 @@ def hidden(
         for i in range(config.layers):
             x, _ = layer(x, (_at(params["layers"], i), None if keys is None else keys[i], _window(config, i)))
     return _norm(config, params["norm"], x)
+
+
+def expert_load(
+    config: TransformerConfig,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    mask: Bool[Array, "b t"] | None = None,
+    segments: Int[Array, "b t"] | None = None,
+) -> Float[Array, "{config.layers} {config.experts}"]:
+    """Of each layer the share of the tokens' (in the mask) places that each expert has: 1 / X where all are used alike, and
+    1 / k for the k experts that have all.
+
+    Raises:
+        ValueError: the model has no experts, or the rows are longer than `config.max_length`.
+    """
+    if not config.experts:
+        raise ValueError("expert_load: this model has experts=0, one MLP that all tokens share: there is no load")
+    _check_length(config, tokens.shape[1])
+    position = segment_positions(segments) if segments is not None else jnp.arange(tokens.shape[1])[None]
+    rotations, x, loads = _rotations(config, position), _embed(config, params, tokens, position), []
+    for i in range(config.layers):
+        weights = _at(params["layers"], i)
+        mixed, _ = _mixed(config, weights, x, rotations, segments, _window(config, i))
+        _, read = _attended(config, weights, x, mixed)
+        chosen, _ = experts.route(config, weights["experts"]["router"], read.reshape(-1, config.width))
+        loads.append(experts.load(chosen, config.experts, None if mask is None else mask.reshape(-1)))
+        x = _branches(config, weights, x, mixed)
+    return jnp.stack(loads)
 
 
 def logits(config: TransformerConfig, params: Params, hidden: Float[Array, "*s d"]) -> Float[Array, "*s v"]:
@@ -183,26 +214,37 @@ def _embed(config, params, tokens, position):
     return sharding.constrain(x, "batch", *("length",) * (x.ndim - 2), "residual")
 
 
-def _layer(config, weights, x, rotations, segments, key, window):
+def _layer(config, weights, x, rotations, segments, key, window, attention="xla"):
     """One layer; also its keys and values [B,T,K,E]."""
-    b, t, _ = x.shape
-    query, k, v = _heads(config, weights, _norm(config, weights["attention_norm"], x), _of_layer(rotations, window))
-    mixed = attention(query, k, v, segments, "xla", window, config.attention_scale, config.attention_cap).reshape(b, t, -1)
+    mixed, cached = _mixed(config, weights, x, rotations, segments, window, attention)
     keys = (None, None) if key is None else jax.random.split(key)
     x = _branches(config, weights, x, mixed, keys)
-    return sharding.constrain(x, "batch", "length", "residual"), (k, v)
+    return sharding.constrain(x, "batch", "length", "residual"), cached
+
+
+def _mixed(config, weights, x, rotations, segments, window, attention="xla"):
+    """What attention mixes [B,T,H*E]; also the layer's keys and values."""
+    query, k, v = _heads(config, weights, _norm(config, weights["attention_norm"], x), _of_layer(rotations, window))
+    mixed = attend(query, k, v, segments, attention, window, config.attention_scale, config.attention_cap)
+    return mixed.reshape(*x.shape[:2], -1), (k, v)
 
 
 def _branches(config, weights, x, mixed, keys=(None, None)):
     """The residual stream after a layer: x, what attention mixed, and the MLP."""
-    attended = _linear(config, weights, "output", mixed)
-    if config.post_norms:
-        attended = _norm(config, weights["attention_post_norm"], attended)
-    after = x + _dropout(config, keys[0], attended)
-    mlp = _mlp(config, weights, _norm(config, weights["mlp_norm"], x if config.parallel else after))
+    after, read = _attended(config, weights, x, mixed, keys[0])
+    mlp = _mlp(config, weights, read)
     if config.post_norms:
         mlp = _norm(config, weights["mlp_post_norm"], mlp)
     return after + _dropout(config, keys[1], mlp)
+
+
+def _attended(config, weights, x, mixed, key=None):
+    """The residual stream with what attention mixed, and what the MLP reads."""
+    attended = _linear(config, weights, "output", mixed)
+    if config.post_norms:
+        attended = _norm(config, weights["attention_post_norm"], attended)
+    after = x + _dropout(config, key, attended)
+    return after, _norm(config, weights["mlp_norm"], x if config.parallel else after)
 
 
 def _linear(config, weights, name, x):
@@ -223,12 +265,12 @@ def _heads(config, weights, x, rotation):
 
 
 def _mlp(config, weights, x):
-    """SwiGLU or GEGLU (Shazeer 2020, arXiv 2002.05202), or GELU in its tanh form, as in GPT-2, or exact, as in GPT-NeoX."""
+    """Experts, or one MLP: SwiGLU or GEGLU, or GELU in its tanh form, as in GPT-2, or exact, as in GPT-NeoX."""
+    if config.experts:
+        return experts.mlp(config, weights["experts"], x)
     up = _linear(config, weights, "up", x)
-    if config.mlp == "swiglu":
-        inner = jax.nn.silu(_linear(config, weights, "gate", x)) * up
-    elif config.mlp == "geglu":
-        inner = jax.nn.gelu(_linear(config, weights, "gate", x), approximate=True) * up
+    if config.mlp in GATED:
+        inner = experts.gated(config, _linear(config, weights, "gate", x), up)
     else:
         inner = jax.nn.gelu(up, approximate=config.mlp == "gelu")
     return _linear(config, weights, "down", inner)
@@ -310,25 +352,33 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
     """Weights as `prefill`, `decode` and `logits` read them while sampling: products' operands in `config.dtype`, adapters
     merged.
 
-    On a CPU the stack of layers becomes a tuple, because indexing a stacked array there copies it at every step.
+    The stack of layers becomes a tuple: a layer of a stacked array is copied before its products, on a CPU at every step, on a
+    GPU once a chunk (half of the weights as temporaries, compiled for an H100).
     The embedding table stays float32 for look-ups; a tied head becomes a separate narrow copy of it.
     """
     dtype = jnp.dtype(config.dtype)
     layers = {name: w if isinstance(w, dict) else products.whole(w).astype(dtype) for name, w in params["layers"].items()}
-    if jax.default_backend() == "cpu":
-        layers = tuple(_at(layers, i) for i in range(config.layers))
+    if config.experts:
+        layers["experts"] = experts.decode_weights(config, params["layers"]["experts"])
+    layers = tuple(_at(layers, i) for i in range(config.layers))
     if config.tied_head:
         return params | {"layers": layers, "head": products.transpose(params["embed"].astype(dtype))}
     return params | {"layers": layers, "head": products.whole(params["head"]).astype(dtype)}
 
 
 def prefill(
-    config: TransformerConfig, params: Params, tokens: Int[Array, "p w"], length: Int[Array, " p"], n: int, width: int
+    config: TransformerConfig,
+    params: Params,
+    tokens: Int[Array, "p w"],
+    length: Int[Array, " p"],
+    n: int,
+    width: int,
+    cache: CacheConfig = EXACT,
 ) -> tuple[Float[Array, "p {config.width}"], Cache]:
     """Hidden state of each prompt's last token, and the cache for n responses of at most `width` tokens to each.
 
     The cache holds, for each layer, keys and values of the prompts `[prompts, K, P, E]` once for their n samples, and
-    those of the responses `[prompts * n, K, R, E]`, written at one common place by each decode step.
+    those of the responses `[prompts * n, K, R, E]`, written by each decode step: see `models/kv_cache.py`.
 
     Raises:
         ValueError: prompt and response together are longer than `config.max_length`.
@@ -340,25 +390,28 @@ def prefill(
     x = _embed(config, params, tokens, position)
     cached = []
     for i in range(config.layers):
-        x, (k, v) = _layer(config, _at(params["layers"], i), x, rotations, None, None, _window(config, i))
-        cached.append((k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)))
+        x, read = _layer(
+            config, _at(params["layers"], i), x, rotations, None, None, _window(config, i), attention=cache.attention
+        )
+        cached.append(tuple(kv_cache.keep(each.transpose(0, 2, 1, 3), cache.dtype) for each in read))
     last = jnp.take_along_axis(x, jnp.maximum(length - 1, 0)[:, None, None], axis=1)[:, 0]
-    empty = jnp.zeros((prompts * n, config.kv_heads, width, config.head_width))
-    empty = sharding.constrain(empty, "batch", "kv_heads", None, None)  # else every device would hold all of it
-    cache = {
+    empty = kv_cache.empty(prompts * n, config.kv_heads, width, config.head_width, cache.dtype)
+    found = {
         "length": length,
         # Angles of all places, looked up by each step: a sine costs a CPU more than the product it turns.
         "rotations": _rotations(config, jnp.arange(prompt_width + width)),
         "prompt": tuple(cached),
         "response": ((empty, empty),) * config.layers,
     }
-    return _norm(config, params["norm"], last), cache
+    return _norm(config, params["norm"], last), found
 
 
 def decode(
-    config: TransformerConfig, params: Params, cache: Cache, token: Int[Array, " b"], step: Int[Array, ""] | int
+    config: TransformerConfig, params: Params, cache: Cache, token: Int[Array, " b"], step: Int[Array, "*b"] | int
 ) -> tuple[Float[Array, "b {config.width}"], Cache]:
-    """Read response token number `step` (0, 1, ...) of every row; its hidden state and the grown cache."""
+    """Read response token number `step` (0, 1, ...) of every row, [] or each its own [B]; its hidden state and the grown
+    cache. Rows with steps of their own have prompts of their own (`take`)."""
+    step = jnp.asarray(step)
     n = token.shape[0] // cache["length"].shape[0]
     position = jnp.repeat(cache["length"], n) + step
     rotations = jax.tree.map(lambda table: jnp.take(table, position, axis=0, mode="clip"), cache["rotations"])
@@ -368,10 +421,7 @@ def decode(
         weights = _at(params["layers"], i)
         window = _window(config, i)
         query, k, v = _heads(config, weights, _norm(config, weights["attention_norm"], x), _of_layer(rotations, window))
-        response = tuple(
-            jax.lax.dynamic_update_slice_in_dim(old, new[:, :, None], step, axis=2)
-            for old, new in zip(cache["response"][i], (k, v), strict=True)
-        )
+        response = tuple(kv_cache.write(old, new, step) for old, new in zip(cache["response"][i], (k, v), strict=True))
         mixed = _decode_attention(config, query, cache["prompt"][i], response, (cache["length"], step, window))
         x = sharding.constrain(_branches(config, weights, x, mixed), "batch", "residual")
         grown.append(response)
@@ -380,17 +430,29 @@ def decode(
 
 def take(cache: Cache, rows: Int[Array, " m"]) -> Cache:
     """The cache of some rows, in this order, each with a prompt of its own: samples of one prompt end at different times."""
-    responses = cache["response"][0][0].shape[0]
+    responses = cache["response"][0][0].values.shape[0]
     prompts = rows // (responses // cache["length"].shape[0])
-
-    def of(index: jax.Array, x: jax.Array) -> jax.Array:
-        return sharding.constrain(x[index], "batch", *("kv_heads", None, None)[: x.ndim - 1])
-
     return cache | {
         "length": cache["length"][prompts],
-        "prompt": jax.tree.map(functools.partial(of, prompts), cache["prompt"]),
-        "response": jax.tree.map(functools.partial(of, rows), cache["response"]),
+        "prompt": kv_cache.take(cache["prompt"], prompts),
+        "response": kv_cache.take(cache["response"], rows),
     }
+
+
+def put(cache: Cache, rows: Int[Array, " m"], part: Cache) -> Cache:
+    """The cache with `part` in the place of some rows, every row of either with a prompt of its own."""
+    return cache | {
+        "length": cache["length"].at[rows].set(part["length"], mode="drop"),
+        "prompt": kv_cache.put(cache["prompt"], rows, part["prompt"]),
+        "response": kv_cache.put(cache["response"], rows, part["response"]),
+    }
+
+
+def grow(config: TransformerConfig, cache: Cache, extra: int) -> Cache:
+    """The cache with room for so many response tokens more."""
+    prompt, response = (cache[part][0][0].values.shape[2] for part in ("prompt", "response"))
+    rotations = _rotations(config, jnp.arange(prompt + response + extra))
+    return cache | {"rotations": rotations, "response": kv_cache.grow(cache["response"], extra)}
 
 
 def _decode_attention(config, query, prompt, response, place):
@@ -400,21 +462,22 @@ def _decode_attention(config, query, prompt, response, place):
     """
     length, step, window = place
     b, h, e = query.shape
-    prompts, k, p, _ = prompt[0].shape
-    n, r = b // prompts, response[0].shape[2]
+    prompts, k, p, _ = prompt[0].values.shape
+    n, r = b // prompts, response[0].values.shape[2]
     query = scaled(query.reshape(b, k, h // k, e), config.attention_scale)
+    step = step[..., None]  # [1] or, each with a prompt of its own, [B, 1]
     in_prompt, in_response = jnp.arange(p) < length[:, None], jnp.arange(r) <= step
     if window:
         in_prompt &= near(length[:, None] + step - jnp.arange(p), window)
         in_response &= near(step - jnp.arange(r), window)
     # A prompt's samples are rows of one product. The responses keep their shape: another one would copy the cache.
-    at_prompt = capped(_apart(jnp.matmul(_together(query, n), prompt[0].swapaxes(2, 3)), n), config.attention_cap)
+    at_prompt = capped(_apart(kv_cache.scores(_together(query, n), prompt[0]), n), config.attention_cap)
     at_prompt = jnp.where(in_prompt.repeat(n, 0)[:, None, None], at_prompt, MASKED)
-    at_response = capped(jnp.matmul(query, response[0].swapaxes(2, 3)), config.attention_cap)
-    at_response = jnp.where(in_response, at_response, MASKED)
+    at_response = capped(kv_cache.scores(query, response[0]), config.attention_cap)
+    at_response = jnp.where(jnp.atleast_2d(in_response)[:, None, None], at_response, MASKED)
     weights = jax.nn.softmax(jnp.concatenate([at_prompt, at_response], axis=-1), axis=-1)
-    mixed = _apart(jnp.matmul(_together(weights[..., :p], n), prompt[1]), n) + jnp.matmul(weights[..., p:], response[1])
-    return mixed.reshape(b, h * e)
+    mixed = _apart(kv_cache.mixed(_together(weights[..., :p], n), prompt[1]), n)
+    return (mixed + kv_cache.mixed(weights[..., p:], response[1])).reshape(b, h * e)
 
 
 def _together(x, n):

@@ -51,15 +51,42 @@ def _top_k(logits: Float[Array, "b v"], k: int) -> Bool[Array, "b v"]:
 
 
 def _top_p(weight: Float[Array, "b v"], p: float) -> Float[Array, " b"]:
-    """The largest weight such that tokens of at least this weight hold the share p of all; exact for float32 sums."""
-    target = p * weight.sum(-1)
+    """A weight such that tokens of at least this weight are the fewest that hold the share p of all; exact for float32 sums.
 
-    def enough(bits: Int[Array, " b"]) -> Bool[Array, " b"]:
-        least = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        return jnp.where(weight >= least[:, None], weight, 0.0).sum(-1) >= target
+    Tokens of less than (1 - p) / V of all together hold less than 1 - p, so the border is not below that.
+    """
+    total = weight.sum(-1)
+    target = p * total
+    one = jax.lax.bitcast_convert_type(jnp.float32(1), jnp.int32)
+    least = jax.lax.bitcast_convert_type(0.999 * (1 - p) / weight.shape[-1] * total, jnp.int32)
 
-    border = _largest(enough, jnp.zeros(weight.shape[0], jnp.int32))
-    return jax.lax.bitcast_convert_type(border, jnp.float32)
+    def mass(bits: Int[Array, " b"]) -> Float[Array, " b"]:
+        return jnp.where(weight >= _as_float(bits)[:, None], weight, 0.0).sum(-1)
+
+    if jax.default_backend() != "cpu":  # a loop of unknown length would ask the host after every pass
+        return _as_float(_largest(lambda bits: mass(bits) >= target, jnp.zeros_like(least)))
+
+    def apart(state: tuple) -> Bool[Array, ""]:
+        """Whether there may be two tokens, each of at least `low`, between the two weights."""
+        low, high, above_low, above_high = state
+        return ((high - low > 1) & (above_low - above_high >= 1.5 * _as_float(low))).any()
+
+    def halve(state: tuple) -> tuple:
+        low, high, above_low, above_high = state
+        middle = low + (high - low) // 2
+        above = mass(middle)
+        enough = above >= target
+        return tuple(
+            jnp.where(enough, *pair) for pair in ((middle, low), (high, middle), (above, above_low), (above_high, above))
+        )
+
+    start = (least, jnp.full_like(least, one + 1), total, jnp.zeros_like(total))
+    return _as_float(jax.lax.while_loop(apart, halve, start)[0])
+
+
+def _as_float(bits: Int[Array, " b"]) -> Float[Array, " b"]:
+    """Floats from 0 up are in the order of their bits read as integers."""
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _largest(holds: Callable[[Int[Array, " b"]], Bool[Array, " b"]], start: Int[Array, " b"]) -> Int[Array, " b"]:

@@ -1,51 +1,43 @@
-"""Sampling: prefill, fixed-length chunks of decode steps, and a host loop between them.
+"""Sampling: which program of `sampling/decode.py` runs when.
 
-Between two chunks rows that have ended leave, whenever those that go on fill no more than half of the batch; when none goes
-on, the loop stops. So the time of a batch follows its tokens, not its longest row.
+Prompts are read once and shared by their samples; decoding runs in chunks of a fixed number of steps. Between two chunks the
+host looks which rows go on. Where all rows are decoded at once, a wave, those that have ended leave whenever the others fill
+no more than half of the batch. Where there are fewer slots than rows, slots that are free are refilled with the next prompts.
+So the time of a batch follows its tokens, not its longest row.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
-from jaxrlhf.models import heads
-from jaxrlhf.models.model import Model
-from jaxrlhf.sampling import filters, nucleus
+from jaxrlhf.models.model import EXACT, CacheConfig, Model
+from jaxrlhf.sampling import decode
+from jaxrlhf.sampling.decode import Shape, State, Written
+
+HALVINGS = 3  # of a batch, at most: each number of rows is a program of its own
+GROWING = 256  # response tokens from which on the cache starts with half of its room
 
 
-@struct.dataclass
-class _Written:
-    """What rows have written so far. W is max_tokens rounded up to whole chunks."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How responses are made: a matter of speed and memory, not of what is drawn."""
 
-    tokens: jax.Array  # [B, W] int32
-    logprobs: jax.Array  # [B, W]
-    sampled_logprobs: jax.Array  # [B, W]
-    kept: jax.Array | None  # [B, W, ceil(V/32)] uint32, where the kept sets are recorded
-    length: jax.Array  # [B] int32
-    finished: jax.Array  # [B] bool
-
-
-@struct.dataclass
-class _Wave:
-    """Rows between two decode steps: all of the batch, or those that are left of it."""
-
-    step: jax.Array  # [] int32, index of the response token to be written next
-    cache: Any
-    hidden: jax.Array  # [B, D], predicts that token
-    uniforms: jax.Array  # [B, W]
-    limit: jax.Array  # [B] int32, most tokens of each row
-    row: jax.Array  # [B] int32, its place in the batch
-    written: _Written
+    chunk: int = 8  # steps between two looks at which rows go on, at most
+    slots: int = 0  # rows decoded at a time, the others waiting for one that is free; 0: all rows at once
+    least: int = 8  # rows that a batch shrinks to at least; fewer take a product as long
+    cache: CacheConfig = EXACT
+    stop_table: Any = dataclasses.field(default=None, compare=False)  # `stop_strings.table`, for a spec with stop strings
+    on_chunk: Callable[[int, int], None] | None = dataclasses.field(default=None, compare=False)  # told (rows, steps)
 
 
 def generate(
@@ -55,38 +47,221 @@ def generate(
     spec: SamplingSpec,
     key: PRNGKeyArray,
     n: int = 1,
-    chunk: int = 8,
     version: int | jax.Array = 0,
+    options: Options = Options(),
 ) -> Rollout:
     """n responses to each prompt; row i continues prompt i // n, and its `group` is that prompt's uid.
 
-    Every token is drawn with one number that depends on key, uid, sample and position alone, so a response is the same in
-    any batch, order, n, chunk length or number of devices, whichever rows have left (up to the last bits of its logits).
-    Decoding runs in chunks of `chunk` tokens at most; between two, the host looks how many rows go on.
+    Every token is drawn with one number that depends on key, uid, sample and position alone, so a response is the same in any
+    batch, order, slot, n, chunk length or number of devices, whichever rows have left (up to the last bits of its logits).
 
     Raises:
-        ValueError: prompt and response do not fit the model, a prompt is empty or longer than its row, or an id is not in
-            the vocabulary.
+        ValueError: prompt and response do not fit the model, or the cache the memory; a prompt is empty or longer than its row;
+            an id is not in the vocabulary; or an option is out of range.
     """
-    _check(model, prompts, spec, n, chunk)
-    chunks = -(-spec.max_tokens // chunk)
-    steps = -(-spec.max_tokens // chunks)  # chunks of equal length: one compiled program, the fewest steps past the end
-    weights = _decode_params(model, params)
-    wave = _start(model, spec, n, chunks * steps, weights, prompts, key)
-    done = None  # what all rows have written, once some have left
-    for left in reversed(range(chunks)):
-        wave, live = _advance(model, spec, steps, weights, wave)
+    job = _job(model, params, prompts, spec, key, n, options)
+    done, state = _in_slots(job) if job.in_slots else _in_a_wave(job)
+    return decode.finish(spec, n, prompts, done, state.rows, version)
+
+
+def stream(
+    model: Model,
+    params: Any,
+    prompts: Prompts,
+    spec: SamplingSpec,
+    key: PRNGKeyArray,
+    n: int = 1,
+    options: Options = Options(chunk=1),
+) -> Iterator[list[list[int]]]:
+    """The tokens of `generate` as they are written: of each row those of one chunk, none of a row that has ended.
+
+    The iterator ends when all rows have. Closing it before leaves the rest undone.
+
+    Raises:
+        ValueError: as `generate`; or slots, whose rows would not come in order.
+    """
+    if options.slots:
+        raise ValueError(f"slots={options.slots}: a stream has all its rows at once; give fewer prompts and slots=0")
+    job = _job(model, params, prompts, spec, key, n, options)
+    state, live = job.start(job.spec.max_tokens), np.ones(job.count * n, bool)
+    for begin in range(0, job.shape.width, job.steps):
+        if not live.any():
+            return
+        state, live = job.advance(state)
+        tokens, length = (np.asarray(x) for x in (state.rows.written.tokens, state.rows.written.length))
+        yield [row[begin:end].tolist() for row, end in zip(tokens, length, strict=True)]
+
+
+def warm(
+    model: Model,
+    params: Any,
+    prompts: Prompts,
+    spec: SamplingSpec,
+    key: PRNGKeyArray,
+    n: int = 1,
+    options: Options = Options(),
+) -> None:
+    """Compile every program that `generate` may want for batches of this shape, by running each once.
+
+    Which of them a batch wants follows from the lengths of its responses: for runs that must not stop to compile.
+
+    Raises:
+        ValueError: as `generate`.
+    """
+    job = _job(model, params, prompts, spec, key, n, options)
+    done, state = None, None
+    if job.in_slots:
+        done, state = job.start_slots()
+        done, state = job.refill(done, state, 0, np.arange(job.refilled * n))
+    else:
+        state = job.start(job.rooms[0])
+    while True:
+        decode.finish(spec, n, prompts, done, state.rows, 0)
+        last = job.fewest >= state.rows.row.size
+        for room in job.rooms[1:]:
+            large, _ = job.advance(job.grown(jax.tree.map(jnp.copy, state), room))
+            if not last:
+                decode.halve(model, jax.tree.map(jnp.copy, done), large)
+        state, _ = job.advance(state)
+        if last:
+            return
+        done, state = decode.halve(model, done, state)
+
+
+def cache_bytes(model: Model, prompts: Prompts, spec: SamplingSpec, n: int = 1, options: Options = Options()) -> int:
+    """Size of the largest cache that `generate` keeps, over all devices."""
+    count, width = prompts.tokens.shape
+    if 0 < options.slots < count * n:
+        # Each slot has a prompt of its own.
+        return _cache_bytes(model, options.slots, width, 1, spec.max_tokens, options.cache)
+    return _cache_bytes(model, count, width, n, spec.max_tokens, options.cache)
+
+
+# ------------------------------------------------------------------------------------------------ the host's loops
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One batch, and the programs that work on it."""
+
+    model: Model
+    spec: SamplingSpec
+    shape: Shape
+    steps: int  # of a chunk
+    weights: Any
+    prompts: Prompts
+    key: PRNGKeyArray
+    options: Options
+
+    @property
+    def count(self) -> int:
+        """Prompts."""
+        return self.prompts.length.shape[0]
+
+    @property
+    def in_slots(self) -> bool:
+        return 0 < self.options.slots < self.count * self.shape.n
+
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """Response tokens that the cache of a wave has room for, at first and later: what is empty would be read too."""
+        most = self.spec.max_tokens
+        if most < GROWING or self.in_slots:
+            return (most,)
+        return (-(-most // (2 * self.steps)) * self.steps, most)
+
+    @property
+    def refilled(self) -> int:
+        """Prompts read at a time into free slots: few programs, and products large enough."""
+        ways = _ways()
+        return max(1, self.options.slots // (8 * self.shape.n * ways)) * ways
+
+    @property
+    def fewest(self) -> int:
+        """Rows that the batch shrinks to at least: by halves, each split evenly over the devices."""
+        rows = self.options.slots if self.in_slots else self.count * self.shape.n
+        for _ in range(HALVINGS):
+            if rows // 2 < self.options.least or rows % (2 * _ways()):
+                break
+            rows //= 2
+        return rows
+
+    def start(self, room: int) -> State:
+        given = (self.weights, self.prompts, self.key, self.options.stop_table)
+        return decode.start(self.model, self.spec, self.shape, room, *given)
+
+    def start_slots(self) -> tuple[Written, State]:
+        given = (self.weights, self.prompts, self.key, self.options.stop_table)
+        return decode.start_slots(self.model, self.spec, self.shape, self.options.slots // self.shape.n, *given)
+
+    def refill(self, done: Written | None, state: State, first: int, slots: np.ndarray) -> tuple[Written | None, State]:
+        given = (self.weights, self.prompts, first, self.key, slots, done, state)
+        return decode.refill(self.model, self.spec, self.shape, self.refilled, *given)
+
+    def advance(self, state: State) -> tuple[State, np.ndarray]:
+        """A chunk more; which rows go on after it."""
+        if self.options.on_chunk is not None:
+            self.options.on_chunk(state.rows.row.size, self.steps)
         # A fixed number of steps a program, not one loop until all have ended: a GPU would ask the host after every token.
-        if not left or not (live := int(live)):
+        state, live = decode.advance(self.model, self.spec, self.steps, self.weights, state)
+        return state, np.asarray(live)
+
+    def grown(self, state: State, room: int) -> State:
+        """With room for so many response tokens, in place of that at the start."""
+        return dataclasses.replace(state, cache=decode.grow(self.model, room - self.rooms[0], state.cache))
+
+    def shrunk(self, done: Written | None, state: State, live: int) -> tuple[Written | None, State]:
+        """Without the rows that have ended, if those that go on fill no more than half."""
+        while live <= state.rows.row.size // 2 and state.rows.row.size > self.fewest:
+            done, state = decode.halve(self.model, done, state)
+        return done, state
+
+
+def _in_a_wave(job: _Job) -> tuple[Written | None, State]:
+    """All rows at once: what those that left have written, and the state of the last ones."""
+    done, state, room = None, job.start(job.rooms[0]), job.rooms[0]
+    for end in range(job.steps, job.shape.width + 1, job.steps):
+        if min(end, job.spec.max_tokens) > room:
+            room = job.rooms[1]
+            state = job.grown(state, room)
+        state, live = job.advance(state)
+        if not live.any() or end == job.shape.width:
             break
-        size = _fewer(wave.row.shape[0], live, left)
-        if size < wave.row.shape[0]:
-            done, wave = _compact(model, size, done, wave)
-    written = wave.written if done is None else _collect(done, wave.row, wave.written)
-    return _rollout(spec, n, prompts, written, version)
+        done, state = job.shrunk(done, state, int(live.sum()))
+    return done, state
 
 
-def _check(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, chunk: int) -> None:
+def _in_slots(job: _Job) -> tuple[Written | None, State]:
+    """Some rows at a time, the next ones in the slots of those that have ended."""
+    done, state = job.start_slots()
+    first, rows = job.options.slots // job.shape.n, job.refilled * job.shape.n
+    while True:
+        state, live = job.advance(state)
+        going, free = int(live.sum()), np.flatnonzero(~live).astype(np.int32)
+        while first < job.count and free.size >= rows:
+            done, state = job.refill(done, state, first, free[:rows])
+            first, free, going = first + job.refilled, free[rows:], going + rows
+        if first >= job.count:
+            if not going:
+                return done, state
+            done, state = job.shrunk(done, state, going)
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _job(model: Model, params: Any, prompts: Prompts, spec: SamplingSpec, key: PRNGKeyArray, n: int, options: Options) -> _Job:
+    """The batch, checked before anything is compiled."""
+    _check_numbers(model, prompts, spec, n, options)
+    _check_prompts(model, prompts)
+    _check_memory(cache_bytes(model, prompts, spec, n, options))
+    chunks = -(-spec.max_tokens // options.chunk)
+    steps = -(-spec.max_tokens // chunks)  # chunks of equal length: one compiled program, the fewest steps past the end
+    shape = Shape(n, chunks * steps, options.cache)
+    return _Job(model, spec, shape, steps, decode.decode_params(model, params), prompts, key, options)
+
+
+def _check_numbers(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, options: Options) -> None:
     width = prompts.tokens.shape[1]
     if width + spec.max_tokens > model.max_length:
         raise ValueError(
@@ -94,180 +269,67 @@ def _check(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, chunk: in
             f"{model.max_length}: cut prompts to {model.max_length - spec.max_tokens} tokens, or lower max_tokens to "
             f"{model.max_length - width}, or use a model with a longer context"
         )
-    if n < 1 or chunk < 1:
-        raise ValueError(f"n={n} and chunk={chunk} must be at least 1")
+    if n < 1 or options.chunk < 1 or options.least < 1 or options.slots < 0:
+        raise ValueError(
+            f"n={n}, chunk={options.chunk}, least={options.least} must be at least 1, slots={options.slots} at least 0"
+        )
+    if 0 < options.slots < prompts.length.shape[0] * n and options.slots % (n * _ways()):
+        raise ValueError(
+            f"slots={options.slots} must be a multiple of n={n} samples times {_ways()} devices that split the batch: "
+            f"choose {max(1, options.slots // (n * _ways())) * n * _ways()}"
+        )
     outside = [i for i in (*spec.stop, *spec.forbidden, spec.pad) if not 0 <= i < model.vocab_size]
     if outside:
         raise ValueError(f"SamplingSpec names token ids {outside} outside the vocabulary 0 .. {model.vocab_size - 1}")
-    length = prompts.length
-    if isinstance(length, np.ndarray) or length.is_fully_addressable:  # else another host holds a part of it
-        length = np.asarray(length)
-        if length.min() < 1 or length.max() > width:
-            raise ValueError(
-                f"prompt lengths {length.min()} .. {length.max()} must be in 1 .. {width}, the width of the rows: "
-                "begin every prompt with a BOS token, and cut long ones"
-            )
+    if spec.stop_strings and (options.stop_table is None or options.stop_table.shape[1] < model.vocab_size):
+        raise ValueError(
+            f"stop_strings={spec.stop_strings} need Options.stop_table with a column for each of {model.vocab_size} ids: "
+            "stop_strings.table(spec.stop_strings, tokenizer.pieces())"
+        )
 
 
-def _fewer(rows: int, live: int, left: int) -> int:
-    """To how many rows a wave of which `live` go on shrinks, with `left` chunks to come: halves, each a program of its own."""
+def _check_prompts(model: Model, prompts: Prompts) -> None:
+    tokens, length = prompts.tokens, prompts.length
+    if not all(isinstance(x, np.ndarray) or x.is_fully_addressable for x in (tokens, length)):
+        return  # another host holds a part of them
+    tokens, length = np.asarray(tokens), np.asarray(length)
+    width = tokens.shape[1]
+    if length.min() < 1 or length.max() > width:
+        raise ValueError(
+            f"prompt lengths {length.min()} .. {length.max()} must be in 1 .. {width}, the width of the rows: "
+            "begin every prompt with a BOS token, and cut long ones"
+        )
+    outside = (np.arange(width) < length[:, None]) & ((tokens < 0) | (tokens >= model.vocab_size))
+    if outside.any():
+        row, place = np.argwhere(outside)[0]
+        raise ValueError(
+            f"prompt {row} has the id {tokens[row, place]} at place {place}, outside the vocabulary 0 .. "
+            f"{model.vocab_size - 1}: is its tokenizer that of the model?"
+        )
+
+
+def _check_memory(size: int) -> None:
     mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    while left > 1 and live <= rows // 2 and rows // 2 >= LEAST and rows % (2 * ways) == 0:
-        rows //= 2
-    return rows
+    size //= 1 if mesh.empty else mesh.size
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > limit:
+        raise ValueError(
+            f"keys and values of all rows take {size / 2**30:.1f} GiB a device, more than its {limit / 2**30:.1f} GiB: set "
+            "slots to fewer rows at a time, or cache.dtype to bfloat16 or int8, or lower max_tokens"
+        )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _decode_params(model: Model, params: Any) -> Any:
-    return model.decode_params(params)
+@functools.lru_cache(maxsize=64)
+def _cache_bytes(model: Model, prompts: int, width: int, n: int, room: int, cache: CacheConfig) -> int:
+    def prefill(key, tokens, length):
+        return model.prefill(model.decode_params(model.init(key)), tokens, length, n, room, cache)[1]
+
+    given = (jax.random.key(0), np.zeros((prompts, width), np.int32), np.ones(prompts, np.int32))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(prefill, *given)))
 
 
-LEAST = 8  # rows; fewer take a product as long
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _start(model: Model, spec: SamplingSpec, n: int, width: int, weights: Any, prompts: Prompts, key: PRNGKeyArray) -> _Wave:
-    """Read the prompts."""
-    hidden, cache = model.prefill(weights, prompts.tokens, prompts.length, n, spec.max_tokens)
-    rows = prompts.tokens.shape[0] * n
-    written = _Written(
-        tokens=jnp.zeros((rows, width), jnp.int32),
-        logprobs=jnp.zeros((rows, width)),
-        sampled_logprobs=jnp.zeros((rows, width)),
-        kept=jnp.zeros((rows, width, -(-model.vocab_size // 32)), jnp.uint32) if spec.replayed else None,
-        length=jnp.zeros(rows, jnp.int32),
-        finished=jnp.zeros(rows, bool),
-    )
-    limit = jnp.full(rows, spec.max_tokens) if prompts.limit is None else jnp.repeat(prompts.limit, n)
-    wave = _Wave(
-        step=jnp.int32(0),
-        cache=(),
-        hidden=jnp.repeat(hidden, n, axis=0),
-        uniforms=_uniforms(key, jnp.repeat(prompts.uid, n), _samples(prompts, n), width),
-        limit=jnp.minimum(limit, spec.max_tokens).astype(jnp.int32),  # the last chunk may run past the end
-        row=jnp.arange(rows, dtype=jnp.int32),
-        written=written,
-    )
-    return _constrain_rows(wave).replace(cache=cache)
-
-
-def _samples(prompts: Prompts, n: int) -> Int[Array, " b"]:
-    return jnp.tile(jnp.arange(n, dtype=jnp.int32), prompts.length.shape[0])
-
-
-def _uniforms(key: PRNGKeyArray, uid: Int[Array, " b"], sample: Int[Array, " b"], width: int) -> Float[Array, "b {width}"]:
-    """One number in [0, 1) for each token, from fold_in(fold_in(fold_in(key, uid), sample), position)."""
-    position = jnp.tile(jnp.arange(width, dtype=jnp.int32), uid.shape[0])
-    names = jnp.stack([jnp.repeat(uid, width), jnp.repeat(sample, width), position])
-    keys = jnp.broadcast_to(key, position.shape)
-    # A loop over the three names, because XLA takes 2 s to compile hashes nested in one another, 0.4 s so.
-    keys, _ = jax.lax.scan(lambda keys, name: (jax.vmap(jax.random.fold_in)(keys, name), None), keys, names)
-    return jax.vmap(jax.random.uniform)(keys).reshape(-1, width)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="wave")
-def _advance(model: Model, spec: SamplingSpec, steps: int, weights: Any, wave: _Wave) -> tuple[_Wave, Int[Array, ""]]:
-    """Write `steps` more tokens of every row; also the number of rows that go on."""
-    wave, _ = jax.lax.scan(lambda w, _: (_step(model, spec, weights, w), None), wave, length=steps)
-    return wave, _live(wave).sum()
-
-
-def _live(wave: _Wave) -> Bool[Array, " b"]:
-    return ~wave.written.finished & (wave.step < wave.limit)
-
-
-def _step(model: Model, spec: SamplingSpec, weights: Any, wave: _Wave) -> _Wave:
-    """Choose one token of every row and read it."""
-    t, old = wave.step, wave.written
-    position = jnp.full(old.length.shape, t)
-    logits = heads.policy_logits(model.logits(weights, wave.hidden), position, spec)
-    uniform = jax.lax.dynamic_index_in_dim(wave.uniforms, t, axis=1, keepdims=False)
-    token, logprob, sampled_logprob, kept = _choose(logits, uniform, spec)
-    live = _live(wave)
-    token = jnp.where(live, token, spec.pad)
-    stopped = (token[:, None] == jnp.array(spec.stop, jnp.int32)).any(-1)
-    # Past the end, the cache's last place is overwritten; nothing reads it any more.
-    hidden, cache = model.decode(weights, wave.cache, token, t)
-
-    def write(buffer, column):
-        return jax.lax.dynamic_update_slice_in_dim(buffer, column[:, None], t, axis=1)
-
-    written = _Written(
-        tokens=write(old.tokens, token),
-        logprobs=write(old.logprobs, masking.masked(logprob, live)),
-        sampled_logprobs=write(old.sampled_logprobs, masking.masked(sampled_logprob, live)),
-        kept=None if old.kept is None else write(old.kept, masking.pack_bits(kept & live[:, None])),
-        length=old.length + live,
-        finished=old.finished | (live & stopped),
-    )
-    wave = dataclasses.replace(wave, step=t + 1, cache=(), hidden=hidden, written=written)
-    return _constrain_rows(wave).replace(cache=cache)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnames="done")
-def _compact(model: Model, size: int, done: _Written | None, wave: _Wave) -> tuple[_Written, _Wave]:
-    """Put down what all rows have written, and go on with `size` rows, those among them that go on."""
-    done = wave.written if done is None else _collected(done, wave.row, wave.written)
-    rows = jnp.argsort(~_live(wave), stable=True)[:size]
-    cache, step = model.take(wave.cache, rows), wave.step
-    wave = jax.tree.map(lambda x: x[rows], dataclasses.replace(wave, cache=(), step=None))
-    return _constrain_rows(done), dataclasses.replace(_constrain_rows(wave), cache=cache, step=step)
-
-
-def _collected(done: _Written, row: Int[Array, " b"], written: _Written) -> _Written:
-    return jax.tree.map(lambda every, own: every.at[row].set(own), done, written)
-
-
-@functools.partial(jax.jit, donate_argnames="done")
-def _collect(done: _Written, row: Int[Array, " b"], written: _Written) -> _Written:
-    """What all rows have written, when the last have ended."""
-    return _constrain_rows(_collected(done, row, written))
-
-
-def _choose(
-    logits: Float[Array, "b v"], uniform: Float[Array, " b"], spec: SamplingSpec
-) -> tuple[Int[Array, " b"], Float[Array, " b"], Float[Array, " b"], Bool[Array, "b v"]]:
-    """A token from policy logits, its log-prob under the policy, that under the distribution drawn from, and the kept set."""
-    drawable = logits
-    if spec.greedy:
-        token = nucleus.greedy(logits)
-        sampled_logprob = jnp.zeros(token.shape)  # drawn with certainty
-    else:
-        drawable = filters.apply(logits, spec) if spec.filtered else logits
-        token, sampled_logprob = nucleus.draw(drawable, uniform)
-    kept = drawable > heads.IMPOSSIBLE / 2
-    if not spec.filtered:
-        return token, sampled_logprob, sampled_logprob, kept
-    picked = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    return token, picked - jax.nn.logsumexp(logits, axis=-1), sampled_logprob, kept
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _rollout(spec: SamplingSpec, n: int, prompts: Prompts, written: _Written, version: int | jax.Array) -> Rollout:
-    """Rows with each response directly after its prompt, and `spec.pad` after that."""
-    prompt, prompt_len = jnp.repeat(prompts.tokens, n, axis=0), jnp.repeat(prompts.length, n)
-    rows, width = prompt.shape
-    place = jnp.arange(width + spec.max_tokens)
-    prompt = jnp.pad(prompt, ((0, 0), (0, spec.max_tokens)))
-    response = jnp.take_along_axis(written.tokens, jnp.clip(place - prompt_len[:, None], 0, spec.max_tokens - 1), axis=1)
-    row = jnp.where(masking.length_mask(prompt_len, place.size), prompt, response)
-    row = jnp.where(masking.length_mask(prompt_len + written.length, place.size), row, spec.pad)
-    rollout = Rollout(
-        tokens=row,
-        prompt_len=prompt_len,
-        response_len=written.length,
-        finished=written.finished,
-        group=jnp.repeat(prompts.uid, n),
-        sample=_samples(prompts, n),
-        version=jnp.full(rows, version, jnp.int32),
-        logprobs=written.logprobs[:, : spec.max_tokens],
-        sampled_logprobs=written.sampled_logprobs[:, : spec.max_tokens],
-        kept=None if written.kept is None else written.kept[:, : spec.max_tokens],
-    )
-    return _constrain_rows(rollout)
-
-
-def _constrain_rows(tree: Any) -> Any:
-    """Split every array of rows over the devices; so it has the same sharding, and a program the same input, at each chunk."""
-    return jax.tree.map(lambda x: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)) if x.ndim else x, tree)
+def _ways() -> int:
+    """Devices that split the batch."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]

@@ -141,7 +141,8 @@ def _logprobs(
     """Log-probs and entropies of the response tokens of `rows` (tokens, prompt_len, response_len), 0 past the end."""
     tokens = heads.response_tokens(rows.tokens, rows.prompt_len, width)
     states = heads.response_hidden(hidden, rows.prompt_len, width)
-    logprobs, entropies = heads.token_logprobs(model, trunk, states, tokens, spec, entropy, kept=kept)
+    seen = heads.seen_from(rows.tokens, rows.prompt_len, model.vocab_size, spec)
+    logprobs, entropies = heads.token_logprobs(model, trunk, states, tokens, spec, entropy, kept=kept, seen=seen)
     mask = masking.length_mask(rows.response_len, width)
     return masking.masked(logprobs, mask), None if entropies is None else masking.masked(entropies, mask)
 
@@ -152,7 +153,9 @@ def _token_kl(
     """KL(policy || reference) of the whole distribution at each response token, 0 past the end."""
     width = part.logprobs.shape[1]
     states = heads.response_hidden(hidden[0], part.prompt_len, width), heads.response_hidden(hidden[1], part.prompt_len, width)
-    return masking.masked(heads.token_kl(model, *trees, states, spec), masking.response_mask(part.response_len, width))
+    seen = heads.seen_from(part.tokens, part.prompt_len, model.vocab_size, spec)
+    found = heads.token_kl(model, *trees, states, spec, seen=seen)
+    return masking.masked(found, masking.response_mask(part.response_len, width))
 
 
 def _values(head: Any, hidden: Float[Array, "b t d"], part: Rollout) -> tuple[Float[Array, "b r"], Float[Array, " b"]]:

@@ -53,6 +53,8 @@ def make_outputs(
         ValueError: options that contradict each other.
     """
     _check(logprobs or entropy or values or ref_kl or text, values, scores, trunk, members, adapters)
+    if packed and spec is not None and spec.penalised:
+        raise ValueError("make_outputs: a packed row holds several texts, so repetition_penalty has no one row to look at")
 
     def tree_of(params: Any) -> Any:
         return params if trunk is None else params[trunk]
@@ -72,8 +74,10 @@ def make_outputs(
         width = batch.mask.shape[-1] if spec is None else spec.max_tokens
         predicted, states = _shifted(rows.tokens, hidden, width) if packed else _gathered(rows, hidden, width)
         found: dict[str, Any] = {}
+        seen = heads.seen_from(rows.tokens, rows.prompt_len, model.vocab_size, spec)
         if logprobs or entropy:
-            logps, entropies = heads.token_logprobs(model, tree_of(params), states, predicted, spec, entropy, kept=rows.kept)
+            tree = tree_of(params)
+            logps, entropies = heads.token_logprobs(model, tree, states, predicted, spec, entropy, kept=rows.kept, seen=seen)
             found = {"logprobs": logps if logprobs else None, "entropy": entropies}
         if values:
             head, value_hidden = roles.value_states(model, params, rows.tokens, hidden)
@@ -81,7 +85,7 @@ def make_outputs(
         if ref_kl:
             reference = jax.lax.stop_gradient(frozen["reference"])
             ref_states = heads.response_hidden(model.hidden(reference, rows.tokens), rows.prompt_len, width)
-            found["ref_kl"] = heads.token_kl(model, tree_of(params), reference, (states, ref_states), spec)
+            found["ref_kl"] = heads.token_kl(model, tree_of(params), reference, (states, ref_states), spec, seen=seen)
         found = {name: None if x is None else x.reshape(*batch.tokens.shape[:-1], width) for name, x in found.items()}
         return Outputs(**found, text_logprobs=text_logprobs(params, batch.text, key) if text else None)
 

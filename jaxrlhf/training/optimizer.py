@@ -144,7 +144,7 @@ def label(params: Any, name: str = "adamw") -> Any:
             return "plain"
         if name == "adamw":
             return "matrix"
-        return "muon" if stacked and leaf.ndim == 3 else "plain"
+        return "muon" if stacked else "plain"
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -185,14 +185,14 @@ def _muon(config: OptimizerConfig, rate: Callable) -> optax.GradientTransformati
     import optax
     from optax import contrib
 
-    def dimensions(params):  # [L, in, out]: one matrix a layer
-        return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(1, 2), params)
+    def dimensions(params):  # [L, in, out]: one matrix a layer; [L, X, in, out]: one an expert
+        return jax.tree.map(lambda p: contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
 
     def by_shape(updates):
-        return jax.tree.map(lambda u: u * jnp.sqrt(max(1.0, u.shape[2] / u.shape[1])), updates)
+        return jax.tree.map(lambda u: u * jnp.sqrt(max(1.0, u.shape[-1] / u.shape[-2])), updates)
 
     def orthogonal(updates):
-        return jax.tree.map(orthogonalise, updates)
+        return jax.tree.map(lambda u: orthogonalise(u.reshape(-1, *u.shape[-2:])).reshape(u.shape), updates)
 
     if config.muon_dtype == "float32":
         direction = contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=dimensions)

@@ -1,7 +1,7 @@
 """Goldens of Hugging Face transformers, and the proof that it loads what we write.
 
     export PYTHONPATH=tests
-    python tests/golden/make_hf.py make                    # writes hf.json and hf.npz beside this file
+    python tests/golden/make_hf.py make [NAME ...]         # writes hf.json and hf.npz beside this file, or in them these alone
     python tests/golden/make_hf.py of CHECKPOINT G.npz     # logits or scores of any checkpoint, for experiments/import_hf.py;
                                                            # a folder, or a .gguf file (needs accelerate and gguf as well)
     python tests/golden/make_hf.py check FOLDER            # every checkpoint below FOLDER that experiments/export_hf.py wrote
@@ -48,6 +48,7 @@ LLAMA3_ROPE = {
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 SMALL = {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48, "tie_word_embeddings": True}
+EXPERTS = {"num_experts_per_tok": 2, "mlp_only_layers": [], "moe_intermediate_size": 24, "intermediate_size": 40}
 GEMMA = LLAMA | {"head_dim": 16, "num_key_value_heads": 1}
 CASES = {
     "llama2": ("llama", LLAMA | {"num_key_value_heads": 4}),
@@ -58,6 +59,10 @@ CASES = {
     "qwen2": ("qwen2", LLAMA | {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2_windows": ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("qwen3", LLAMA | {"head_dim": 12}),
+    "mixtral": ("mixtral", LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "qwen3_moe": ("qwen3_moe", LLAMA | EXPERTS | {"num_experts": 6, "head_dim": 12, "norm_topk_prob": True}),
+    # Weights as they are in the softmax over all, and 3 of 5.
+    "qwen3_moe_plain": ("qwen3_moe", LLAMA | EXPERTS | {"num_experts": 5, "num_experts_per_tok": 3}),
     "gpt2": ("gpt2", GPT2),
     "gpt_neox": ("gpt_neox", NEOX | {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 100.0}}),
     "gpt_neox_serial": ("gpt_neox", NEOX | {"use_parallel_residual": False, "rope_parameters": {"partial_rotary_factor": 1.0}}),
@@ -111,10 +116,13 @@ def loaded(auto: type, folder: pathlib.Path | str) -> torch.nn.Module:
     return model.eval()
 
 
-def make() -> None:
+def make(*names: str) -> None:
     told, arrays = {}, {}
+    if names:
+        told, arrays = json.loads((HERE / "hf.json").read_text()), dict(np.load(HERE / "hf.npz"))
     rows = torch.from_numpy(tokens(V))
-    for name, (kind, values) in CASES.items():
+    for name in names or CASES:
+        kind, values = CASES[name]
         model, config, shapes = filled(transformers.AutoModelForCausalLM, kind, values)
         logits = model(rows).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, V), rows[:, 1:].reshape(-1))
@@ -129,7 +137,7 @@ def make() -> None:
         arrays |= {f"{name}/logits": logits.detach().numpy(), f"{name}/scores": scores.numpy()}
         arrays[f"{name}/gradient_norm"] = np.float64(norm.item())
         print(name, f"largest logit {logits.abs().max():.2f}, gradient norm {norm:.3f}, scores {scores.tolist()}")
-    (HERE / "hf.json").write_text(json.dumps(told, indent=1) + "\n")
+    (HERE / "hf.json").write_text(json.dumps({name: told[name] for name in CASES}, indent=1) + "\n")
     np.savez_compressed(HERE / "hf.npz", **arrays)
 
 

@@ -1,0 +1,84 @@
+"""What the benchmarks share: timing cases in turn, the machine's own rates, and the head of a result."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def alternate(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """Wall and processor milliseconds of each case, taken in turn so that a busy machine slows all alike.
+
+    A case gives something of jax to wait for, or its own two numbers of milliseconds (wall, processor). What it works on must
+    be an argument of its compiled function: of a constant, XLA would compute the result while it compiles.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for name, case in cases.items():
+        results[name] = {"first_call_s": 1e-3 * _timed(case)[0], "wall": [], "processor": []}
+    for _ in range(repeats):
+        for name, case in cases.items():
+            wall, processor = _timed(case)
+            results[name]["wall"].append(wall)
+            results[name]["processor"].append(processor)
+    for result in results.values():
+        wall, processor = result.pop("wall"), result.pop("processor")
+        result |= {"median_ms": statistics.median(wall), "min_ms": min(wall), "max_ms": max(wall)}
+        result["processor_median_ms"] = statistics.median(processor)
+    return results
+
+
+def _timed(case: Callable[[], Any]) -> tuple[float, float]:
+    start, used = time.perf_counter(), time.process_time()
+    found = case()
+    if isinstance(found, tuple) and all(isinstance(x, float) for x in found):
+        return found
+    jax.block_until_ready(found)
+    return 1e3 * (time.perf_counter() - start), 1e3 * (time.process_time() - used)
+
+
+def machine(repeats: int) -> dict[str, float]:
+    """The rates of one large float32 product and one large copy, the best of some: the ceilings."""
+    x, big = jnp.ones((2048, 2048)), jnp.ones(2**24)
+    product, copy = jax.jit(lambda x: x @ x), jax.jit(lambda x: x + 1)
+    timed = alternate({"product": lambda: product(x), "copy": lambda: copy(big)}, repeats)
+    return {
+        "product_flop_per_s": 2 * 2048**3 / (1e-3 * timed["product"]["min_ms"]),
+        "copy_bytes_per_s": 2 * big.nbytes / (1e-3 * timed["copy"]["min_ms"]),
+    }
+
+
+def head(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What every result begins with."""
+    return {
+        "benchmark": benchmark,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
+        "device": jax.devices()[0].device_kind,
+        "processor": platform.processor() or platform.machine(),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__},
+    }
+
+
+def write(document: dict[str, Any], path: Path | None) -> None:
+    """The JSON document as the last line of stdout, and in a file where one is asked for."""
+    if path is not None:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document))
+
+
+def commit() -> str:
+    """The checkout's commit, short."""
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
