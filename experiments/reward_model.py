@@ -83,6 +83,7 @@ class Config:
     )
     sampling: stage.Sampling = stage.Sampling()
     reference_samples: int = 512
+    held_out_texts: int | None = None  # rated texts to measure accuracy on; None: all 2,775
 
     @property
     def several(self) -> ensembles.Config | None:
@@ -327,6 +328,8 @@ def together(config: Config, scores: np.ndarray) -> np.ndarray:
 def evaluate(config: Config, trunk: stage.Trained, params: Any) -> dict[str, Any]:
     """Accuracy on held-out pairs of people's ratings, beside VADER's and a bag-of-words ridge's fitted on the same texts."""
     train, test = human_sentiment.load("train"), human_sentiment.load("test")
+    if config.held_out_texts is not None:
+        test = [test[i] for i in np.random.default_rng(0).permutation(len(test))[: config.held_out_texts]]
     texts, means, domains = [pipeline.clean(r.text) for r in test], np.array([r.mean for r in test]), [r.domain for r in test]
     ridge = judges.fit_ridge([pipeline.clean(r.text) for r in train], [r.mean for r in train])
     rows = comparisons.rated_rows(test, trunk.tokenizer, JUDGED_WIDTH)

@@ -1038,4 +1038,47 @@ MUTATIONS = (
         '(("gate", "w3"), ("up", "w1"), ("down", "w2"))',
         "test_hf.py::test_logits_and_scores_equal_those_of_transformers[mixtral]",
     ),
+    # --------------------------------------------------------------------------------------------------------- GGUF
+    Mutation(
+        "rows-of-queries-and-keys-left-in-the-order-of-llama-cpp",
+        "models/gguf.py",
+        ".swapaxes(1, 2).reshape(pairs.shape)",
+        ".reshape(pairs.shape)",
+        "test_gguf.py::test_the_parameters_are_those_of_the_checkpoint[llama2]",
+    ),
+    Mutation(
+        "a-part-that-begins-within-a-block-begins-with-it",
+        "models/gguf.py",
+        "left - begin * block : right - begin * block",
+        ": right - left",
+        "test_gguf.py::test_quantised_weights_are_what_the_package_makes_of_them",
+    ),
+    Mutation(
+        "any-stretching-taken-for-that-of-llama-3",
+        "models/gguf.py",
+        "found.shape != ours.shape or not np.allclose(found, ours, rtol=1e-4)",
+        "found.shape != ours.shape",
+        "test_gguf.py::test_the_stretching_of_llama_3_is_recognised",
+    ),
+    Mutation(
+        "a-setting-that-is-not-known-is-dropped",
+        "models/gguf.py",
+        "if unknown := {name: value for name, value in settings.items() if name not in known and",
+        "if unknown := {name: value for name, value in settings.items() if name in () and",
+        "test_gguf.py::test_what_is_not_supported_is_said",
+    ),
+    Mutation(
+        "digits-cut-as-gpt-2-does",
+        "data/gguf_tokenizer.py",
+        '"codeshell"), "digits")',
+        '"codeshell"), "gpt2")',
+        "test_gguf_tokenizer.py::test_how_digits_and_the_spaces_before_them_are_cut",
+    ),
+    Mutation(
+        "special-tokens-read-out-of-texts",
+        "data/gguf_tokenizer.py",
+        "AddedToken(token, special=special,",
+        "AddedToken(token, special=False,",
+        "test_gguf_tokenizer.py::test_ids_are_those_of_the_library[smollm]",
+    ),
 )

@@ -411,7 +411,7 @@ def test_a_gigabyte_in_eight_files_is_held_once(tmp_path):
     kind = "llama"
     values = hf_export.config_to_hf(config)
     (tmp_path / "config.json").write_text(json.dumps(values))
-    shapes = hf._expected(hf.rules(config, kind), hf._flat(transformer.param_specs(config)), False)
+    shapes = hf.expected(hf.rules(config, kind), config)
     names, index = list(shapes), {}
     for file in range(8):
         part = {name: np.full(shapes[name], 0.5, np.float32) for name in names[file::8]}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 
+import gguf_files
 import hf_weights
 import jax
 import numpy as np
@@ -16,9 +17,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from experiments import export_hf, import_hf, sft, stage
 from jaxrlhf.core import sharding
-from jaxrlhf.data import comparisons, pipeline
+from jaxrlhf.data import comparisons, gguf_tokenizer, pipeline
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.models import hf, transformer
+from jaxrlhf.models import gguf, hf, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import model as rewards
 
@@ -206,6 +207,26 @@ def test_import_and_export(name, reward, tmp_path, capsys):
         assert (tmp_path / "out" / file).read_bytes() == (source / file).read_bytes()
     with pytest.raises(ValueError, match="out exists and is not empty"):
         export_hf.run(export_hf.Config(tmp_path / "model", tmp_path / "out"))
+
+
+def test_a_gguf_file_becomes_a_model_folder(tmp_path):
+    file, size = gguf_files.tiny(tmp_path / "tiny.gguf")
+    params, config = gguf.load(gguf.open_file(file), ONE)
+    model, rows = transformer.build(config), jax.numpy.asarray(hf_weights.tokens(96), np.int32)
+    with jax.default_matmul_precision("highest"):
+        logits = jax.jit(lambda p: model.logits(p, model.hidden(p, rows)))(params)
+    np.savez(tmp_path / "golden.npz", tokens=rows, logits=logits)
+    settings = import_hf.Config(file, tmp_path / "model", golden=tmp_path / "golden.npz", max_length=20)
+    result = import_hf.run(settings)
+    assert (result["kind"], result["model_type"], result["parameters"]) == ("policy", "llama", size)
+    assert result["difference"] < 1e-6
+    loaded = stage.load(tmp_path / "model", ONE)
+    assert loaded.config == dataclasses.replace(config, max_length=20)
+    tokenizer = gguf_tokenizer.from_metadata(gguf_files.tokenizer_metadata("smollm"), "tiny.gguf")
+    assert loaded.tokenizer.files == tokenizer.files
+    assert loaded.tokenizer.encode("a  12") == tokenizer.encode("a  12")
+    exported = export_hf.run(export_hf.Config(tmp_path / "model", tmp_path / "out"))
+    assert exported["architecture"] == "LlamaForCausalLM"
 
 
 def test_a_checkpoint_that_is_not_the_goldens_is_refused(tmp_path):

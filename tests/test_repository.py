@@ -129,6 +129,7 @@ def test_extras_are_those_that_the_documents_name():
     assert set(PROJECT["optional-dependencies"]) == {
         "loop",
         "math",
+        "gguf",
         "serve",
         "eval",
         "wandb",

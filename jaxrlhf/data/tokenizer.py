@@ -108,7 +108,7 @@ _OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
 _BYTES = {chr(byte): byte for byte in _PRINTED} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
-def _wrap(files: dict[str, str], ids: tuple[int, int, int]) -> Tokenizer:
+def wrap(files: dict[str, str], ids: tuple[int, int, int]) -> Tokenizer:
     """A tokenizer from its files and the ids of pad, BOS and EOS."""
     serialised = json.loads(files["tokenizer.json"])
     bare = serialised | {part: _without_prefix(serialised.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder")}
@@ -162,7 +162,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         "split_special_tokens": True,  # as here: a special token's name in a text is only text
     }
     files = {"tokenizer.json": model.to_str(pretty=True), "tokenizer_config.json": json.dumps(config, indent=2) + "\n"}
-    return _wrap(files, (PAD, BOS, EOS))
+    return wrap(files, (PAD, BOS, EOS))
 
 
 def load(folder: Path | str) -> Tokenizer:
@@ -181,7 +181,7 @@ def load(folder: Path | str) -> Tokenizer:
             raise FileNotFoundError(f"{folder / name}: no such file; give the folder of a finished run or of a checkpoint")
     try:
         files = {name: (folder / name).read_text(encoding="utf-8") for name in _FILES if (folder / name).is_file()}
-        tokenizer = _wrap(files, (PAD, BOS, EOS))
+        tokenizer = wrap(files, (PAD, BOS, EOS))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{folder / _FILES[0]}: not a tokenizer: {error}") from None
     try:

@@ -8,12 +8,13 @@ most one device's part of one of our leaves. What is written, `AutoModelForCausa
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -164,32 +165,45 @@ def load(folder: Path | str, mesh: Mesh, dtype: str = "float32") -> tuple[dict[s
     folder, values = Path(folder), read_config(folder)
     config = config_from_hf(values)
     places, trunk = tensors(folder), rules(config, values["model_type"])
-    specs = _flat(transformer.param_specs(config))
     reward = is_reward_model(values)
     if not any(name.startswith(trunk[0].tensor.split(".")[0] + ".") for name in places):
         trunk = [dataclasses.replace(rule, tensor=_bare(rule.tensor)) for rule in trunk]  # saved without its head
     if reward:  # in place of the head
         trunk = [rule for rule in trunk if rule.leaves != ("head",)]
-    _check(folder, places, _expected(trunk, specs, reward), config.tied_head or reward)
-    shardings = _flat(sharding.shardings(transformer.param_specs(config), mesh))
-    params = {}
-    for rule in trunk:
-        for leaf in rule.leaves:
-            read = _reader(rule, leaf, places, config.head_width, specs[leaf], np.dtype(jax.numpy.dtype(dtype)))
-            params[leaf] = _placed(specs[leaf].shape, shardings[leaf], read)
-    if reward and not config.tied_head:
-        params["head"] = jax.device_put(np.zeros(specs["head"].shape, dtype), shardings["head"])
-    params = traverse_util.unflatten_dict(params, sep="/")
+    check(folder, places, expected(trunk, config, reward), config.tied_head or reward)
+    params = place(places, trunk, config, mesh, dtype)
     if not reward:
         return params, config
-    score = _read(places[SCORE], SCORE)[0].astype(np.float32)
+    if not config.tied_head:
+        spec = transformer.param_specs(config)["head"]
+        params["head"] = jax.device_put(np.zeros(spec.shape, dtype), sharding.shardings({"head": spec}, mesh)["head"])
+    score = places[SCORE].read(())[0].astype(np.float32)
     offset = np.float32(values.get("score_offset", 0.0))
     own = {"head": {"weight": score, "bias": np.float32(0)}, "gain": np.float32(1), "bias": offset}
     return {"trunk": params} | jax.device_put(own, sharding.replicated(mesh)), config
 
 
-def tensors(folder: Path) -> dict[str, Path]:
-    """The file of each tensor.
+class Stored(NamedTuple):
+    """A tensor of a checkpoint."""
+
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[tuple[slice, ...]], np.ndarray]  # that part of it; (): all
+
+
+def place(places: dict[str, Stored], trunk: list[Rule], config: TransformerConfig, mesh: Mesh, dtype: str) -> dict[str, Any]:
+    """Parameters of a trunk, every part read when the device that holds it asks for it."""
+    specs = _flat(transformer.param_specs(config))
+    shardings, params = _flat(sharding.shardings(transformer.param_specs(config), mesh)), {}
+    for rule in trunk:
+        for leaf in rule.leaves:
+            read = _reader(rule, leaf, places, config.head_width, specs[leaf], np.dtype(jax.numpy.dtype(dtype)))
+            params[leaf] = _placed(specs[leaf].shape, shardings[leaf], read)
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder's files.
 
     Raises:
         FileNotFoundError: there are no weights, or a file of the index is missing.
@@ -207,7 +221,9 @@ def tensors(folder: Path) -> dict[str, Path]:
             raise FileNotFoundError(f"{file}: no such file; weights must be safetensors, in {WEIGHTS} or as {INDEX} names them")
         try:
             with safe_open(file, "numpy") as opened:
-                found |= dict.fromkeys(opened.keys(), file)
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    shape = tuple(opened.get_slice(name).get_shape())
+                    found[name] = Stored(file, shape, functools.partial(_read, file, name))
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged or not safetensors ({error}); download it again") from error
     return found
@@ -218,9 +234,9 @@ def _bare(tensor: str) -> str:
     return tensor.partition(".")[2] if not tensor.startswith(("lm_head", "embed_out")) else tensor
 
 
-def _expected(trunk: list[Rule], specs: dict[str, ParamSpec], reward: bool) -> dict[str, tuple[int, ...]]:
+def expected(trunk: list[Rule], config: TransformerConfig, reward: bool = False) -> dict[str, tuple[int, ...]]:
     """Shape of each tensor that the configuration asks for."""
-    shapes = {}
+    specs, shapes = _flat(transformer.param_specs(config)), {}
     for rule in trunk:
         shape, lead = specs[rule.leaves[0]].shape, _lead(rule)
         one = (*shape[lead:-1], sum(specs[leaf].shape[-1] for leaf in rule.leaves))
@@ -229,29 +245,27 @@ def _expected(trunk: list[Rule], specs: dict[str, ParamSpec], reward: bool) -> d
     return shapes | ({SCORE: (1, specs["norm/scale"].shape[0])} if reward else {})
 
 
-def _check(folder: Path, places: dict[str, Path], expected: dict[str, tuple[int, ...]], headless: bool) -> None:
-    """Refuse a file that does not hold exactly the tensors that the configuration asks for."""
+def check(
+    folder: Path, places: dict[str, Stored], expected: dict[str, tuple[int, ...]], headless: bool, asking: str = CONFIG
+) -> None:
+    """Refuse a checkpoint that does not hold exactly the tensors that its settings (`asking` says which) ask for.
+
+    Raises:
+        ValueError: a tensor is missing, not expected or of another shape.
+    """
     for name, shape in expected.items():
         if name not in places:
-            raise ValueError(f"{folder}: tensor {name} of shape {shape} is missing: {CONFIG} asks for it")
-    for name, file in places.items():
-        found = _shape(file, name)
+            raise ValueError(f"{folder}: tensor {name} of shape {shape} is missing: {asking} asks for it")
+    for name, (file, found, _) in places.items():
         if name not in expected:
             head = headless and name in ("lm_head.weight", "embed_out.weight")  # a copy of the embedding
             if head or name.endswith(_BUFFERS):
                 continue
             raise ValueError(
-                f"{file}: tensor {name} of shape {found} is not one that {CONFIG} asks for: they do not belong together"
+                f"{file}: tensor {name} of shape {found} is not one that {asking} asks for: they do not belong together"
             )
         if found != expected[name]:
-            raise ValueError(f"{file}: tensor {name} has shape {found}, but {CONFIG} asks for {expected[name]}")
-
-
-def _shape(file: Path, name: str) -> tuple[int, ...]:
-    from safetensors import safe_open
-
-    with safe_open(file, "numpy") as opened:
-        return tuple(opened.get_slice(name).get_shape())
+            raise ValueError(f"{file}: tensor {name} has shape {found}, but {asking} asks for {expected[name]}")
 
 
 def _read(file: Path, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -269,7 +283,7 @@ def _placed(shape: tuple[int, ...], place: Any, read: Callable[[Any], np.ndarray
 
 
 def _reader(
-    rule: Rule, leaf: str, places: dict[str, Path], head_width: int, spec: ParamSpec, dtype: np.dtype
+    rule: Rule, leaf: str, places: dict[str, Stored], head_width: int, spec: ParamSpec, dtype: np.dtype
 ) -> Callable[[Any], np.ndarray]:
     """index -> that part of a leaf, for a device that holds it."""
     part, lead = rule.leaves.index(leaf), _lead(rule)
@@ -277,8 +291,8 @@ def _reader(
     def one(which: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         name = rule.tensor.format(*which)
         if len(rule.leaves) > 1:
-            return split(rule, _read(places[name], name), head_width)[part][index]
-        tensor = _read(places[name], name, index[::-1] if rule.transposed else index)
+            return split(rule, places[name].read(()), head_width)[part][index]
+        tensor = places[name].read(index[::-1] if rule.transposed else index)
         return tensor.T if rule.transposed else tensor
 
     def read(index: Any) -> np.ndarray:

@@ -296,14 +296,14 @@ def _rotations(config, position):
         return None
     half = (config.rotary_width or config.head_width) // 2
     turns = -jnp.arange(half, dtype=jnp.float32) / half
-    frequencies = [_stretched(config, config.rope_theta**turns)]
+    frequencies = [stretched(config, config.rope_theta**turns)]
     if config.rope_local_theta is not None:
         frequencies.append(config.rope_local_theta**turns)
     angles = [position[..., None, None].astype(jnp.float32) * frequency for frequency in frequencies]
     return tuple((jnp.cos(angle), jnp.sin(angle)) for angle in angles)
 
 
-def _stretched(config, frequency):
+def stretched(config, frequency):
     """Frequencies for rows longer than the model was first trained on: linear interpolation (Chen et al. 2023, arXiv
     2306.15595), or that of Llama 3.1 (meta-llama/llama-models `apply_scaling`), which spares short wavelengths."""
     if config.rope_scaling == "none":

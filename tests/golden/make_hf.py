@@ -2,7 +2,8 @@
 
     export PYTHONPATH=tests
     python tests/golden/make_hf.py make [NAME ...]         # writes hf.json and hf.npz beside this file, or in them these alone
-    python tests/golden/make_hf.py of CHECKPOINT G.npz     # logits or scores of any checkpoint, for experiments/import_hf.py
+    python tests/golden/make_hf.py of CHECKPOINT G.npz     # logits or scores of any checkpoint, for experiments/import_hf.py;
+                                                           # a folder, or a .gguf file (needs accelerate and gguf as well)
     python tests/golden/make_hf.py check FOLDER            # every checkpoint below FOLDER that experiments/export_hf.py wrote
 
 Needs torch, which the library does not: run in an environment with torch 2.13.0, transformers 5.23.0 and safetensors. `check`
@@ -105,7 +106,11 @@ def filled(auto: type, kind: str, values: dict) -> tuple[torch.nn.Module, dict, 
 
 def loaded(auto: type, folder: pathlib.Path | str) -> torch.nn.Module:
     """A checkpoint, every tensor of which is used, with none missing."""
-    model, info = auto.from_pretrained(folder, attn_implementation="eager", output_loading_info=True, dtype=torch.float32)
+    path = pathlib.Path(folder)
+    place = {"pretrained_model_name_or_path": path}
+    if path.suffix == ".gguf":
+        place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model, info = auto.from_pretrained(**place, attn_implementation="eager", output_loading_info=True, dtype=torch.float32)
     assert not info["unexpected_keys"], info
     assert not info["missing_keys"], info
     return model.eval()
@@ -138,6 +143,8 @@ def make(*names: str) -> None:
 
 def kind(folder: pathlib.Path | str) -> tuple[type, str]:
     """The class that loads a checkpoint, and whether it gives logits or scores."""
+    if pathlib.Path(folder).suffix == ".gguf":
+        return transformers.AutoModelForCausalLM, "logits"
     config = json.loads((pathlib.Path(folder) / "config.json").read_text())
     if config["architectures"][0].endswith("ForSequenceClassification"):
         return transformers.AutoModelForSequenceClassification, "scores"
