@@ -113,13 +113,13 @@ def shared_prompts(config: argparse.Namespace) -> dict[str, Any]:
     return {"model": vars(shape), "cache_bytes": held, "results": results, "ratio": ratio}
 
 
-def built(name: str, length: int, dtype: str = "float32") -> tuple[Model, Any, TransformerConfig]:
+def built(name: str, length: int, dtype: Any = "float32") -> tuple[Model, Any, TransformerConfig]:
     """A Llama of this shape with random weights."""
     model, shape = model_of(name, length, dtype)
     return model, model.init(jax.random.key(0)), shape
 
 
-def model_of(name: str, length: int, dtype: str = "float32") -> tuple[Model, TransformerConfig]:
+def model_of(name: str, length: int, dtype: Any = "float32") -> tuple[Model, TransformerConfig]:
     """A Llama of this shape."""
     width, layers, heads, mlp_width, vocab = SHAPES[name]
     shape = TransformerConfig(vocab, width, layers, heads, heads, width // heads, mlp_width, length, dtype=dtype)

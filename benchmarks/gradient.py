@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sampling import alternate, commit
+from measure import alternate, commit
 
 from jaxrlhf.models import heads, transformer
 from jaxrlhf.models.config import TransformerConfig

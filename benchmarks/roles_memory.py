@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import measure
 import numpy as np
+import targets
 
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.core import sharding

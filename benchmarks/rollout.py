@@ -55,16 +55,14 @@ def compare(config: argparse.Namespace, rates: dict[str, float]) -> dict[str, An
 
     def way(name: str, parts: int, **given: Any) -> Callable[[], list[Rollout]]:
         """The rows in so many batches, one after another."""
-
-        def count(rows: int, chunk: int) -> None:
-            steps[name] = steps.get(name, 0) + rows * chunk
-
-        options = generate.Options(chunk=config.chunk, on_chunk=count, **given)
+        options = generate.Options(chunk=config.chunk, **given)
         batches = [jax.tree.map(lambda x, i=i: x[i::parts], prompts) for i in range(parts)]
 
         def call() -> list[Rollout]:
-            steps[name] = 0
-            return [generate.generate(model, params, each, spec, jax.random.key(2), options=options) for each in batches]
+            key = jax.random.key(2)
+            found = [generate.traced(model, params, each, spec, key, options=options) for each in batches]
+            steps[name] = sum(rows * count for _, chunks in found for rows, count in chunks)
+            return [rollout for rollout, _ in found]
 
         return call
 

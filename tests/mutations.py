@@ -308,8 +308,8 @@ MUTATIONS = (
     Mutation(
         "positions-run-on-across-packed-texts",
         "models/transformer.py",
-        "position = segment_positions(segments) if segments is not None else jnp.arange(tokens.shape[1])[None]",
-        "position = jnp.arange(tokens.shape[1])[None]",
+        "return jnp.arange(tokens.shape[1])[None] if segments is None else segment_positions(segments)",
+        "return jnp.arange(tokens.shape[1])[None]",
         "test_transformer.py::test_packed_texts_do_not_see_each_other[gpt]",
     ),
     Mutation(

@@ -45,19 +45,16 @@ def test_slots_give_what_a_wave_gives(params, count, n, options, shape):
     given = prompts(count).replace(limit=jnp.asarray(np.random.default_rng(0).integers(1, 19, count), jnp.int32))
     rules = spec(max_tokens=18, stop=(EOS,), top_p=0.9, replay=True, repetition_penalty=1.2)
     static = generate.generate(MODEL, params, given, rules, KEY, n, options=Options(chunk=18))
-    sizes: list[tuple[int, int]] = []
-    options = dataclasses.replace(options, on_chunk=lambda *size: sizes.append(size))
     if shape is None:
-        slotted = generate.generate(MODEL, params, given, rules, KEY, n, options=options)
+        slotted, chunks = generate.traced(MODEL, params, given, rules, KEY, n, options=options)
     else:
         mesh = sharding.make_mesh(shape)
         placed = jax.device_put(params, sharding.shardings(transformer.param_specs(CONFIG), mesh))
         with jax.set_mesh(mesh):
             # 21 prompts do not divide over 4 devices: they stay whole, and so do their rows.
             split = sharding.shard_batch(given, mesh) if count % mesh.size == 0 else given
-            slotted = generate.generate(MODEL, placed, split, rules, KEY, n, options=options)
-    assert sizes[0][0] == options.slots
-    assert max(rows for rows, _ in sizes) == options.slots
+            slotted, chunks = generate.traced(MODEL, placed, split, rules, KEY, n, options=options)
+    assert chunks[0][0] == max(rows for rows, _ in chunks) == options.slots
     assert_same(slotted, static)
     np.testing.assert_array_equal(slotted.kept, static.kept)
 
@@ -76,12 +73,12 @@ def test_slots_are_busy(params):
     """Rows x steps that write a token, of lengths as answers have them: 16 slots for 192 rows."""
     lengths = np.clip(np.round(5 * np.exp(0.8 * np.random.default_rng(0).normal(size=192))), 1, 18)
     given = prompts(192).replace(limit=jnp.asarray(lengths, jnp.int32))
-    sizes: list[int] = []
-    options = Options(chunk=2, slots=16, on_chunk=lambda rows, steps: sizes.append(rows * steps))
     rules = spec(max_tokens=18, stop=())
-    found = generate.generate(MODEL, params, given, rules, KEY, options=options)
+    found, chunks = generate.traced(MODEL, params, given, rules, KEY, options=Options(chunk=2, slots=16))
     assert found.response_len.tolist() == lengths.tolist()
-    assert lengths.sum() / sum(sizes) > 0.75  # in chunks of 2, a row of 7 tokens wastes half a step on average
+    assert (
+        lengths.sum() / sum(rows * steps for rows, steps in chunks) > 0.75
+    )  # in chunks of 2, a row of 7 tokens wastes half a step on average
 
 
 # ------------------------------------------------------------------------------------------------ the cache
@@ -167,7 +164,7 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(params, slo
     stops = ("ba", "ccc", "ed")
     rules, given = spec(max_tokens=18, stop=(EOS,), stop_strings=stops), prompts(16)
     table = jnp.asarray(stop_strings.table(stops, LETTERS))
-    cut = generate.generate(MODEL, params, given, rules, KEY, options=Options(stop_table=table, slots=slots))
+    cut = generate.generate(MODEL, params, given, rules, KEY, options=Options(slots=slots), stop_table=table)
     whole = generate.generate(MODEL, params, given, dataclasses.replace(rules, stop_strings=()), KEY)
     stopped = 0
     for short, long, finished in zip(responses(cut), responses(whole), cut.finished.tolist(), strict=True):
@@ -220,10 +217,10 @@ def test_a_stream_gives_the_tokens_of_generate(params):
         assert got == want
 
 
-def test_a_stream_that_is_closed_does_no_more(params):
-    steps: list[int] = []
-    options = Options(1, on_chunk=lambda rows, count: steps.append(count))
-    stream = generate.stream(MODEL, params, prompts(), spec(stop=()), KEY, options=options)
+def test_a_stream_that_is_closed_does_no_more(params, monkeypatch):
+    steps, advance = [], decode.advance
+    monkeypatch.setattr(decode, "advance", lambda *args: steps.append(args[2]) or advance(*args))
+    stream = generate.stream(MODEL, params, prompts(), spec(stop=()), KEY)
     next(stream), next(stream)
     stream.close()
     assert steps == [1, 1]
@@ -233,7 +230,7 @@ def test_a_stream_that_is_closed_does_no_more(params):
 
 # ------------------------------------------------------------------------------------------------ programs
 
-PROGRAMS = ("decode_params", "start", "start_slots", "refill", "advance", "halve", "grow", "finish")
+PROGRAMS = ("_decode_changes", "start", "start_slots", "refill", "advance", "halve", "grow", "finish")
 
 
 def compiled() -> dict[str, int]:
@@ -260,7 +257,7 @@ def test_warm_leaves_nothing_to_compile(params, monkeypatch, options, expected):
     generate.warm(MODEL, params, given(), rules, KEY, options=options)
     after = compiled()
     made = {name: after[name] - before[name] for name in PROGRAMS if after[name] > before[name]}
-    made.pop("decode_params", None)  # of the model alone: another test may have made it
+    made.pop("_decode_changes", None)  # of the model alone: another test may have made it
     assert made == expected
     assert sum(made.values()) + 1 <= 24
     for seed in range(6):

@@ -190,23 +190,22 @@ LIMITS = (18, 2, 3, 18, 1, 5, 2, 9)  # of eight prompts
 def test_rows_that_have_ended_leave_and_change_nothing(params, shape, expected):
     given = prompts().replace(limit=jnp.asarray(LIMITS, jnp.int32))
     rules = spec(max_tokens=18, stop=(), top_p=0.9, replay=True)  # without a stop id the limits decide
-    sizes, options = [], Options(chunk=3, on_chunk=lambda rows, steps: sizes.append(rows))
-    static = generate.generate(MODEL, params, given, rules, KEY, n=4, options=dataclasses.replace(options, least=32))
-    assert sizes == [32] * 6
+    options = Options(chunk=3)
+    static, chunks = generate.traced(MODEL, params, given, rules, KEY, n=4, options=dataclasses.replace(options, least=32))
+    assert chunks == [(32, 3)] * 6
     assert static.response_len.tolist() == np.repeat(LIMITS, 4).tolist()
     assert not static.finished.any()
-    sizes.clear()
     if shape is None:
-        compacted = generate.generate(MODEL, params, given, rules, KEY, n=4, options=options)
+        compacted, chunks = generate.traced(MODEL, params, given, rules, KEY, n=4, options=options)
     else:
         mesh = sharding.make_mesh(shape)
         placed = jax.device_put(params, sharding.shardings(transformer.param_specs(CONFIG), mesh))
         with jax.set_mesh(mesh):
             split = sharding.shard_batch(given, mesh)
-            compacted = generate.generate(MODEL, placed, split, rules, KEY, n=4, options=options)
+            compacted, chunks = generate.traced(MODEL, placed, split, rules, KEY, n=4, options=options)
         for leaf in jax.tree.leaves(compacted):
             assert leaf.sharding.is_equivalent_to(sharding.batch_sharding(mesh), leaf.ndim)
-    assert sizes == expected
+    assert [rows for rows, _ in chunks] == expected
     assert_same(compacted, static)
     np.testing.assert_array_equal(compacted.kept, static.kept)
 
@@ -218,12 +217,10 @@ def test_a_module_without_a_cache_of_its_own_lets_rows_leave_too():
     )
     fresh = MODEL.init(jax.random.key(0))
     given, rules = prompts().replace(limit=jnp.asarray(LIMITS, jnp.int32)), spec(max_tokens=18, stop=())
-    sizes, options = [], Options(chunk=3, on_chunk=lambda rows, steps: sizes.append(rows))
-    found = [generate.generate(model, fresh, given, rules, KEY, n=2, options=options) for model in (plain, MODEL)]
-    assert sizes == [16, 8, 8, 8, 8, 8] * 2
-    assert_same(*found)
-    refilled = generate.generate(plain, fresh, given, rules, KEY, n=2, options=Options(chunk=3, slots=4))
-    assert_same(refilled, found[0])
+    found, chunks = generate.traced(plain, fresh, given, rules, KEY, n=2, options=Options(chunk=3))
+    assert [rows for rows, _ in chunks] == [16, 8, 8, 8, 8, 8]
+    assert_same(found, generate.generate(MODEL, fresh, given, rules, KEY, n=2, options=Options(chunk=3)))
+    assert_same(found, generate.generate(plain, fresh, given, rules, KEY, n=2, options=Options(chunk=3, slots=4)))
 
 
 @pytest.mark.parametrize(
@@ -267,10 +264,9 @@ def test_one_program_for_each_shape_and_spec(params):
 
 
 def test_decoding_stops_when_all_rows_have_ended(params):
-    calls, rules = [], spec(stop=tuple(range(VOCAB)))
-    options = Options(chunk=5, on_chunk=lambda rows, steps: calls.append((rows, steps)))
-    rollout = generate.generate(MODEL, params, prompts(), rules, KEY, options=options)
-    assert calls == [(8, 5)]
+    rules = spec(stop=tuple(range(VOCAB)))
+    rollout, chunks = generate.traced(MODEL, params, prompts(), rules, KEY, options=Options(chunk=5))
+    assert chunks == [(8, 5)]
     assert rollout.finished.all()
     assert rollout.response_len.tolist() == [1] * 8
 
@@ -306,7 +302,7 @@ def test_bad_input_is_refused_with_the_numbers_and_the_fix(params):
     refuse("chunk=0", chunk=0)
     refuse("slots=-1 at least 0", slots=-1)
     refuse(r"slots=5 must be a multiple of n=2 samples times 1 .* choose 4", n=2, slots=5)
-    refuse("stop_strings=.* need Options.stop_table with a column for each of 48 ids", rules=spec(stop_strings=("x",)))
+    refuse("stop_strings=.* need a stop_table with a column for each of 48 ids", rules=spec(stop_strings=("x",)))
     refuse("cache dtype 'float8' is not known: choose one of float32, bfloat16, int8", cache=CacheConfig("float8"))
     generate._check_numbers(MODEL, given, spec(max_tokens=18), 1, Options())  # the longest that fits
 

@@ -122,7 +122,7 @@ def hidden(
         ValueError: the rows are longer than `config.max_length`.
     """
     _check_length(config, tokens.shape[1])
-    position = segment_positions(segments) if segments is not None else jnp.arange(tokens.shape[1])[None]
+    position = _positions(tokens, segments)
     rotations = _rotations(config, position)
 
     def layer(x, xs):
@@ -159,7 +159,7 @@ def expert_load(
     if not config.experts:
         raise ValueError("expert_load: this model has experts=0, one MLP that all tokens share: there is no load")
     _check_length(config, tokens.shape[1])
-    position = segment_positions(segments) if segments is not None else jnp.arange(tokens.shape[1])[None]
+    position = _positions(tokens, segments)
     rotations, x, loads = _rotations(config, position), _embed(config, params, tokens, position), []
     for i in range(config.layers):
         weights = _at(params["layers"], i)
@@ -176,6 +176,11 @@ def logits(config: TransformerConfig, params: Params, hidden: Float[Array, "*s d
     if "head" in params:
         return capped(products.product(config.dtype, hidden, params["head"]), config.logit_cap)
     return capped(products.product(config.dtype, hidden, params["embed"], flipped=True), config.logit_cap)
+
+
+def _positions(tokens, segments):
+    """Place of each token within its own text."""
+    return jnp.arange(tokens.shape[1])[None] if segments is None else segment_positions(segments)
 
 
 def segment_positions(segments: Int[Array, "b t"]) -> Int[Array, "b t"]:

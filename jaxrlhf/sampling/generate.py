@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,8 +36,6 @@ class Options:
     slots: int = 0  # rows decoded at a time, the others waiting for one that is free; 0: all rows at once
     least: int = 8  # rows that a batch shrinks to at least; fewer take a product as long
     cache: CacheConfig = EXACT
-    stop_table: Any = dataclasses.field(default=None, compare=False)  # `stop_strings.table`, for a spec with stop strings
-    on_chunk: Callable[[int, int], None] | None = dataclasses.field(default=None, compare=False)  # told (rows, steps)
 
 
 def generate(
@@ -49,19 +47,37 @@ def generate(
     n: int = 1,
     version: int | jax.Array = 0,
     options: Options = Options(),
+    stop_table: jax.Array | None = None,
 ) -> Rollout:
     """n responses to each prompt; row i continues prompt i // n, and its `group` is that prompt's uid.
 
     Every token is drawn with one number that depends on key, uid, sample and position alone, so a response is the same in any
     batch, order, slot, n, chunk length or number of devices, whichever rows have left (up to the last bits of its logits).
+    A spec with stop strings needs `stop_table` [M, V], which is `stop_strings.table`.
 
     Raises:
         ValueError: prompt and response do not fit the model, or the cache the memory; a prompt is empty or longer than its row;
             an id is not in the vocabulary; or an option is out of range.
     """
-    job = _job(model, params, prompts, spec, key, n, options)
+    return traced(model, params, prompts, spec, key, n, version, options, stop_table)[0]
+
+
+def traced(
+    model: Model,
+    params: Any,
+    prompts: Prompts,
+    spec: SamplingSpec,
+    key: PRNGKeyArray,
+    n: int = 1,
+    version: int | jax.Array = 0,
+    options: Options = Options(),
+    stop_table: jax.Array | None = None,
+) -> tuple[Rollout, list[tuple[int, int]]]:
+    """What `generate` gives, and (rows, steps) of every chunk that was decoded for it: tokens written over the sum of their
+    products is the share of the work that was not wasted."""
+    job = _job(model, params, prompts, spec, key, n, options, stop_table)
     done, state = _in_slots(job) if job.in_slots else _in_a_wave(job)
-    return decode.finish(spec, n, prompts, done, state.rows, version)
+    return decode.finish(spec, n, prompts, done, state.rows, version), job.chunks
 
 
 def stream(
@@ -72,6 +88,7 @@ def stream(
     key: PRNGKeyArray,
     n: int = 1,
     options: Options = Options(chunk=1),
+    stop_table: jax.Array | None = None,
 ) -> Iterator[list[list[int]]]:
     """The tokens of `generate` as they are written: of each row those of one chunk, none of a row that has ended.
 
@@ -82,7 +99,7 @@ def stream(
     """
     if options.slots:
         raise ValueError(f"slots={options.slots}: a stream has all its rows at once; give fewer prompts and slots=0")
-    job = _job(model, params, prompts, spec, key, n, options)
+    job = _job(model, params, prompts, spec, key, n, options, stop_table)
     state, live = job.start(job.spec.max_tokens), np.ones(job.count * n, bool)
     for begin in range(0, job.shape.width, job.steps):
         if not live.any():
@@ -100,6 +117,7 @@ def warm(
     key: PRNGKeyArray,
     n: int = 1,
     options: Options = Options(),
+    stop_table: jax.Array | None = None,
 ) -> None:
     """Compile every program that `generate` may want for batches of this shape, by running each once.
 
@@ -108,7 +126,7 @@ def warm(
     Raises:
         ValueError: as `generate`.
     """
-    job = _job(model, params, prompts, spec, key, n, options)
+    job = _job(model, params, prompts, spec, key, n, options, stop_table)
     done, state = None, None
     if job.in_slots:
         done, state = job.start_slots()
@@ -152,6 +170,8 @@ class _Job:
     prompts: Prompts
     key: PRNGKeyArray
     options: Options
+    stop_table: jax.Array | None
+    chunks: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (rows, steps) of each that was decoded
 
     @property
     def count(self) -> int:
@@ -187,11 +207,11 @@ class _Job:
         return rows
 
     def start(self, room: int) -> State:
-        given = (self.weights, self.prompts, self.key, self.options.stop_table)
+        given = (self.weights, self.prompts, self.key, self.stop_table)
         return decode.start(self.model, self.spec, self.shape, room, *given)
 
     def start_slots(self) -> tuple[Written, State]:
-        given = (self.weights, self.prompts, self.key, self.options.stop_table)
+        given = (self.weights, self.prompts, self.key, self.stop_table)
         return decode.start_slots(self.model, self.spec, self.shape, self.options.slots // self.shape.n, *given)
 
     def refill(self, done: Written | None, state: State, first: int, slots: np.ndarray) -> tuple[Written | None, State]:
@@ -200,8 +220,7 @@ class _Job:
 
     def advance(self, state: State) -> tuple[State, np.ndarray]:
         """A chunk more; which rows go on after it."""
-        if self.options.on_chunk is not None:
-            self.options.on_chunk(state.rows.row.size, self.steps)
+        self.chunks.append((state.rows.row.size, self.steps))
         # A fixed number of steps a program, not one loop until all have ended: a GPU would ask the host after every token.
         state, live = decode.advance(self.model, self.spec, self.steps, self.weights, state)
         return state, np.asarray(live)
@@ -250,15 +269,30 @@ def _in_slots(job: _Job) -> tuple[Written | None, State]:
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _job(model: Model, params: Any, prompts: Prompts, spec: SamplingSpec, key: PRNGKeyArray, n: int, options: Options) -> _Job:
+def _job(
+    model: Model,
+    params: Any,
+    prompts: Prompts,
+    spec: SamplingSpec,
+    key: PRNGKeyArray,
+    n: int,
+    options: Options,
+    stop_table: jax.Array | None,
+) -> _Job:
     """The batch, checked before anything is compiled."""
     _check_numbers(model, prompts, spec, n, options)
     _check_prompts(model, prompts)
     _check_memory(cache_bytes(model, prompts, spec, n, options))
+    if spec.stop_strings and (stop_table is None or stop_table.shape[1] < model.vocab_size):
+        raise ValueError(
+            f"stop_strings={spec.stop_strings} need a stop_table with a column for each of {model.vocab_size} ids: "
+            "stop_strings.table(spec.stop_strings, tokenizer.pieces())"
+        )
     chunks = -(-spec.max_tokens // options.chunk)
     steps = -(-spec.max_tokens // chunks)  # chunks of equal length: one compiled program, the fewest steps past the end
     shape = Shape(n, chunks * steps, options.cache)
-    return _Job(model, spec, shape, steps, decode.decode_params(model, params), prompts, key, options)
+    weights = decode.decode_params(model, params)
+    return _Job(model, spec, shape, steps, weights, prompts, key, options, stop_table if spec.stop_strings else None)
 
 
 def _check_numbers(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, options: Options) -> None:
@@ -281,11 +315,6 @@ def _check_numbers(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, o
     outside = [i for i in (*spec.stop, *spec.forbidden, spec.pad) if not 0 <= i < model.vocab_size]
     if outside:
         raise ValueError(f"SamplingSpec names token ids {outside} outside the vocabulary 0 .. {model.vocab_size - 1}")
-    if spec.stop_strings and (options.stop_table is None or options.stop_table.shape[1] < model.vocab_size):
-        raise ValueError(
-            f"stop_strings={spec.stop_strings} need Options.stop_table with a column for each of {model.vocab_size} ids: "
-            "stop_strings.table(spec.stop_strings, tokenizer.pieces())"
-        )
 
 
 def _check_prompts(model: Model, prompts: Prompts) -> None:

@@ -20,11 +20,12 @@ from jaxrlhf.sampling import generate
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a rollout is scored."""
+    """How a rollout is made and scored."""
 
     reuse_sampler_logprobs: bool = False  # take the sampler's own log-probs for the learner's, which saves a pass
     exact_kl: bool = False  # also the KL to the reference of the whole distribution at each token
     rows: int = 32  # scored at a time, a matter of memory and speed only
+    generation: generate.Options = generate.Options()
 
 
 def collect(
@@ -39,7 +40,7 @@ def collect(
     options: Options = Options(),
 ) -> Experience:
     """Sample n responses to each prompt from `params["policy"]` and score them: see `generate.generate` and `experience`."""
-    rollout = generate.generate(model, params["policy"], prompts, spec, key, n, version=version)
+    rollout = generate.generate(model, params["policy"], prompts, spec, key, n, version, options.generation)
     return experience(model, params, frozen, rollout, spec, options)
 
 

@@ -20,7 +20,7 @@ import optax
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import SamplingSpec
-from jaxrlhf.models.model import Model, decode_changes
+from jaxrlhf.models.model import EXACT, CacheConfig, Model, decode_changes
 from jaxrlhf.training import step
 
 When = Literal["always", "sampling", "update"]
@@ -87,8 +87,10 @@ def frozen(trees: dict[str, Any]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def sampling(model: Model, policy: Any, spec: SamplingSpec, prompts: tuple[int, int], n: int = 1) -> tuple[Row, ...]:
-    """What drawing n responses to `prompts` (how many, width) of them holds: the weights as they are sampled with, and the
+def sampling(
+    model: Model, policy: Any, spec: SamplingSpec, prompts: tuple[int, int], n: int = 1, cache: CacheConfig = EXACT
+) -> tuple[Row, ...]:
+    """What drawing n responses to `prompts` (how many at a time, width) holds: the weights as they are sampled with, and the
     cache. `policy` is what `Model` reads, adapters attached. Call it under the mesh of the run.
     """
     weights = jax.eval_shape(model.decode_params, policy)
@@ -104,11 +106,11 @@ def sampling(model: Model, policy: Any, spec: SamplingSpec, prompts: tuple[int, 
     tokens, length = jax.ShapeDtypeStruct((rows, width), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
 
     def prefill(weights: Any, tokens: jax.Array, length: jax.Array) -> Any:
-        return model.prefill(weights, tokens, length, n, spec.max_tokens)[1]
+        return model.prefill(weights, tokens, length, n, spec.max_tokens, cache)[1]
 
-    cache = jax.eval_shape(prefill, weights, tokens, length)
-    parts = {f"cache of {part}s": cache.pop(part) for part in ("prompt", "response") if part in cache}  # keys and values
-    sizes = {"weights": copied} | {kind: _rows_size(tree) for kind, tree in (parts | {"rest of cache": cache}).items()}
+    held = jax.eval_shape(prefill, weights, tokens, length)
+    parts = {f"cache of {part}s": held.pop(part) for part in ("prompt", "response") if part in held}  # keys and values
+    sizes = {"weights": copied} | {kind: _rows_size(tree) for kind, tree in (parts | {"rest of cache": held}).items()}
     return tuple(Row("sampling", kind, "sampling", size) for kind, size in sizes.items())
 
 
