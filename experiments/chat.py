@@ -44,22 +44,23 @@ class Config:
     name: str = "user"  # of the person, stored with every choice
     seed: int = 0
     sampling: stage.Sampling = stage.Sampling(top_p=0.9)
+    stop_strings: tuple[str, ...] = ()  # an answer ends with the first of these that it writes
 
 
 def run(config: Config) -> dict[str, Any]:
     """Answer one prompt or many."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     policy = stage.load(config.policy, mesh)
-    spec = stage.spec(config.sampling, policy.tokenizer)
+    spec = dataclasses.replace(stage.spec(config.sampling, policy.tokenizer), stop_strings=config.stop_strings)
     answered = 0
     with contextlib.ExitStack() as stack:
         db = stack.enter_context(contextlib.closing(store.open_store(config.store))) if config.ask else None
         for number, text in enumerate(lines(config)):
-            answers = answer(config, policy, spec, text, number)
+            prompt = prompt_of(config, policy, spec, text, number)
             if db is None:
-                print(text + answers[0] if config.task == "continue" else answers[0].strip(), flush=True)
+                answer(config, policy, spec, prompt, text)
             else:
-                choose(config, db, spec, text, answers)
+                choose(config, db, policy, spec, prompt, text)
             answered += 1
     return {"answered": answered}
 
@@ -80,8 +81,8 @@ def lines(config: Config):
             yield line.strip()
 
 
-def answer(config: Config, policy: stage.Trained, spec: SamplingSpec, text: str, number: int) -> list[str]:
-    """One answer, or two different ones to choose from.
+def prompt_of(config: Config, policy: stage.Trained, spec: SamplingSpec, text: str, number: int) -> Prompts:
+    """The text as the policy reads it.
 
     Raises:
         ValueError: the prompt and the answer do not fit into the model's context.
@@ -99,19 +100,55 @@ def answer(config: Config, policy: stage.Trained, spec: SamplingSpec, text: str,
         )
     width = min(-(-len(ids) // 8) * 8, room)  # few widths, few programs
     tokens, length = pipeline.pad_rows([ids], width)
-    prompt = Prompts(tokens, length, np.array([number], np.int32), np.zeros(1, np.int32))
-    rollout = generate.generate(policy.model, policy.params, prompt, spec, jax.random.key(config.seed), 8 if config.ask else 1)
-    answers = list(dict.fromkeys(stage.texts(rollout, tokenizer)[1]))  # in the order drawn, equal ones once
-    return answers[:2] if config.ask else answers[:1]
+    return Prompts(tokens, length, np.array([number], np.int32), np.zeros(1, np.int32))
 
 
-def choose(config: Config, db: sqlite3.Connection, spec: SamplingSpec, text: str, answers: list[str]) -> None:
-    """Let the person choose, and keep prompt, answers and choice."""
+def answer(config: Config, policy: stage.Trained, spec: SamplingSpec, prompt: Prompts, text: str) -> None:
+    """Print an answer as it is written."""
+    print(text if config.task == "continue" else "", end="", flush=True)
+    ids: list[int] = []
+    printed = ""
+    pieces = generate.stream(
+        policy.model,
+        policy.params,
+        prompt,
+        spec,
+        jax.random.key(config.seed),
+        stop_table=stage.stop_table(spec, policy.tokenizer),
+    )
+    for piece in pieces:
+        ids += piece[0]
+        whole = shown(policy.tokenizer.decode(ids, continuation=True), spec.stop_strings, ended=False)
+        whole = whole if config.task == "continue" else whole.lstrip()
+        print(whole[len(printed) :], end="", flush=True)
+        printed = whole
+    whole = shown(policy.tokenizer.decode(ids, continuation=True), spec.stop_strings, ended=True)
+    whole = whole if config.task == "continue" else whole.strip()
+    print(whole[len(printed) :], flush=True)
+
+
+def shown(text: str, stops: tuple[str, ...], ended: bool) -> str:
+    """What a person sees of an answer: all before a stop string and, while more may come, no half of one or of a character."""
+    end = min((text.find(stop) for stop in stops if stop in text), default=len(text))
+    if ended or end < len(text):
+        return text[:end]
+    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - held].rstrip("\ufffd")
+
+
+def choose(
+    config: Config, db: sqlite3.Connection, policy: stage.Trained, spec: SamplingSpec, prompt: Prompts, text: str
+) -> None:
+    """Let the person choose between two answers, and keep prompt, answers and choice."""
+    table = stage.stop_table(spec, policy.tokenizer)
+    drawn = generate.generate(policy.model, policy.params, prompt, spec, jax.random.key(config.seed), 8, stop_table=table)
+    whole = [shown(each, spec.stop_strings, ended=True) for each in stage.texts(drawn, policy.tokenizer)[1]]
+    answers = list(dict.fromkeys(whole))[:2]  # in the order drawn, equal ones once
     if len(answers) < 2:
         print(f"{answers[0].strip()}   (every answer drawn was this one: nothing to choose)")
         return
     writer = str(config.policy)
-    pair = store.Pair(pipeline.clean(text), answers[0], answers[1], writer, writer, json.dumps(dataclasses.asdict(spec)))
+    pair = store.Pair(pipeline.clean(text), *answers, writer, writer, json.dumps(dataclasses.asdict(spec)))
     store.add_pairs(db, [pair])
     labelers.label_at_terminal(db, config.name, limit=1, pair=pair)
 

@@ -43,6 +43,7 @@ class Config:
     epochs: int = 2  # passes over one rollout's pairs
     minibatches: int = 2  # optimizer steps a pass
     sampling: stage.Sampling = stage.Sampling()
+    rollouts: rollout.Options = rollout.Options()
     algorithm: dpo.Config = dpo.Config(beta=0.3)  # at 0.1 this small model leaves 18 nats between itself and the reference
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -70,14 +71,14 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"reference": start.params}
     updates = config.iterations * config.epochs * config.minibatches
     update = optimizer.make(config.optimizer, updates, params)
-    tasks.tell_memory(run, config, task, params, update, n=config.n)
+    tasks.tell_memory(run, config, task, params, update, n=config.n, generation=config.rollouts.generation)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = run.restore(step.init_state(params, update, keys[0]))
     outputs = objective.make_outputs(start.model, task.spec, adapters=config.lora)
     run_epochs = step.make_epochs(outputs, dpo.loss, config.algorithm, update, config.epochs, config.minibatches)
     choose = jax.jit(dpo.from_experience, static_argnames=("n", "soft"))
     prepare, describe = jax.jit(dpo.prepare, static_argnames="config"), jax.jit(rollout.stats)
-    options = rollout.Options(reuse_sampler_logprobs=True)  # a pair needs the reference's log-probs alone
+    options = dataclasses.replace(config.rollouts, reuse_sampler_logprobs=True)  # a pair needs the reference's log-probs alone
 
     for i in run.steps(run.start, config.iterations, "online dpo", show=("reward/score", "reward/accuracy")):
         policy = {"policy": lora.attach(start.params, state.params, config.lora)}

@@ -42,6 +42,7 @@ class Config:
     iterations: int = 24
     batch: int = 256  # answers an iteration, each to its own prompt
     sampling: stage.Sampling = stage.Sampling()
+    rollouts: rollout.Options = rollout.Options()
     algorithm: ppo.Config = ppo.Config(kl_coef=0.12)
     critic: Literal["shared", "separate", "reward"] = "shared"  # value head on the policy's trunk; its own; the reward model's
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train adapters over the frozen start, of policy and separate critic
@@ -71,7 +72,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     frozen = {"reference": start.params}
     exact, mixed = algorithm.kl_estimator == "exact", algorithm.text_coef > 0
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
-    tasks.tell_memory(run, config, task, params, update, n=1, average=config.ema_decay is not None)
+    tasks.tell_memory(
+        run, config, task, params, update, n=1, generation=config.rollouts.generation, average=config.ema_decay is not None
+    )
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = step.init_state(params, update, keys[0], ppo.init(algorithm))
     del params  # which the state has copied: a critic's trunk need not stand in memory twice
@@ -83,7 +86,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         start.model, task.spec, entropy=True, values=True, ref_kl=in_loss, text=mixed, trunk="policy", adapters=config.lora
     )
     run_epochs = step.make_epochs(outputs, ppo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
-    options, texts = rollout.Options(exact_kl=exact), text_batches(config, start) if mixed else None
+    options, texts = dataclasses.replace(config.rollouts, exact_kl=exact), text_batches(config, start) if mixed else None
     prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
 
     def over_start(params: Any) -> Any:

@@ -39,6 +39,7 @@ class Config:
     iterations: int = 24
     batch: int = 256  # prompts an iteration, each with algorithm.samples answers
     sampling: stage.Sampling = stage.Sampling()
+    rollouts: rollout.Options = rollout.Options()
     algorithm: reinforce.Config = reinforce.Config(kl_coef=0.12, minibatches=4)
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -64,7 +65,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     params = {"policy": stage.trainable(start, config.lora, mesh, config.seed)}
     frozen = {"reference": start.params}
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
-    tasks.tell_memory(run, config, task, params, update, n=algorithm.samples)
+    tasks.tell_memory(run, config, task, params, update, n=algorithm.samples, generation=config.rollouts.generation)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = run.restore(step.init_state(params, update, keys[0], reinforce.init(algorithm)))
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
@@ -77,7 +78,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         judged = {} if i % config.evaluate_every else task.judge(current["policy"])[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
-        experience = rollout.collect(start.model, current, frozen, prompts, task.spec, key, n=algorithm.samples, version=i)
+        experience = rollout.collect(
+            start.model, current, frozen, prompts, task.spec, key, algorithm.samples, i, config.rollouts
+        )
         score, weight, rewarded = task.score(experience.rollout, prompts)
         experience = dataclasses.replace(experience, score=score, weight=weight)
         if algorithm.baseline == "greedy":

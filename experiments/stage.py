@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.core import sharding
@@ -21,6 +22,7 @@ from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import Model
 from jaxrlhf.rewards import ensemble
 from jaxrlhf.rewards import model as rewards
+from jaxrlhf.sampling import stop_strings
 from jaxrlhf.training import metrics, plan
 from jaxrlhf.training.run import Run
 
@@ -35,6 +37,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0  # in every log-prob too
     replay: bool = False  # learn the filtered distribution itself, by recording what the filters kept
 
 
@@ -43,6 +46,11 @@ def spec(sampling: Sampling, tokenizer: Tokenizer) -> SamplingSpec:
     # A checkpoint's tokenizer may have one token for all three, and EOS must stay possible.
     forbidden = tuple(i for i in (tokenizer.pad, tokenizer.bos) if i != tokenizer.eos)
     return SamplingSpec(**dataclasses.asdict(sampling), stop=(tokenizer.eos,), forbidden=forbidden, pad=tokenizer.pad)
+
+
+def stop_table(spec: SamplingSpec, tokenizer: Tokenizer) -> jax.Array | None:
+    """What `generate.generate` needs where the spec has stop strings."""
+    return jnp.asarray(stop_strings.table(spec.stop_strings, tokenizer.pieces())) if spec.stop_strings else None
 
 
 Weights = Literal["float32", "int8"]  # of a model that is read and not trained: as the folder has them, or in eight bits

@@ -24,6 +24,7 @@ from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, policy
 from jaxrlhf.models import roles
 from jaxrlhf.models.lora import LoraConfig
+from jaxrlhf.models.model import EXACT
 from jaxrlhf.rewards import functions
 from jaxrlhf.sampling import generate
 from jaxrlhf.training import plan
@@ -35,6 +36,8 @@ Figures = dict[str, float]  # ready for `Run.log`
 ARITHMETIC = stage.Sampling(temperature=1.0, max_tokens=6, min_tokens=0)
 ARITHMETIC_POLICY = Path("runs/arithmetic/start/model")  # what experiments/arithmetic.py writes
 PROMPT_WIDTH = 8  # of a sum: bos, a space, two digits, plus, two digits, equals
+
+AT_ONCE = generate.Options()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +108,16 @@ def make(config: Settings, mesh: jax.sharding.Mesh, frozen: stage.Weights = "flo
     return arithmetic(config, start, mesh) if config.task == "arithmetic" else sentiment(config, start, mesh)
 
 
-def tell_memory(run: Run, config: Settings, task: Task, params: Any, update: Any, n: int = 0, average: bool = False) -> None:
+def tell_memory(
+    run: Run,
+    config: Settings,
+    task: Task,
+    params: Any,
+    update: Any,
+    n: int = 0,
+    generation: generate.Options = AT_ONCE,
+    average: bool = False,
+) -> None:
     """Print and keep what the run will hold (`stage.tell_memory`), before training is compiled: `params` to be trained by
     `update`, the frozen start, the reward, and n samples of each prompt, or where n is 0 those of the judgement alone.
     """
@@ -113,9 +125,13 @@ def tell_memory(run: Run, config: Settings, task: Task, params: Any, update: Any
     trained = plan.training(params, update, average)
     kept = plan.frozen({"base and reference" if config.lora.rank else "reference": start.params, "reward": task.reward})
     policy = roles.attach(start.params, tree, config.lora)["policy"]
-    width, drawn = task.prompts[0].tokens.shape[1], [(config.held_out_prompts, 1), *([(config.batch, n)] if n else [])]
-    prompts, samples = max(drawn, key=lambda rows: rows[0] * rows[1])
-    sampled = plan.sampling(start.model, policy, task.spec, (prompts, width), samples)
+    drawn = [(config.held_out_prompts, 1, EXACT)]
+    if n:
+        in_slots = 0 < generation.slots < config.batch * n  # each with a prompt of its own
+        drawn.append((*((generation.slots, 1) if in_slots else (config.batch, n)), generation.cache))
+    prompts, samples, cache = max(drawn, key=lambda rows: rows[0] * rows[1])
+    width = task.prompts[0].tokens.shape[1]
+    sampled = plan.sampling(start.model, policy, task.spec, (prompts, width), samples, cache)
     stage.tell_memory(run, (*trained, *kept, *sampled))
 
 

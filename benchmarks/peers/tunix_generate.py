@@ -23,18 +23,23 @@ class Numbers:
     """A tokenizer whose words are ids."""
 
     def encode(self, text: str, **unused) -> list[int]:
+        """The numbers of a text."""
         return [int(word) for word in text.split()]
 
     def decode(self, ids, **unused) -> str:
+        """The text of numbers."""
         return " ".join(map(str, ids))
 
     def bos_id(self) -> int:
+        """Begins a prompt."""
         return 1
 
     def eos_id(self) -> int:
+        """Would end a response."""
         return 2
 
     def pad_id(self) -> int:
+        """Fills a row."""
         return 0
 
 

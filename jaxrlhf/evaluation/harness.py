@@ -12,6 +12,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.core import masking, sharding
@@ -116,10 +117,9 @@ def answers(judged: Judged, requests: Sequence[tuple[Ids, Mapping[str, Any]]]) -
         tokens, length = pipeline.pad_rows([requests[i][0][-width:] for i in part], width, tokenizer.pad)
         number = np.array(part, np.int32)
         prompts = sharding.shard_batch(Prompts(tokens, length, number, number), judged.mesh)
-        table = stop_strings.table(spec.stop_strings, pieces) if spec.stop_strings else None
-        options = generate.Options(stop_table=table)
+        table = jnp.asarray(stop_strings.table(spec.stop_strings, pieces)) if spec.stop_strings else None
         key = jax.random.key(judged.seed)
-        drawn = generate.generate(judged.model, judged.params, prompts, spec, key, options=options)
+        drawn = generate.generate(judged.model, judged.params, prompts, spec, key, stop_table=table)
         written = np.asarray(masking.length_mask(drawn.response_len, spec.max_tokens))
         for i, row, start, mask in zip(part, np.asarray(drawn.tokens), np.asarray(drawn.prompt_len), written, strict=True):
             text = tokenizer.decode(row[start : start + mask.sum()], continuation=True)
