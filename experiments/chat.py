@@ -127,6 +127,13 @@ def answer(config: Config, policy: stage.Trained, spec: SamplingSpec, prompt: Pr
     print(whole[len(printed) :], flush=True)
 
 
+def answers_to(policy: stage.Trained, spec: SamplingSpec, prompt: Prompts, seed: int, n: int) -> list[str]:
+    """n answers to one prompt."""
+    table = stage.stop_table(spec, policy.tokenizer)
+    drawn = generate.generate(policy.model, policy.params, prompt, spec, jax.random.key(seed), n, stop_table=table)
+    return [shown(each, spec.stop_strings, ended=True) for each in stage.texts(drawn, policy.tokenizer)[1]]
+
+
 def shown(text: str, stops: tuple[str, ...], ended: bool) -> str:
     """What a person sees of an answer: all before a stop string and, while more may come, no half of one or of a character."""
     end = min((text.find(stop) for stop in stops if stop in text), default=len(text))
@@ -140,15 +147,12 @@ def choose(
     config: Config, db: sqlite3.Connection, policy: stage.Trained, spec: SamplingSpec, prompt: Prompts, text: str
 ) -> None:
     """Let the person choose between two answers, and keep prompt, answers and choice."""
-    table = stage.stop_table(spec, policy.tokenizer)
-    drawn = generate.generate(policy.model, policy.params, prompt, spec, jax.random.key(config.seed), 8, stop_table=table)
-    whole = [shown(each, spec.stop_strings, ended=True) for each in stage.texts(drawn, policy.tokenizer)[1]]
-    answers = list(dict.fromkeys(whole))[:2]  # in the order drawn, equal ones once
+    answers = list(dict.fromkeys(answers_to(policy, spec, prompt, config.seed, 8)))[:2]  # in the order drawn, equal ones once
     if len(answers) < 2:
         print(f"{answers[0].strip()}   (every answer drawn was this one: nothing to choose)")
         return
     writer = str(config.policy)
-    pair = store.Pair(pipeline.clean(text), *answers, writer, writer, json.dumps(dataclasses.asdict(spec)))
+    pair = store.Pair(pipeline.clean(text), answers[0], answers[1], writer, writer, json.dumps(dataclasses.asdict(spec)))
     store.add_pairs(db, [pair])
     labelers.label_at_terminal(db, config.name, limit=1, pair=pair)
 

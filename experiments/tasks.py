@@ -128,7 +128,8 @@ def tell_memory(
     drawn = [(config.held_out_prompts, 1, EXACT)]
     if n:
         in_slots = 0 < generation.slots < config.batch * n  # each with a prompt of its own
-        drawn.append((*((generation.slots, 1) if in_slots else (config.batch, n)), generation.cache))
+        prompts, samples = (generation.slots, 1) if in_slots else (config.batch, n)
+        drawn.append((prompts, samples, generation.cache))
     prompts, samples, cache = max(drawn, key=lambda rows: rows[0] * rows[1])
     width = task.prompts[0].tokens.shape[1]
     sampled = plan.sampling(start.model, policy, task.spec, (prompts, width), samples, cache)

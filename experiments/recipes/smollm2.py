@@ -122,7 +122,8 @@ def answers(config: Config, folder: Path, tokens: int = 40) -> list[str]:
     spec = stage.spec(stage.Sampling(max_tokens=tokens, min_tokens=0), policy.tokenizer)
     spec = dataclasses.replace(spec, greedy=True)
     settings = chat.Config(policy=folder, task="template")
-    return [chat.answer(settings, policy, spec, text, i)[0].strip() for i, text in enumerate(config.asked)]
+    prompts = [chat.prompt_of(settings, policy, spec, text, i) for i, text in enumerate(config.asked)]
+    return [chat.answers_to(policy, spec, prompt, settings.seed, 1)[0].strip() for prompt in prompts]
 
 
 SMOKE = dataclasses.replace(
