@@ -114,7 +114,7 @@ def answer(config: Config, policy: stage.Trained, spec: SamplingSpec, prompt: Pr
         prompt,
         spec,
         jax.random.key(config.seed),
-        stop_table=stage.stop_table(spec, policy.tokenizer),
+        stop_table=stage.stop_table(spec, policy.tokenizer, policy.model.vocab_size),
     )
     for piece in pieces:
         ids += piece[0]
@@ -129,7 +129,7 @@ def answer(config: Config, policy: stage.Trained, spec: SamplingSpec, prompt: Pr
 
 def answers_to(policy: stage.Trained, spec: SamplingSpec, prompt: Prompts, seed: int, n: int) -> list[str]:
     """n answers to one prompt."""
-    table = stage.stop_table(spec, policy.tokenizer)
+    table = stage.stop_table(spec, policy.tokenizer, policy.model.vocab_size)
     drawn = generate.generate(policy.model, policy.params, prompt, spec, jax.random.key(seed), n, stop_table=table)
     return [shown(each, spec.stop_strings, ended=True) for each in stage.texts(drawn, policy.tokenizer)[1]]
 

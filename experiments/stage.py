@@ -48,9 +48,9 @@ def spec(sampling: Sampling, tokenizer: Tokenizer) -> SamplingSpec:
     return SamplingSpec(**dataclasses.asdict(sampling), stop=(tokenizer.eos,), forbidden=forbidden, pad=tokenizer.pad)
 
 
-def stop_table(spec: SamplingSpec, tokenizer: Tokenizer) -> jax.Array | None:
+def stop_table(spec: SamplingSpec, tokenizer: Tokenizer, vocab_size: int) -> jax.Array | None:
     """What `generate.generate` needs where the spec has stop strings."""
-    return jnp.asarray(stop_strings.table(spec.stop_strings, tokenizer.pieces())) if spec.stop_strings else None
+    return jnp.asarray(stop_strings.table(spec.stop_strings, tokenizer.pieces(), vocab_size)) if spec.stop_strings else None
 
 
 Weights = Literal["float32", "int8"]  # of a model that is read and not trained: as the folder has them, or in eight bits

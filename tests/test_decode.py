@@ -7,15 +7,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from sampling_cases import CONFIG, EOS, KEY, MODEL, VOCAB, assert_same, prompts, responses, spec, take, weights
 
+from jaxrlhf.algorithms import ppo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Prompts, Rollout
 from jaxrlhf.models import kv_cache, transformer
 from jaxrlhf.models.model import CacheConfig
 from jaxrlhf.sampling import decode, generate, rollout, stop_strings
 from jaxrlhf.sampling.generate import Options
+from jaxrlhf.training import objective, step
 
 LETTERS = [b"", b"", b""] + [bytes([97 + i % 5]) * (1 + i // 30) for i in range(3, VOCAB)]  # a .. e, later ones twice
 # Every kind of layer that decoding knows: a window, none, grouped heads, learned norms, soft caps.
@@ -163,7 +166,7 @@ def text(response: list[int]) -> str:
 def test_a_response_ends_with_the_token_that_completes_a_stop_string(params, slots):
     stops = ("ba", "ccc", "ed")
     rules, given = spec(max_tokens=18, stop=(EOS,), stop_strings=stops), prompts(16)
-    table = jnp.asarray(stop_strings.table(stops, LETTERS))
+    table = jnp.asarray(stop_strings.table(stops, LETTERS, VOCAB))
     cut = generate.generate(MODEL, params, given, rules, KEY, options=Options(slots=slots), stop_table=table)
     whole = generate.generate(MODEL, params, given, dataclasses.replace(rules, stop_strings=()), KEY)
     stopped = 0
@@ -186,7 +189,7 @@ def test_the_table_finds_what_a_search_of_the_text_finds():
     for _ in range(40):
         strings, pieces = words(rng.integers(1, 4), 5), [b"", *(word.encode() for word in words(12, 3))]
         pieces.append("€".encode()[:1])  # half a character
-        table, state, so_far = stop_strings.table(strings, pieces), stop_strings.START, b""
+        table, state, so_far = stop_strings.table(strings, pieces, 20), stop_strings.START, b""
         for token in rng.integers(0, len(pieces), 40):
             state, so_far = table[state, token], so_far + pieces[token]
             assert (state == len(table) - 1) == any(string.encode() in so_far for string in strings)
@@ -195,7 +198,7 @@ def test_the_table_finds_what_a_search_of_the_text_finds():
 def test_stop_strings_must_be_strings():
     for wrong in ((), ("a", "")):
         with pytest.raises(ValueError, match="give one or more, none of them empty"):
-            stop_strings.table(wrong, LETTERS)
+            stop_strings.table(wrong, LETTERS, VOCAB)
     for wrong in ("ab", ("a", "")):
         with pytest.raises(ValueError, match="must be a tuple of strings, none of them empty"):
             spec(stop_strings=wrong)
@@ -272,3 +275,47 @@ def test_every_step_says_what_it_was(params):
     experience = rollout.experience(MODEL, {"policy": params}, {"reference": params}, found, rules)
     np.testing.assert_allclose(experience.logprobs, found.sampled_logprobs, atol=5e-5)
     np.testing.assert_allclose(experience.ref_logprobs, found.logprobs, atol=5e-5)
+
+
+@pytest.mark.full
+def test_twenty_iterations_of_ppo_compile_nothing_after_the_first():
+    """Sampling is warmed up, the learner by one iteration; lengths differ, so each iteration wants other programs."""
+    model = transformer.build(dataclasses.replace(CONFIG, max_length=40))
+    rules = spec(max_tokens=30, stop=(EOS, 5))
+    head = {"weight": jnp.zeros(CONFIG.width), "bias": jnp.zeros([])}
+    params = {"policy": weights(model), "value": head}
+    frozen, config = {"reference": params["policy"]}, ppo.Config(epochs=1, minibatches=1)
+    update = optax.adam(1e-2)
+    state = step.init_state(params, update, KEY, ppo.init(config))
+    outputs = objective.make_outputs(model, rules, entropy=True, values=True, trunk="policy")
+    run_epochs = step.make_epochs(outputs, ppo.loss, config, update, 1, 1)
+    prepare = jax.jit(ppo.prepare, static_argnames="config")
+    options = rollout.Options(generation=Options(chunk=5))
+    drawn, compiled_in, sizes = np.random.default_rng(0), [], set()
+
+    def listen(event: str, seconds: float, **unused) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled_in.append(event)
+
+    def given() -> Prompts:
+        return prompts(64).replace(limit=jnp.asarray(np.clip(drawn.geometric(0.15, 64), 1, 30), jnp.int32))
+
+    def iterate(state, i: int):
+        found = given()
+        experience = rollout.collect(model, state.params, frozen, found, rules, jax.random.key(i), version=i, options=options)
+        experience = dataclasses.replace(experience, score=experience.rollout.response_len * 0.1)
+        batch, kept, _ = prepare(experience, state.algorithm, config=config)
+        return run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)[0]
+
+    generate.warm(model, state.params["policy"], given(), rules, KEY, options=options.generation)
+    state = iterate(state, 0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for i in range(1, 20):
+            state = iterate(state, i)
+            chunks = generate.traced(model, state.params["policy"], given(), rules, KEY, options=options.generation)[1]
+            sizes |= {rows for rows, _ in chunks}
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled_in == []
+    assert sizes > {64, 8}

@@ -10,7 +10,9 @@ import re
 import pytest
 
 from jaxrlhf.algorithms import ppo, shaping
+from jaxrlhf.core.types import SamplingSpec
 from jaxrlhf.models import hf_config
+from jaxrlhf.sampling import generate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -32,6 +34,20 @@ def test_the_code_of_hugging_face_runs():
     found: dict = {}
     exec(compile("\n".join(blocks), "docs/hugging_face.md", "exec"), found)
     assert found["again"] == found["config"]
+
+
+def test_the_code_of_sampling_runs():
+    page = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict = {}
+    exec(compile("\n".join(blocks), "docs/sampling.md", "exec"), found)
+    assert 0 < len(found["written"]) <= 20
+
+
+def test_the_fields_of_sampling_are_those_that_there_are():
+    page = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
+    for field in (*dataclasses.fields(SamplingSpec), *dataclasses.fields(generate.Options)):
+        assert re.search(rf"^\|.*`{field.name}[`.]", page, re.MULTILINE) or field.name in ("pad", "min_tokens"), field.name
 
 
 def test_the_architectures_of_hugging_face_are_those_that_are_read():

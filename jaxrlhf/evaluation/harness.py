@@ -111,13 +111,13 @@ def answers(judged: Judged, requests: Sequence[tuple[Ids, Mapping[str, Any]]]) -
         judged.cut["generate_until"] += len(context) + spec.max_tokens > most
         shapes.append((_room(len(context), most - spec.max_tokens, NARROWEST), spec))
     pieces = tokenizer.pieces() if any(spec.stop_strings for spec in specs) else []
-    pieces += [b""] * (judged.model.vocab_size - len(pieces))  # an embedding may have more rows
     found: list[Any] = [None] * len(requests)
     for (width, spec), part in _parts(shapes, judged.rows):
         tokens, length = pipeline.pad_rows([requests[i][0][-width:] for i in part], width, tokenizer.pad)
         number = np.array(part, np.int32)
         prompts = sharding.shard_batch(Prompts(tokens, length, number, number), judged.mesh)
-        table = jnp.asarray(stop_strings.table(spec.stop_strings, pieces)) if spec.stop_strings else None
+        stops = spec.stop_strings
+        table = jnp.asarray(stop_strings.table(stops, pieces, judged.model.vocab_size)) if stops else None
         key = jax.random.key(judged.seed)
         drawn = generate.generate(judged.model, judged.params, prompts, spec, key, stop_table=table)
         written = np.asarray(masking.length_mask(drawn.response_len, spec.max_tokens))

@@ -286,7 +286,7 @@ def _job(
     if spec.stop_strings and (stop_table is None or stop_table.shape[1] < model.vocab_size):
         raise ValueError(
             f"stop_strings={spec.stop_strings} need a stop_table with a column for each of {model.vocab_size} ids: "
-            "stop_strings.table(spec.stop_strings, tokenizer.pieces())"
+            "stop_strings.table(spec.stop_strings, tokenizer.pieces(), model.vocab_size)"
         )
     chunks = -(-spec.max_tokens // options.chunk)
     steps = -(-spec.max_tokens // chunks)  # chunks of equal length: one compiled program, the fewest steps past the end

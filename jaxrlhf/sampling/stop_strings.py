@@ -15,11 +15,12 @@ import numpy as np
 START = 0
 
 
-def table(strings: Sequence[str], pieces: Sequence[bytes]) -> np.ndarray:
+def table(strings: Sequence[str], pieces: Sequence[bytes], vocab_size: int) -> np.ndarray:
     """[M, V] int32: the state after each token, from each state. START is the state before a response; the last state, M - 1,
     is that of every text in which some stop string stands, and is never left.
 
-    `pieces[v]` are the bytes that token v adds to the text, none for a special token (`Tokenizer.pieces`).
+    `pieces[v]` are the bytes that token v adds to the text, none for a special token (`Tokenizer.pieces`). An embedding may
+    have more rows than the tokenizer ids, `vocab_size` in all: these add nothing.
     Source: Aho and Corasick 1975, "Efficient string matching: an aid to bibliographic search", algorithms 2 to 4.
 
     Raises:
@@ -29,6 +30,7 @@ def table(strings: Sequence[str], pieces: Sequence[bytes]) -> np.ndarray:
         raise ValueError(f"stop strings {list(strings)!r}: give one or more, none of them empty")
     by_byte = _automaton([string.encode() for string in strings])
     end = len(by_byte) - 1
+    pieces = [*pieces, *[b""] * (vocab_size - len(pieces))]
     lengths = np.array([len(piece) for piece in pieces])
     padded = np.zeros((len(pieces), max(lengths.max(initial=0), 1)), np.uint8)
     for token, piece in enumerate(pieces):
