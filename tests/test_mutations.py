@@ -86,8 +86,8 @@ def test_fits_the_source(mutation):
     ast.parse(mutated(mutation))
 
 
-# Plain pytest plants the first mistake that each test file must catch.
-FIRST = set({mutation.test.split("::")[0]: mutation for mutation in reversed(MUTATIONS)}.values())
+# Plain pytest plants the first mistake that every other test file must catch: each takes a process of its own.
+FIRST = set(list({mutation.test.split("::")[0]: mutation for mutation in reversed(MUTATIONS)}.values())[::2])
 CASES = [pytest.param(None, marks=pytest.mark.full)]  # plain pytest runs these tests unchanged as it is
 CASES += [pytest.param(mutation, marks=() if mutation in FIRST else pytest.mark.full) for mutation in MUTATIONS]
 

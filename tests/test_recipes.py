@@ -85,7 +85,8 @@ def test_the_published_run_traces_at_its_full_shapes(name):
         second = jax.grad(lambda p: total(reward_algorithm.loss(scores(p, None, pairs, None), pairs, settings.algorithm)))
         ones = np.ones(part.batch, np.int32)
         prompts = Prompts(np.zeros((part.batch, recipe.query), np.int32), ones, ones, ones)
-        drawn = generate.generate(model, trunk, prompts, spec, key, chunk=spec.max_tokens)  # one chunk: nothing for the host
+        once = generate.Options(chunk=spec.max_tokens)  # one chunk: nothing for the host
+        drawn = generate.generate(model, trunk, prompts, spec, key, options=once)
         found = rollout.experience(model, policy, {"reference": trunk}, drawn, spec)
         found = dataclasses.replace(found, score=rewards.reward(model, "last")(reward, drawn))
         ready, _, _ = ppo.prepare(found, ppo.init(part.algorithm), part.algorithm)

@@ -33,6 +33,8 @@ def embedding_model() -> Model:
         prefill=absent,
         decode=absent,
         take=absent,
+        put=absent,
+        grow=absent,
     )
 
 

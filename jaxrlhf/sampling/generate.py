@@ -100,13 +100,13 @@ def stream(
     if options.slots:
         raise ValueError(f"slots={options.slots}: a stream has all its rows at once; give fewer prompts and slots=0")
     job = _job(model, params, prompts, spec, key, n, options, stop_table)
-    state, live = job.start(job.spec.max_tokens), np.ones(job.count * n, bool)
+    state = job.start(job.spec.max_tokens)
     for begin in range(0, job.shape.width, job.steps):
-        if not live.any():
-            return
         state, live = job.advance(state)
         tokens, length = (np.asarray(x) for x in (state.rows.written.tokens, state.rows.written.length))
         yield [row[begin:end].tolist() for row, end in zip(tokens, length, strict=True)]
+        if not np.asarray(live).any():
+            return
 
 
 def warm(
@@ -218,12 +218,11 @@ class _Job:
         given = (self.weights, self.prompts, first, self.key, slots, done, state)
         return decode.refill(self.model, self.spec, self.shape, self.refilled, *given)
 
-    def advance(self, state: State) -> tuple[State, np.ndarray]:
-        """A chunk more; which rows go on after it."""
+    def advance(self, state: State) -> tuple[State, jax.Array]:
+        """A chunk more; which rows go on after it. The host waits for the chunk only where it looks."""
         self.chunks.append((state.rows.row.size, self.steps))
         # A fixed number of steps a program, not one loop until all have ended: a GPU would ask the host after every token.
-        state, live = decode.advance(self.model, self.spec, self.steps, self.weights, state)
-        return state, np.asarray(live)
+        return decode.advance(self.model, self.spec, self.steps, self.weights, state)
 
     def grown(self, state: State, room: int) -> State:
         """With room for so many response tokens, in place of that at the start."""
@@ -244,9 +243,9 @@ def _in_a_wave(job: _Job) -> tuple[Written | None, State]:
             room = job.rooms[1]
             state = job.grown(state, room)
         state, live = job.advance(state)
-        if not live.any() or end == job.shape.width:
+        if end == job.shape.width or not (going := int(np.asarray(live).sum())):
             break
-        done, state = job.shrunk(done, state, int(live.sum()))
+        done, state = job.shrunk(done, state, going)
     return done, state
 
 
@@ -256,6 +255,7 @@ def _in_slots(job: _Job) -> tuple[Written | None, State]:
     first, rows = job.options.slots // job.shape.n, job.refilled * job.shape.n
     while True:
         state, live = job.advance(state)
+        live = np.asarray(live)
         going, free = int(live.sum()), np.flatnonzero(~live).astype(np.int32)
         while first < job.count and free.size >= rows:
             done, state = job.refill(done, state, first, free[:rows])
