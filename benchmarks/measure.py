@@ -64,7 +64,7 @@ def head(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
         "benchmark": benchmark,
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
+        "settings": {name: value.name if isinstance(value, Path) else value for name, value in settings.items()},  # no folders
         "device": jax.devices()[0].device_kind,
         "processor": platform.processor() or platform.machine(),
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__},
