@@ -128,3 +128,10 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         "not_passed": [report.nodeid for word in ("failed", "error", "skipped") for report in ended[word]],
     }
     pathlib.Path(target).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_end_with_their_file():
+    """Thousands of compiled programs in one process: XLA crashed while it compiled one more (jax 0.12, once in a run)."""
+    yield
+    jax.clear_caches()
