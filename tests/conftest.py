@@ -132,6 +132,6 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_end_with_their_file():
-    """Thousands of compiled programs in one process: XLA crashed while it compiled one more (jax 0.12, once in a run)."""
+    """A file's programs take up to 10,000 memory mappings, and Linux allows 65,530 a process: past it XLA crashes compiling."""
     yield
     jax.clear_caches()
