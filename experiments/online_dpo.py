@@ -73,7 +73,8 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     update = optimizer.make(config.optimizer, updates, params)
     tasks.tell_memory(run, config, task, params, update, n=config.n, generation=config.rollouts.generation)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-    state = run.restore(step.init_state(params, update, keys[0]))
+    state = step.init_state(params, update, keys[0])
+    state, begun = run.restore((state, tasks.under_way(config, task, config.n, mesh)))
     outputs = objective.make_outputs(start.model, task.spec, adapters=config.lora)
     run_epochs = step.make_epochs(outputs, dpo.loss, config.algorithm, update, config.epochs, config.minibatches)
     choose = jax.jit(dpo.from_experience, static_argnames=("n", "soft"))
@@ -84,15 +85,17 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         policy = {"policy": lora.attach(start.params, state.params, config.lora)}
         judged = {} if i % config.evaluate_every else task.judge(policy["policy"])[0]
         prompts, key = sharding.shard_batch(task.prompts[i], mesh), jax.random.fold_in(keys[1], i)
-        experience = rollout.collect(start.model, policy, frozen, prompts, task.spec, key, config.n, version=i, options=options)
+        experience, prompts, begun = rollout.collect(
+            start.model, policy, frozen, prompts, task.spec, key, config.n, i, options, begun
+        )
         score, weight, rewarded = task.score(experience.rollout, prompts)
         kept = shaping.score(score, experience.rollout.finished, config.score)
         pairs = choose(dataclasses.replace(experience, score=kept, weight=weight), n=config.n, soft=config.soft)
         batch, algorithm, stats = prepare(pairs, state.algorithm, config=config.algorithm)
         state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
         run.log(i, judged | {"reward/score": score.mean()} | rewarded | describe(experience) | stats | metrics)
-        run.maybe_save(i, state)
-    run.maybe_save(config.iterations - 1, state, last=True)
+        run.maybe_save(i, (state, begun))
+    run.maybe_save(config.iterations - 1, (state, begun), last=True)
     judged, samples = task.judge(lora.attach(start.params, state.params, config.lora))
     run.log(config.iterations, judged)
     stage.save_policy(config.out, start, state.params, config.lora, config.policy)

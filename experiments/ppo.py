@@ -80,7 +80,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     del params  # which the state has copied: a critic's trunk need not stand in memory twice
     if config.ema_decay is not None:
         state = step.update_ema(state, config.ema_decay)
-    state = run.restore(state)
+    state, begun = run.restore((state, tasks.under_way(config, task, 1, mesh)))
     in_loss = exact and algorithm.kl_in == "loss"
     outputs = objective.make_outputs(
         start.model, task.spec, entropy=True, values=True, ref_kl=in_loss, text=mixed, trunk="policy", adapters=config.lora
@@ -97,7 +97,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
         current = over_start(state.params)
-        experience = rollout.collect(start.model, current, frozen, prompts, task.spec, key, version=i, options=options)
+        experience, prompts, begun = rollout.collect(
+            start.model, current, frozen, prompts, task.spec, key, version=i, options=options, begun=begun
+        )
         score, weight, rewarded = task.score(experience.rollout, prompts)
         experience = dataclasses.replace(experience, score=score, weight=weight)
         drawn = describe(experience)
@@ -108,8 +110,8 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         if config.ema_decay is not None:
             state = step.update_ema(state, config.ema_decay)
         run.log(i, judged | rewarded | drawn | stats | metrics)
-        run.maybe_save(i, state)
-    run.maybe_save(config.iterations - 1, state, last=True)
+        run.maybe_save(i, (state, begun))
+    run.maybe_save(config.iterations - 1, (state, begun), last=True)
     judged, samples = task.judge(over_start(served(state)))
     run.log(config.iterations, judged)
     stage.save_policy(config.out, start, served(state), config.lora, config.policy)

@@ -67,7 +67,8 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
     tasks.tell_memory(run, config, task, params, update, n=algorithm.samples, generation=config.rollouts.generation)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-    state = run.restore(step.init_state(params, update, keys[0], reinforce.init(algorithm)))
+    state = step.init_state(params, update, keys[0], reinforce.init(algorithm))
+    state, begun = run.restore((state, tasks.under_way(config, task, algorithm.samples, mesh)))
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
     run_epochs = step.make_epochs(outputs, reinforce.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
     prepare, describe = jax.jit(reinforce.prepare, static_argnames="config"), jax.jit(rollout.stats)
@@ -78,8 +79,8 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         judged = {} if i % config.evaluate_every else task.judge(current["policy"])[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
-        experience = rollout.collect(
-            start.model, current, frozen, prompts, task.spec, key, algorithm.samples, i, config.rollouts
+        experience, prompts, begun = rollout.collect(
+            start.model, current, frozen, prompts, task.spec, key, algorithm.samples, i, config.rollouts, begun
         )
         score, weight, rewarded = task.score(experience.rollout, prompts)
         experience = dataclasses.replace(experience, score=score, weight=weight)
@@ -93,8 +94,8 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         batch, kept, stats = prepare(experience, state.algorithm, config=algorithm)
         state, metrics = run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)
         run.log(i, judged | rewarded | drawn | stats | metrics)
-        run.maybe_save(i, state)
-    run.maybe_save(config.iterations - 1, state, last=True)
+        run.maybe_save(i, (state, begun))
+    run.maybe_save(config.iterations - 1, (state, begun), last=True)
     judged, samples = task.judge(roles.attach(start.params, state.params, config.lora)["policy"])
     run.log(config.iterations, judged)
     stage.save_policy(config.out, start, state.params["policy"], config.lora, config.policy)

@@ -26,7 +26,8 @@ from jaxrlhf.models import roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import EXACT
 from jaxrlhf.rewards import functions
-from jaxrlhf.sampling import generate
+from jaxrlhf.sampling import generate, rollout, stragglers
+from jaxrlhf.sampling.stragglers import Begun
 from jaxrlhf.training import plan
 from jaxrlhf.training.run import Run
 
@@ -98,6 +99,20 @@ class Settings(Protocol):
         ...
 
 
+class OnlineSettings(Settings, Protocol):
+    """What it says besides where answers are drawn at each iteration."""
+
+    @property
+    def iterations(self) -> int:
+        """Batches of answers."""
+        ...
+
+    @property
+    def rollouts(self) -> rollout.Options:
+        """How they are drawn."""
+        ...
+
+
 def make(config: Settings, mesh: jax.sharding.Mesh, frozen: stage.Weights = "float32") -> Task:
     """The task called `config.task`, its start with the weights `frozen`.
 
@@ -134,6 +149,22 @@ def tell_memory(
     width = task.prompts[0].tokens.shape[1]
     sampled = plan.sampling(start.model, policy, task.spec, (prompts, width), samples, cache)
     stage.tell_memory(run, (*trained, *kept, *sampled))
+
+
+def under_way(config: OnlineSettings, task: Task, n: int, mesh: jax.sharding.Mesh) -> Begun | None:
+    """Answers under way before the first batch, of which no token is written: `config.rollouts.stragglers` prompts of the batch
+    that would come after the last; None without stragglers.
+
+    Raises:
+        ValueError: more prompts than a batch has.
+    """
+    count = config.rollouts.stragglers
+    if not count:
+        return None
+    if not 0 < count <= config.batch:
+        raise ValueError(f"rollouts.stragglers={count} must be between 0 and batch={config.batch}, the prompts of a batch")
+    first = jax.tree.map(lambda x: x[:count], task.prompts[config.iterations])
+    return sharding.shard_batch(stragglers.begin(first, task.start.model, task.spec, n), mesh)
 
 
 def sentiment(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh) -> Task:

@@ -1081,4 +1081,33 @@ MUTATIONS = (
         "AddedToken(token, special=False,",
         "test_gguf_tokenizer.py::test_ids_are_those_of_the_library[smollm]",
     ),
+    # ---------------------------------------------------------------------------------------------------- stragglers
+    Mutation(
+        "a-row-that-goes-on-takes-its-first-numbers-again",
+        "sampling/decode.py",
+        "State(step=rollout.response_len, cache",
+        "State(step=jnp.zeros_like(rollout.response_len), cache",
+        "test_stragglers.py::test_a_response_that_was_stopped_is_the_same_as_one_that_was_not[plain]",
+    ),
+    Mutation(
+        "the-answer-read-again-without-its-prompt",
+        "models/transformer.py",
+        "prompt_len[:, None] + jnp.arange(width), tokens.shape[1] - 1",
+        "jnp.zeros_like(prompt_len)[:, None] + jnp.arange(width), tokens.shape[1] - 1",
+        "test_stragglers.py::test_a_response_that_was_stopped_is_the_same_as_one_that_was_not[plain]",
+    ),
+    Mutation(
+        "a-stop-string-begun-before-is-forgotten",
+        "sampling/decode.py",
+        "return jax.lax.scan(read_token, start, (written.tokens.T, inside.T))[0]",
+        "return start",
+        "test_stragglers.py::test_stop_strings_are_found_across_the_place_where_a_row_stopped",
+    ),
+    Mutation(
+        "old-answers-called-new",
+        "sampling/stragglers.py",
+        "jnp.where(old.response_len > 0, old.version, version)",
+        "jnp.where(old.response_len > 0, version, version)",
+        "test_stragglers.py::test_tokens_keep_the_log_probs_that_they_were_drawn_with",
+    ),
 )

@@ -67,6 +67,7 @@ JITS = {
     "training/step.py",
     "sampling/decode.py",
     "sampling/rollout.py",
+    "sampling/stragglers.py",
     "models/roles.py",
     "rewards/model.py",
     "rewards/ensemble.py",

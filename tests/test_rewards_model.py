@@ -32,6 +32,7 @@ def embedding_model() -> Model:
         decode_params=absent,
         prefill=absent,
         decode=absent,
+        resume=absent,
         take=absent,
         put=absent,
         grow=absent,

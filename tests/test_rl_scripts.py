@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -11,6 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from scripts import ROOT, environment, script
+
+from experiments import grpo
+from jaxrlhf.sampling import generate, rollout
+from jaxrlhf.training.run import Run
 
 SMALL = ("--iterations", 2, "--evaluate-every", 1, "--held-out-prompts", 48)
 
@@ -73,6 +78,46 @@ def test_ppo_with_every_option_that_is_off_by_default(start, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "ppo" / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss/kl"] == pytest.approx(0, abs=1e-6)
     assert rows[0]["rollout/sampler_gap_max"] < 1e-4  # against what was drawn from
+
+
+def test_answers_under_way_survive_a_run_that_is_stopped(start, tmp_path, monkeypatch):
+    settings = dataclasses.replace(
+        grpo.ARITHMETIC,
+        policy=start / "model",
+        iterations=3,
+        batch=8,
+        evaluate_every=3,
+        held_out_prompts=16,
+        rollouts=rollout.Options(stragglers=4, generation=generate.Options(chunk=2)),
+    )
+    save, collect, calls = Run.maybe_save, rollout.collect, []
+    monkeypatch.setattr(Run, "maybe_save", lambda run, step, state, last=False: save(run, step, state, last=True))
+
+    def broken(*given):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(collect(*given))
+        return calls[-1]
+
+    whole = grpo.run(dataclasses.replace(settings, out=tmp_path / "whole"))
+    monkeypatch.setattr(rollout, "collect", broken)
+    with pytest.raises(KeyboardInterrupt):
+        grpo.run(dataclasses.replace(settings, out=tmp_path / "stopped"))
+    begun = calls[-1][2]
+    assert begun.row.size == 4 * settings.algorithm.samples
+    assert (begun.rollout.response_len > 0).any()  # or nothing was under way
+    monkeypatch.setattr(rollout, "collect", collect)
+    again = grpo.run(dataclasses.replace(settings, out=tmp_path / "stopped"))
+    assert again["samples"] == whole["samples"]
+    one, other = (load_file(tmp_path / name / "model" / "params.safetensors") for name in ("whole", "stopped"))
+    for name, leaf in one.items():
+        np.testing.assert_array_equal(leaf, other[name])
+    rows = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert max(row.get("rollout/age", 0) for row in rows) > 0
+    nine = dataclasses.replace(settings, out=tmp_path / "nine", rollouts=rollout.Options(stragglers=9))
+    with pytest.raises(ValueError, match="stragglers=9 must be between 0 and batch=8"):
+        grpo.run(nine)
 
 
 @pytest.mark.parametrize(

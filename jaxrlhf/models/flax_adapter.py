@@ -44,6 +44,7 @@ def from_flax(
         decode_params=lambda params: params,
         prefill=functools.partial(_prefill, forward),
         decode=functools.partial(_decode, forward),
+        resume=functools.partial(_resume, forward),
         take=lambda cache, rows: jax.tree.map(lambda x: x[rows], cache),
         put=lambda cache, rows, part: jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), cache, part),
         grow=lambda cache, extra: {"tokens": jnp.pad(cache["tokens"], ((0, 0), (0, extra)))},
@@ -80,6 +81,19 @@ def _prefill(
     last = _at(forward(params, tokens), length - 1)
     rows = jnp.pad(jnp.repeat(tokens, n, axis=0), ((0, 0), (0, width)))
     return last, {"tokens": rows, "length": jnp.repeat(length, n)}
+
+
+def _resume(
+    forward: Callable[..., jax.Array],
+    params: Any,
+    tokens: jax.Array,
+    prompt_len: jax.Array,
+    response_len: jax.Array,
+    width: int,
+    cache: CacheConfig = EXACT,
+):
+    last, found = _prefill(forward, params, tokens, prompt_len + response_len, 1, 0, cache)
+    return last, found | {"length": prompt_len}
 
 
 def _decode(forward: Callable[..., jax.Array], params: Any, cache: Any, token: jax.Array, step: jax.Array | int):

@@ -82,6 +82,12 @@ def take(tree: Any, rows: Int[Array, " m"]) -> Any:
     return _placed(jax.tree.map(lambda x: x[rows], tree))
 
 
+def pick(tree: Any, place: Int[Array, "b r"]) -> Any:
+    """The tokens of each row that stand in these places of it."""
+    rows = jnp.arange(place.shape[0])[:, None]
+    return _placed(jax.tree.map(lambda x: x[rows, :, place].swapaxes(1, 2), tree))
+
+
 def put(tree: Any, rows: Int[Array, " m"], part: Any) -> Any:
     """A part of the cache with `part` in the place of some rows; a row past the end is left out."""
     return _placed(jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), tree, part))

@@ -47,6 +47,9 @@ class Model:
     decode: Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
     """(decode_params, cache, token [B*n], step) -> (hidden [B*n,D], cache): read response token number `step`, one for all
     rows [] or, where each has a prompt of its own, each its own [B]."""
+    resume: Callable[[Any, jax.Array, jax.Array, jax.Array, int, CacheConfig], tuple[jax.Array, Any]]
+    """(decode_params, tokens [B,P+R], prompt_len [B], response_len [B], width R, how) -> (hidden [B,D] of each row's last
+    token, cache as `take` gives it), of rows that have written a part of their response, read as if `decode` had read it."""
     take: Callable[[Any, jax.Array], Any]
     """(cache, rows [m]) -> the cache of these rows alone, in this order; each then continues a prompt of its own."""
     put: Callable[[Any, jax.Array, Any], Any]

@@ -100,6 +100,7 @@ def build(config: TransformerConfig) -> Model:
         decode_params=functools.partial(decode_params, config),
         prefill=functools.partial(prefill, config),
         decode=functools.partial(decode, config),
+        resume=functools.partial(resume, config),
         take=take,
         put=put,
         grow=functools.partial(grow, config),
@@ -408,6 +409,31 @@ def prefill(
         "response": ((empty, empty),) * config.layers,
     }
     return _norm(config, params["norm"], last), found
+
+
+def resume(
+    config: TransformerConfig,
+    params: Params,
+    tokens: Int[Array, "b t"],
+    prompt_len: Int[Array, " b"],
+    response_len: Int[Array, " b"],
+    width: int,
+    cache: CacheConfig = EXACT,
+) -> tuple[Float[Array, "b {config.width}"], Cache]:
+    """Hidden state of the last token of rows that are a part of their response long already, of at most `width` tokens, and the
+    cache that decoding them would have left, each row with a prompt of its own (`take`).
+
+    Raises:
+        ValueError: the rows are longer than `config.max_length`.
+    """
+    last, found = prefill(config, params, tokens, prompt_len + response_len, 1, 0, cache)
+    prompt_width = tokens.shape[1] - width
+    place = jnp.minimum(prompt_len[:, None] + jnp.arange(width), tokens.shape[1] - 1)
+    parts = {
+        "prompt": jax.tree.map(lambda x: x[:, :, :prompt_width], found["prompt"]),
+        "response": kv_cache.pick(found["prompt"], place),
+    }
+    return last, found | {"length": prompt_len} | parts
 
 
 def decode(

@@ -96,7 +96,7 @@ def start(
 ) -> State:
     """Read all prompts. The cache has room for `room` response tokens."""
     first = jnp.arange(prompts.length.shape[0], dtype=jnp.int32) * shape.n
-    return _read(model, spec, shape, room, weights, prompts, first, key, stops)
+    return read(model, spec, shape, room, weights, prompts, first, key, stops)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -134,7 +134,7 @@ def refill(
     part = _slots(model, spec, shape, count, weights, prompts, first, key, state.stops)
     rows, step = jax.tree.map(lambda old, new: old.at[slots].set(new), (state.rows, state.step), (part.rows, part.step))
     cache = model.put(state.cache, slots, part.cache)
-    return _by_row(done), dataclasses.replace(state, step=_by_row(step), cache=cache, rows=_by_row(rows))
+    return by_row(done), dataclasses.replace(state, step=by_row(step), cache=cache, rows=by_row(rows))
 
 
 def _slots(model, spec, shape, count, weights, prompts, first, key, stops) -> State:
@@ -142,43 +142,93 @@ def _slots(model, spec, shape, count, weights, prompts, first, key, stops) -> St
     are read once more as fillers, which end at once."""
     total = prompts.length.shape[0]
     begin = jnp.minimum(first, total - count)
-    some = jax.tree.map(lambda x: _by_row(jax.lax.dynamic_slice_in_dim(x, begin, count)), prompts)
+    some = jax.tree.map(lambda x: by_row(jax.lax.dynamic_slice_in_dim(x, begin, count)), prompts)
     place = begin + jnp.arange(count, dtype=jnp.int32)
     mine = place >= first
-    some = dataclasses.replace(some, limit=jnp.where(mine, _limits(some, spec), 0))
+    some = dataclasses.replace(some, limit=jnp.where(mine, limits(some, spec), 0))
     at = jnp.where(mine, place, total) * shape.n
-    state = _read(model, spec, shape, spec.max_tokens, weights, some, at, key, stops)
+    state = read(model, spec, shape, spec.max_tokens, weights, some, at, key, stops)
     rows = jnp.arange(count * shape.n, dtype=jnp.int32)
     return dataclasses.replace(state, step=jnp.zeros_like(rows), cache=model.take(state.cache, rows))
 
 
-def _read(model, spec, shape, room, weights, prompts, first, key, stops) -> State:
-    """Rows of all of `prompts`; the first sample of each has the place `first` in the batch."""
+def read(model, spec, shape, room, weights, prompts, first, key, stops) -> State:
+    """Rows of all of `prompts`, not compiled; the first sample of each has the place `first` in the batch."""
     hidden, cache = model.prefill(weights, prompts.tokens, prompts.length, shape.n, room, shape.cache)
     samples = jnp.arange(shape.n, dtype=jnp.int32)
     count = prompts.length.shape[0] * shape.n
     rows = Rows(
         hidden=jnp.repeat(hidden, shape.n, axis=0),
         uniforms=uniforms(key, jnp.repeat(prompts.uid, shape.n), jnp.tile(samples, prompts.length.shape[0]), shape.width),
-        limit=jnp.repeat(_limits(prompts, spec), shape.n),
+        limit=jnp.repeat(limits(prompts, spec), shape.n),
         row=(first[:, None] + samples).reshape(-1),
-        seen=jnp.repeat(_in_prompt(model, prompts), shape.n, axis=0) if spec.penalised else None,
+        seen=jnp.repeat(standing(model, prompts.tokens, prompts.length), shape.n, axis=0) if spec.penalised else None,
         match=None if stops is None else jnp.full(count, stop_strings.START, jnp.int32),
         written=_blank(model, spec, shape, count),
     )
-    return State(step=jnp.int32(0), cache=cache, stops=stops, rows=_by_row(rows))
+    return State(step=jnp.int32(0), cache=cache, stops=stops, rows=by_row(rows))
 
 
-def _limits(prompts: Prompts, spec: SamplingSpec) -> Int[Array, " b"]:
+def reopen(model, spec, shape, weights, rollout: Rollout, limit, key, stops) -> State:
+    """Rows that have written a part of their response, each at its own step and with a prompt of its own; not compiled."""
+    end = rollout.prompt_len + rollout.response_len
+    hidden, cache = model.resume(
+        weights, rollout.tokens, rollout.prompt_len, rollout.response_len, spec.max_tokens, shape.cache
+    )
+    written = _rewritten(rollout, shape.width)
+    rows = Rows(
+        hidden=hidden,
+        uniforms=uniforms(key, rollout.group, rollout.sample, shape.width),
+        limit=limit,
+        row=jnp.arange(limit.shape[0], dtype=jnp.int32),
+        seen=standing(model, rollout.tokens, end) if spec.penalised else None,
+        match=None if stops is None else _matched(stops, written),
+        written=written,
+    )
+    return State(step=rollout.response_len, cache=cache, stops=stops, rows=rows)
+
+
+def _rewritten(rollout: Rollout, width: int) -> Written:
+    """What rows of a rollout have written, with room for `width` tokens."""
+    most = rollout.logprobs.shape[1]
+    place = rollout.prompt_len[:, None] + jnp.arange(most)
+    tokens = jnp.take_along_axis(rollout.tokens, jnp.minimum(place, rollout.tokens.shape[1] - 1), axis=1)
+    tokens = jnp.where(masking.length_mask(rollout.response_len, most), tokens, 0)
+
+    def wide(x):
+        return jnp.pad(x, ((0, 0), (0, width - most), *((0, 0),) * (x.ndim - 2)))
+
+    return Written(
+        tokens=wide(tokens),
+        logprobs=wide(rollout.logprobs),
+        sampled_logprobs=wide(rollout.sampled_logprobs),
+        kept=None if rollout.kept is None else wide(rollout.kept),
+        length=rollout.response_len,
+        finished=rollout.finished,
+    )
+
+
+def _matched(stops: Int[Array, "m v"], written: Written) -> Int[Array, " b"]:
+    """State of the search for stop strings after what rows have written."""
+    inside = masking.length_mask(written.length, written.tokens.shape[1])
+
+    def read_token(match, column):
+        token, real = column
+        return jnp.where(real, stops[match, token], match), None
+
+    start = jnp.full(written.length.shape, stop_strings.START, jnp.int32)
+    return jax.lax.scan(read_token, start, (written.tokens.T, inside.T))[0]
+
+
+def limits(prompts: Prompts, spec: SamplingSpec) -> Int[Array, " b"]:
     if prompts.limit is None:
         return jnp.full(prompts.length.shape, spec.max_tokens, jnp.int32)
     return jnp.minimum(prompts.limit, spec.max_tokens).astype(jnp.int32)
 
 
-def _in_prompt(model: Model, prompts: Prompts) -> Bool[Array, "p v"]:
-    """Which tokens stand in each prompt."""
-    real = masking.length_mask(prompts.length, prompts.tokens.shape[1])
-    tokens = jnp.where(real, prompts.tokens, model.vocab_size)
+def standing(model: Model, tokens: Int[Array, "b t"], length: Int[Array, " b"]) -> Bool[Array, "b v"]:
+    """Which tokens stand among the first `length` of each row."""
+    tokens = jnp.where(masking.length_mask(length, tokens.shape[1]), tokens, model.vocab_size)
     rows = jnp.arange(tokens.shape[0])[:, None]
     return jnp.zeros((tokens.shape[0], model.vocab_size), bool).at[rows, tokens].set(True, mode="drop")
 
@@ -196,7 +246,7 @@ def _blank(model: Model, spec: SamplingSpec, shape: Shape, rows: int) -> Written
 
 
 def _nothing(model: Model, spec: SamplingSpec, shape: Shape, prompts: Prompts) -> Written:
-    return _by_row(_blank(model, spec, shape, prompts.length.shape[0] * shape.n))
+    return by_row(_blank(model, spec, shape, prompts.length.shape[0] * shape.n))
 
 
 def uniforms(key: PRNGKeyArray, uid: Int[Array, " b"], sample: Int[Array, " b"], width: int) -> Float[Array, "b {width}"]:
@@ -250,7 +300,7 @@ def _step(model: Model, spec: SamplingSpec, weights: Any, state: State) -> State
     )
     rows = dataclasses.replace(rows, hidden=hidden, seen=seen, match=match, written=written)
     # A slot waits at its row's end until it is refilled.
-    return dataclasses.replace(state, step=t + (going if t.ndim else 1), cache=cache, rows=_by_row(rows))
+    return dataclasses.replace(state, step=t + (going if t.ndim else 1), cache=cache, rows=by_row(rows))
 
 
 def _column(x: Float[Array, "b w"], step: Int[Array, "*b"]) -> Float[Array, " b"]:
@@ -294,8 +344,8 @@ def halve(model: Model, done: Written | None, state: State) -> tuple[Written, St
     going = live(state)
     keep = jnp.argsort(~going, stable=True)[: going.size // 2]
     rows, step = jax.tree.map(lambda x: x[keep] if x.ndim else x, (state.rows, state.step))
-    state = dataclasses.replace(state, step=_by_row(step), cache=model.take(state.cache, keep), rows=_by_row(rows))
-    return _by_row(done), state
+    state = dataclasses.replace(state, step=by_row(step), cache=model.take(state.cache, keep), rows=by_row(rows))
+    return by_row(done), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -329,7 +379,7 @@ def finish(
         sampled_logprobs=written.sampled_logprobs[:, : spec.max_tokens],
         kept=None if written.kept is None else written.kept[:, : spec.max_tokens],
     )
-    return _by_row(rollout)
+    return by_row(rollout)
 
 
 def _collected(done: Written | None, row: Int[Array, " b"], written: Written) -> Written:
@@ -339,6 +389,6 @@ def _collected(done: Written | None, row: Int[Array, " b"], written: Written) ->
     return jax.tree.map(lambda every, own: every.at[row].set(own, mode="drop"), done, written)
 
 
-def _by_row(tree: Any) -> Any:
+def by_row(tree: Any) -> Any:
     """Split every array of rows over the devices; so it has the same sharding, and a program the same input, at each chunk."""
     return jax.tree.map(lambda x: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)) if x.ndim else x, tree)

@@ -75,7 +75,7 @@ def traced(
 ) -> tuple[Rollout, list[tuple[int, int]]]:
     """What `generate` gives, and (rows, steps) of every chunk that was decoded for it: tokens written over the sum of their
     products is the share of the work that was not wasted."""
-    job = _job(model, params, prompts, spec, key, n, options, stop_table)
+    job = make_job(model, params, prompts, spec, key, n, options, stop_table)
     done, state = _in_slots(job) if job.in_slots else _in_a_wave(job)
     return decode.finish(spec, n, prompts, done, state.rows, version), job.chunks
 
@@ -99,7 +99,7 @@ def stream(
     """
     if options.slots:
         raise ValueError(f"slots={options.slots}: a stream has all its rows at once; give fewer prompts and slots=0")
-    job = _job(model, params, prompts, spec, key, n, options, stop_table)
+    job = make_job(model, params, prompts, spec, key, n, options, stop_table)
     state = job.start(job.spec.max_tokens)
     for begin in range(0, job.shape.width, job.steps):
         state, live = job.advance(state)
@@ -126,7 +126,7 @@ def warm(
     Raises:
         ValueError: as `generate`.
     """
-    job = _job(model, params, prompts, spec, key, n, options, stop_table)
+    job = make_job(model, params, prompts, spec, key, n, options, stop_table)
     done, state = None, None
     if job.in_slots:
         done, state = job.start_slots()
@@ -146,12 +146,15 @@ def warm(
         done, state = decode.halve(model, done, state)
 
 
-def cache_bytes(model: Model, prompts: Prompts, spec: SamplingSpec, n: int = 1, options: Options = Options()) -> int:
-    """Size of the largest cache that `generate` keeps, over all devices."""
+def cache_bytes(
+    model: Model, prompts: Prompts, spec: SamplingSpec, n: int = 1, options: Options = Options(), besides: int = 0
+) -> int:
+    """Size of the largest cache that `generate` keeps, over all devices; with rows besides, of `stragglers.carry_on`."""
     count, width = prompts.tokens.shape
-    if 0 < options.slots < count * n:
-        # Each slot has a prompt of its own.
-        return _cache_bytes(model, options.slots, width, 1, spec.max_tokens, options.cache)
+    if besides or 0 < options.slots < count * n:
+        # Each row has a prompt of its own.
+        rows = count * n + besides if besides else options.slots
+        return _cache_bytes(model, rows, width, 1, spec.max_tokens, options.cache)
     return _cache_bytes(model, count, width, n, spec.max_tokens, options.cache)
 
 
@@ -159,7 +162,7 @@ def cache_bytes(model: Model, prompts: Prompts, spec: SamplingSpec, n: int = 1, 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Job:
+class Job:
     """One batch, and the programs that work on it."""
 
     model: Model
@@ -171,6 +174,7 @@ class _Job:
     key: PRNGKeyArray
     options: Options
     stop_table: jax.Array | None
+    besides: int = 0  # rows that are under way already (`sampling/stragglers.py`)
     chunks: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # (rows, steps) of each that was decoded
 
     @property
@@ -199,7 +203,7 @@ class _Job:
     @property
     def fewest(self) -> int:
         """Rows that the batch shrinks to at least: by halves, each split evenly over the devices."""
-        rows = self.options.slots if self.in_slots else self.count * self.shape.n
+        rows = self.options.slots if self.in_slots else self.count * self.shape.n + self.besides
         for _ in range(HALVINGS):
             if rows // 2 < self.options.least or rows % (2 * _ways()):
                 break
@@ -235,7 +239,7 @@ class _Job:
         return done, state
 
 
-def _in_a_wave(job: _Job) -> tuple[Written | None, State]:
+def _in_a_wave(job: Job) -> tuple[Written | None, State]:
     """All rows at once: what those that left have written, and the state of the last ones."""
     done, state, room = None, job.start(job.rooms[0]), job.rooms[0]
     for end in range(job.steps, job.shape.width + 1, job.steps):
@@ -249,7 +253,7 @@ def _in_a_wave(job: _Job) -> tuple[Written | None, State]:
     return done, state
 
 
-def _in_slots(job: _Job) -> tuple[Written | None, State]:
+def _in_slots(job: Job) -> tuple[Written | None, State]:
     """Some rows at a time, the next ones in the slots of those that have ended."""
     done, state = job.start_slots()
     first, rows = job.options.slots // job.shape.n, job.refilled * job.shape.n
@@ -269,7 +273,7 @@ def _in_slots(job: _Job) -> tuple[Written | None, State]:
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _job(
+def make_job(
     model: Model,
     params: Any,
     prompts: Prompts,
@@ -278,11 +282,12 @@ def _job(
     n: int,
     options: Options,
     stop_table: jax.Array | None,
-) -> _Job:
-    """The batch, checked before anything is compiled."""
+    besides: int = 0,
+) -> Job:
+    """The batch, and so many rows besides that are under way already, checked before anything is compiled."""
     _check_numbers(model, prompts, spec, n, options)
     _check_prompts(model, prompts)
-    _check_memory(cache_bytes(model, prompts, spec, n, options))
+    _check_memory(cache_bytes(model, prompts, spec, n, options, besides))
     if spec.stop_strings and (stop_table is None or stop_table.shape[1] < model.vocab_size):
         raise ValueError(
             f"stop_strings={spec.stop_strings} need a stop_table with a column for each of {model.vocab_size} ids: "
@@ -292,7 +297,8 @@ def _job(
     steps = -(-spec.max_tokens // chunks)  # chunks of equal length: one compiled program, the fewest steps past the end
     shape = Shape(n, chunks * steps, options.cache)
     weights = decode.decode_params(model, params)
-    return _Job(model, spec, shape, steps, weights, prompts, key, options, stop_table if spec.stop_strings else None)
+    stop_table = stop_table if spec.stop_strings else None
+    return Job(model, spec, shape, steps, weights, prompts, key, options, stop_table, besides)
 
 
 def _check_numbers(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, options: Options) -> None:

@@ -15,7 +15,8 @@ from jaxrlhf.core import masking
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
 from jaxrlhf.models import heads, roles
 from jaxrlhf.models.model import Model
-from jaxrlhf.sampling import generate
+from jaxrlhf.sampling import generate, stragglers
+from jaxrlhf.sampling.stragglers import Begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Options:
     exact_kl: bool = False  # also the KL to the reference of the whole distribution at each token
     rows: int = 32  # scored at a time, a matter of memory and speed only
     generation: generate.Options = generate.Options()
+    stragglers: int = 0  # prompts whose answers are left unfinished by each batch and go on in the next; 0: wait for all
 
 
 def collect(
@@ -38,10 +40,21 @@ def collect(
     n: int = 1,
     version: int | jax.Array = 0,
     options: Options = Options(),
-) -> Experience:
-    """Sample n responses to each prompt from `params["policy"]` and score them: see `generate.generate` and `experience`."""
-    rollout = generate.generate(model, params["policy"], prompts, spec, key, n, version, options.generation)
-    return experience(model, params, frozen, rollout, spec, options)
+    begun: Begun | None = None,
+) -> tuple[Experience, Prompts, Begun | None]:
+    """Sample n responses to each prompt from `params["policy"]` and score them: see `generate.generate` and `experience`. Also
+    the prompts that they answer, and what is under way after it.
+
+    With responses that are `begun` (`options.stragglers` of them, `stragglers.begin` at first) those n * B that end first are
+    given, so that row i answers prompt i // n of the prompts returned: see `stragglers.carry_on`.
+    """
+    if begun is None:
+        rollout = generate.generate(model, params["policy"], prompts, spec, key, n, version, options.generation)
+    else:
+        rollout, prompts, begun, _ = stragglers.carry_on(
+            model, params["policy"], prompts, begun, spec, key, n, version, options.generation
+        )
+    return experience(model, params, frozen, rollout, spec, options), prompts, begun
 
 
 def experience(
@@ -115,7 +128,8 @@ def _score_rollout(model, spec, rows, policy, rollout):
 def stats(experience: Experience) -> dict[str, Float[Array, ""]]:
     """Length, share finished, and the gap between the learner's log-probs and the sampler's (nats a token, mean and largest).
 
-    The gap is rounding: more of it than 1e-4 in float32 says that sampler and scorer read different rows or rules.
+    The gap is rounding: more of it than 1e-4 in float32 says that sampler and scorer read different rows or rules. Answers that
+    were begun under older weights (`stragglers`) have more; `rollout/age` is by how many iterations they are older, on average.
     """
     rollout = experience.rollout
     mask = masking.response_mask(rollout.response_len, rollout.logprobs.shape[1], rollout.written)
@@ -124,6 +138,7 @@ def stats(experience: Experience) -> dict[str, Float[Array, ""]]:
     return {
         "rollout/length": rollout.response_len.mean(),
         "rollout/finished": rollout.finished.mean(),
+        "rollout/age": (rollout.version.max() - rollout.version).mean(dtype=jnp.float32),
         "rollout/sampler_gap": masking.masked_mean(gap, mask),
         "rollout/sampler_gap_max": gap.max(),
     }
