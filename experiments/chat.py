@@ -44,6 +44,7 @@ class Config:
     name: str = "user"  # of the person, stored with every choice
     seed: int = 0
     sampling: stage.Sampling = stage.Sampling(top_p=0.9)
+    truncate: bool = False  # leave out the beginning of a prompt that is too long, and say how much of it; else refuse it
     stop_strings: tuple[str, ...] = ()  # an answer ends with the first of these that it writes
 
 
@@ -93,10 +94,13 @@ def prompt_of(config: Config, policy: stage.Trained, spec: SamplingSpec, text: s
     else:
         ids = [tokenizer.bos, *tokenizer.encode(pipeline.clean(text)), *([tokenizer.eos] if config.task == "reply" else [])]
     room = policy.model.max_length - spec.max_tokens
+    if len(ids) > room and config.truncate and room > 1:
+        print(f"(the prompt's first {len(ids) - room} tokens are left out: {room} fit)", file=sys.stderr, flush=True)
+        ids = [ids[0], *ids[1 - room :]]
     if len(ids) > room:
         raise ValueError(
             f"the prompt has {len(ids)} tokens, but the model's context is {policy.model.max_length}, with "
-            f"{spec.max_tokens} kept for the answer: shorten it to {room} tokens, or lower --sampling.max-tokens"
+            f"{spec.max_tokens} kept for the answer: shorten it to {room} tokens, lower --sampling.max-tokens, or --truncate"
         )
     width = min(-(-len(ids) // 8) * 8, room)  # few widths, few programs
     tokens, length = pipeline.pad_rows([ids], width)

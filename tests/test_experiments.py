@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import random
@@ -12,6 +13,10 @@ import time
 
 import pytest
 from scripts import ROOT, command, environment, script
+
+from experiments import chat
+from experiments import stage as stages
+from jaxrlhf.core import sharding
 
 STAGES = (
     "pretrain",
@@ -156,6 +161,19 @@ def test_chat_answers_from_the_policy_alone(loop, tmp_path):
         assert len(many.stdout.strip().splitlines()) == 2
     finally:
         (tmp_path / "policy").rename(loop / "policy")
+
+
+def test_a_prompt_that_is_too_long_is_cut_by_option_only(loop, capsys):
+    policy = stages.load(loop / "policy", sharding.make_mesh(sharding.MeshConfig()))
+    config = chat.Config()
+    spec, text = stages.spec(config.sampling, policy.tokenizer), "a good film " * 60
+    room = policy.model.max_length - spec.max_tokens
+    with pytest.raises(ValueError, match=rf"the prompt has \d+ tokens.*shorten it to {room} tokens.*--truncate"):
+        chat.prompt_of(config, policy, spec, text, 0)
+    cut = chat.prompt_of(dataclasses.replace(config, truncate=True), policy, spec, text, 0)
+    ids = [policy.tokenizer.bos, *policy.tokenizer.encode(text.strip())]
+    assert cut.tokens[0].tolist() == [policy.tokenizer.bos, *ids[len(ids) - room + 1 :]]
+    assert f"first {len(ids) - room} tokens are left out" in capsys.readouterr().err
 
 
 def test_chat_keeps_the_choice_for_the_next_round(loop, tmp_path):
