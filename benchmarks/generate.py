@@ -13,8 +13,6 @@ document.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,6 @@ SHAPES = {  # width, layers, heads, mlp width, vocabulary
     "small": (512, 6, 8, 1408, 8192),
     "gpt2": (768, 12, 12, 2048, 50257),
 }
-PEERS = Path(__file__).parent / "peers"
 
 
 def main() -> None:
@@ -65,8 +62,12 @@ def against_peers(config: argparse.Namespace) -> dict[str, Any]:
     }
     settings = vars(shape) | {"rows": config.rows, "prompt": config.prompt, "new": config.new, "top_p": config.top_p}
     settings["vocab"] = shape.vocab_size
-    peers = {name: Peer(name, getattr(config, name), settings) for name in ("transformers", "tunix") if getattr(config, name)}
-    cases |= {name: peer.run for name, peer in peers.items()}
+    peers = {
+        name: measure.Peer(f"{name}_generate", getattr(config, name), settings)
+        for name in ("transformers", "tunix")
+        if getattr(config, name)
+    }
+    cases |= {name: lambda peer=peer: measure.times(peer.run()) for name, peer in peers.items()}
     weights = [jnp.ones((shape.width, shape.mlp_width)) for _ in range(24)]
     x = jnp.ones((config.rows, shape.width))
     cases["products"] = lambda: products(x, weights)
@@ -148,38 +149,6 @@ def ours(model: Model, params: Any, prompts: Prompts, rules: SamplingSpec, n: in
 def products(x: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
     """The rows times each of some weights: what a decode step is made of."""
     return [x @ weight for weight in weights]
-
-
-class Peer:
-    """A contender in a process of its own: see benchmarks/peers/."""
-
-    def __init__(self, name: str, python: Path, settings: dict[str, Any]):
-        """Start it, and wait until its model is made."""
-        command = [str(python), str(PEERS / f"{name}_generate.py"), json.dumps(settings)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.about = self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """The next line of JSON that it prints."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit(f"{self.process.args}: ended with code {self.process.wait()}")
-
-    def run(self) -> tuple[float, float]:
-        """Generate once: milliseconds by the clock, and of its processors."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        found = self.answer()
-        return 1e3 * found["wall"], 1e3 * found["processor"]
-
-    def close(self) -> None:
-        """End it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,52 @@ def machine(repeats: int) -> dict[str, float]:
     }
 
 
+class Peer:
+    """A contender in a process of its own: see benchmarks/peers/."""
+
+    def __init__(self, name: str, python: Path, settings: dict[str, Any]):
+        """Start it, and wait until its model is made."""
+        command = [str(python), str(Path(__file__).parent / "peers" / f"{name}.py"), json.dumps(settings)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """The next line of JSON that it prints."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit(f"{self.process.args}: ended with code {self.process.wait()}")
+
+    def run(self) -> dict[str, Any]:
+        """Do its work once: what it says of it."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+def times(said: dict[str, Any], losses: list[float] | None = None) -> tuple[float, float]:
+    """Milliseconds by the clock, and of its processors, of what a peer did; its loss is put down in `losses`."""
+    if losses is not None:
+        losses.append(said["loss"])
+    return 1e3 * said["wall"], 1e3 * said["processor"]
+
+
+def product_rate(m: int, k: int, n: int) -> float:
+    """Floating-point operations a second of one float32 product [m, k] x [k, n], the best of 20."""
+    product = jax.jit(lambda x, w: x @ w)
+    given = jnp.ones((m, k)), jnp.ones((k, n))
+    timed = alternate({"product": lambda: product(*given)}, 20)
+    return 2 * m * k * n / (1e-3 * timed["product"]["min_ms"])
+
+
 def head(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What every result begins with."""
     return {
