@@ -61,17 +61,21 @@ def machine(repeats: int) -> dict[str, float]:
 class Peer:
     """A contender in a process of its own: see benchmarks/peers/."""
 
-    def __init__(self, name: str, python: Path, settings: dict[str, Any]):
-        """Start it, and wait until its model is made."""
-        command = [str(python), str(Path(__file__).parent / "peers" / f"{name}.py"), json.dumps(settings)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, script: str | Path, python: Path, *arguments: Any):
+        """Start a script, or the one of this name in benchmarks/peers/, and wait until its model is made. An argument that is
+        not text is given to it as JSON."""
+        path = script if isinstance(script, Path) else Path(__file__).parent / "peers" / f"{script}.py"
+        given = [each if isinstance(each, str) else json.dumps(each) for each in arguments]
+        self.process = subprocess.Popen(
+            [str(python), str(path), *given], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.about = self.answer()
 
     def answer(self) -> dict[str, Any]:
         """The next line of JSON that it prints."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("{"):
+            if line.startswith('{"'):  # a peer's own progress may be a dict of Python
                 return json.loads(line)
         raise SystemExit(f"{self.process.args}: ended with code {self.process.wait()}")
 
