@@ -18,6 +18,7 @@ from jaxrlhf.core.types import SamplingSpec
 from jaxrlhf.models.model import Model
 
 # Logit of an impossible token. Finite, because the gradient of a softmax of -inf is NaN.
+FEWEST = 128  # tokens of a block of logits on a CPU
 IMPOSSIBLE = -1e30
 
 
@@ -189,9 +190,10 @@ def _policy(model, params, hidden, position, spec, seen):
 def _by_positions(function: Callable[[tuple], Any], arrays: tuple, vocab: int, block: int) -> Any:
     """`function((*arrays, position [r]))` of arrays [B, R, ...] or None, for blocks of R so that few logits exist at a time."""
     b, r = arrays[0].shape[:2]
-    # Few enough logits for the cache of a CPU; on an accelerator, few against its memory, many against its cores.
-    elements = 2**20 if jax.default_backend() == "cpu" else 2**26
-    blocks = -(-r // (block or max(1, elements // (b * vocab))))
+    # Few enough logits for the cache of a CPU, but rows enough for its products to be worth reading the head once more; on an
+    # accelerator, few against its memory, many against its cores.
+    tokens = max(2**20 // vocab, FEWEST) if jax.default_backend() == "cpu" else 2**26 // vocab
+    blocks = -(-r // (block or max(1, tokens // b)))
     block = -(-r // blocks)
     if blocks == 1:
         return function((*arrays, jnp.arange(r)))
