@@ -58,6 +58,7 @@ def run(config: Config) -> dict[str, Any]:
         start = stage.load(config.init, mesh, weights=config.frozen)
         data, test, left_out = dataset(config, start.tokenizer)
         held_out = batch_of({name: array[:512] for name, array in test.items()})
+        data = pipeline.within(data, start.config.vocab_size)
         batches = pipeline.by_step(lambda i: sharding.shard_batch(batch_of(data[i]), mesh))
         with jax.set_mesh(mesh):
             params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
@@ -76,8 +77,9 @@ def train(run: Run, config: Config, params: Any, frozen: Any, outputs: objective
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
     for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
-        state, metrics = train_step(state, frozen, batches[i])
-        run.log(i, metrics)
+        batch = batches[i]
+        state, metrics = train_step(state, frozen, batch)
+        run.log(i, metrics, batch)
         run.maybe_save(i, state)
     return state.params
 

@@ -7,9 +7,7 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -19,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.training import checkpoint, cli, metrics
-from jaxrlhf.training import run as run_module
+from jaxrlhf.training import checkpoint, cli, metrics, progress
 from jaxrlhf.training.run import Run
 
 
@@ -244,7 +241,7 @@ class Terminal(io.StringIO):
 
 def test_progress_on_a_terminal(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with open_run(tmp_path) as run:
@@ -265,78 +262,4 @@ def test_quiet_where_there_is_no_terminal(tmp_path, capsys):
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65, "1:05"), (3725, "1:02:05")])
 def test_durations(seconds, text):
-    assert run_module._duration(seconds) == text
-
-
-SCRIPT = """
-    from __future__ import annotations
-    import dataclasses, os, signal
-    from pathlib import Path
-    from jaxrlhf.training import cli
-
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        out: Path
-        steps: int = 6
-
-    def run(config):
-        from jaxrlhf.training.run import Run
-        import jax, jax.numpy as jnp, optax
-        from jaxrlhf.core.types import Outputs, Term
-        from jaxrlhf.training import step as train
-        outputs = lambda params, frozen, batch, key: Outputs(scores=batch @ params["w"] + 0.01 * jax.random.normal(key))
-        loss = lambda outputs, batch, config: ({"loss/toy": Term(jnp.square(outputs.scores - 1).sum(), jnp.float32(4))}, {})
-        with Run.open(config.out, config, save_seconds=0.0, tensorboard=False) as run:
-            if run.result is None:
-                made = optax.adam(0.1)
-                train_step = train.make_train_step(outputs, loss, None, made)
-                state = run.restore(train.init_state({"w": jnp.arange(3.0)}, made, jax.random.key(0)))
-                for step in run.steps(run.start, config.steps, "toy"):
-                    batch = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (4, 3))
-                    state, metrics = train_step(state, (), batch)
-                    run.log(step, metrics)
-                    if os.environ.get("DIE") == f"{step} before":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    run.maybe_save(step, state)
-                    if os.environ.get("DIE") == f"{step} after":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                run.done({"w": state.params["w"].tolist()})
-            print(run.result["w"])
-
-    if __name__ == "__main__":
-        cli.main(run, Config)
-"""
-
-
-@pytest.fixture
-def script(tmp_path):
-    path = tmp_path / "toy.py"
-    path.write_text(textwrap.dedent(SCRIPT))
-    return path
-
-
-def call(script, out, die=""):
-    command = [sys.executable, str(script), "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"DIE": die})
-
-
-def test_killed_between_steps_and_started_again_is_the_unbroken_run(script, tmp_path):
-    whole = call(script, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    for die in ("2 before", "4 after"):
-        assert call(script, tmp_path / "killed", die).returncode == -signal.SIGKILL
-    again = call(script, tmp_path / "killed")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout == whole.stdout
-    assert again.stderr == ""
-    rows = metrics.read(tmp_path / "killed")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
-    assert rows == metrics.read(tmp_path / "whole")
-
-
-def test_an_unwritable_directory_is_one_line_and_exit_2(script):
-    done = call(script, "/proc/no/such")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("toy.py: cannot write to the run directory /proc/no/such: ")
-    assert done.stderr.count("\n") == 1
+    assert progress.duration(seconds) == text
