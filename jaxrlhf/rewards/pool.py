@@ -219,25 +219,26 @@ def find(source: Source) -> Any:
     Raises:
         ValueError: no such file, module or name in it.
     """
-    import importlib
     import importlib.util
+    import pkgutil
 
     where, _, name = source.place.rpartition(":")
     if not where or not name:
         raise ValueError(f"'{source.place}' names no function: write FILE.py:NAME or MODULE:NAME")
-    if where.endswith(".py"):
-        spec = importlib.util.spec_from_file_location("reward_functions", where)
-        if spec is None or spec.loader is None or not os.path.isfile(where):
-            raise ValueError(f"{source.place}: no file {where}")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{source.place}: {error}") from error
-    if not callable(found := getattr(module, name, None)):
-        raise ValueError(f"{source.place}: {where} has no function {name}")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location("reward_functions", where)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"{where} is not a Python file")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            found = getattr(module, name)
+        else:
+            found = pkgutil.resolve_name(source.place)
+    except (ImportError, AttributeError, FileNotFoundError) as error:
+        raise ValueError(f"{source.place}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{source.place} is a {type(found).__name__}, not a function")
     return found if source.arguments is None else found(**source.arguments)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import os
 import shutil
 import threading
@@ -283,7 +284,13 @@ def _temporary(directory: Path, step: int) -> Path:
 def _orbax() -> Any:
     from orbax.checkpoint import v1
 
+    logging.getLogger("absl").addFilter(_ours)  # again and again is once
     return v1
+
+
+def _ours(record: logging.LogRecord) -> bool:
+    """Not what Orbax logs: what it fails at is raised too, and then told in one line instead of two hundred."""
+    return "orbax" not in record.pathname
 
 
 def _sync_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxrlhf.training import session
+from jaxrlhf.training.ending import SIGNALS
 
 C = TypeVar("C")
 
@@ -216,6 +218,8 @@ def main(
     except KeyboardInterrupt:
         sys.exit(130)
     except SystemExit as ended:
+        for number in SIGNALS:  # the process ends already: one more would only break that off with a traceback
+            signal.signal(number, signal.SIG_IGN)
         if isinstance(ended.code, int) and any(thread.name == "checkpoint" for thread in threading.enumerate()):
             sys.stdout.flush()
             os._exit(ended.code)  # at once: the interpreter would wait for the threads of a save
