@@ -74,7 +74,7 @@ def settle_config(out: Path, config: Any, free: tuple[str, ...]) -> None:
         import yaml
 
         old = yaml.safe_load(path.read_text(encoding="utf-8"))
-        differing = [name for name in _differences(old, new, "") if name.split(":")[0] not in free]
+        differing = [name for name in _differences(old, new, "") if name.partition(":")[0].partition(".")[0] not in free]
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise ValueError(f"{out} holds a run with other settings ({', '.join(differing[:3])}{more}): choose another --out")
