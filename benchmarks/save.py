@@ -3,10 +3,10 @@
     python benchmarks/save.py --result benchmarks/results/DATE-save.json
 
 What bounds it: the copy of the arrays to the host (the part that waits: memory bandwidth, PCIe on a GPU), hashing (blake2b, one
-core) and the disk. Three states: of the default run's policy (2.6 million parameters, Muon), of one of 20 million with AdamW,
-and of 80 million. Beside it the save as it was before it went to the background: the same bytes, waited for. A step is a
-jitted one of the same state; saves come every 30 seconds (`Run.open`), so the share of the time is blocked / 30 s. The figure of
-a bar: below 5 % of one step's time for each step between two saves. The last line of stdout is one JSON document.
+core) and the disk. Three states under AdamW: of as many parameters as the default run's policy, of 20 and of 80 million. Beside
+it the save as it was before it went to the background: the same bytes, waited for. Saves come every 30 seconds (`Run.open`).
+`share` is blocked / 30 s, that is, of each step between two saves; the bar is 0.05. `share_with_slower_steps` adds what steps
+lose to the thread that hashes and writes, which on a CPU computes where they do. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -82,8 +82,10 @@ def measure(name: str, config: argparse.Namespace) -> dict[str, Any]:
     size = sum(x.nbytes for x in jax.tree.leaves((state.params, state.opt_state)))
     told = {key: [round(f(values), 5) for f in (statistics.median, min, max)] for key, values in found.items()}
     step, blocked, waited = (statistics.median(found[key]) for key in ("step", "blocked", "waited"))
-    between = max(1.0, CADENCE / step)  # steps between two saves
-    shares = {"share_of_a_step": blocked / between / step, "share_before": waited / between / step}
+    every = max(CADENCE, step)  # seconds between two saves
+    whole, during = (statistics.median(found[key]) for key in ("whole", "step_during"))
+    lost = blocked + max(0.0, whole - blocked) * max(0.0, 1 - step / during)
+    shares = {"share": blocked / every, "share_with_slower_steps": lost / every, "share_before": waited / every}
     return {"megabytes": round(size / 1e6, 1), **told, **{key: round(value, 5) for key, value in shares.items()}}
 
 

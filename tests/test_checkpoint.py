@@ -160,6 +160,14 @@ def test_a_changed_value_is_named_by_its_leaf(saved, tmp_path):
         checkpoint.restore(tmp_path / "copy", train_state(1))
 
 
+def test_a_note_that_was_changed_is_refused(tmp_path):
+    checkpoint.save(tmp_path, 1, {"w": jnp.ones(2)}, notes={"metrics_bytes": 120})
+    path = tmp_path / "00000001" / manifest.FILE
+    path.write_text(path.read_text().replace("120", "121"))
+    with pytest.raises(ValueError, match=r"00000001 is damaged: file manifest\.json is not as it was written"):
+        checkpoint.notes(tmp_path, 1)
+
+
 def test_a_step_moved_to_another_number_is_refused(saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "copy")
     (tmp_path / "copy" / "00000007").rename(tmp_path / "copy" / "00000008")

@@ -29,6 +29,8 @@ def score(prompt: str, response: str, row: dict) -> float:
         kept = []
         while True:
             kept.append(bytearray(1 << 20))
+    elif response == "takes 200 MB":
+        return float(len(bytearray(200 << 20)) >> 20)
     return {"raises": lambda: 1 / 0, "none": lambda: None, "nan": lambda: float("nan"), "object": object}.get(
         response, lambda: len(response)
     )()

@@ -91,8 +91,14 @@ def test_a_response_that_hangs_is_given_up_after_its_limit(hostile):
     assert 1.0 <= took < 2.0, took  # what is promised: at most the limit and one second
 
 
+def test_a_child_that_leaks_is_stopped_at_its_limit(hostile):
+    assert hostile.score("hostile", items("takes 200 MB")) == ([None], {0: "raised MemoryError: "})
+    with pool.open_pool(HOSTILE, pool.Config(workers=1, memory_mb=400)) as opened:
+        assert opened["hostile"].pool.score("hostile", items("takes 200 MB")) == ([200.0], {})
+
+
 def test_nothing_is_left_of_what_was_killed():
-    mark = str(86_000 + os.getpid() % 1000) + ".25"
+    mark = f"60.{os.getpid():07d}"
     with pool.open_pool(HOSTILE, LIMITS) as opened:
         _, causes = opened["hostile"].pool.score("hostile", items("hangs with a child", seconds=mark))
         assert causes == {0: "took longer than 1 s"}
