@@ -61,7 +61,7 @@ class Run:
         tensorboard: bool = True,
         free: tuple[str, ...] = ("out", "mesh"),
     ) -> Run:
-        """Take the directory `out`: a new or empty one, or that of a run with the same settings (but those in `free`).
+        """Take the directory `out`: a new or empty one, or that of a run with the same settings but those in `free`.
 
         Raises:
             ValueError: it belongs to something else, to a run with other settings or to one that is running, or cannot
@@ -298,6 +298,8 @@ def dump(path: Path, batch: Any) -> str:
     import jax
     import numpy as np
 
+    if not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(batch)):
+        return ""  # shared by processes: none of them has it
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(batch))
     if leaves:
         # NumPy's files know no bfloat16.
