@@ -28,6 +28,7 @@ from jaxrlhf.training.run import Run
 class Config:
     width: int = 48  # tokens of a prompt with its answer; longer pairs are left out and counted
     held_out: float = 0.15  # of the pairs
+    skip_bad: bool = False  # leave bad lines of a .jsonl file out, count them and name them in rejects.jsonl; else refuse it
     # Where there are no choices:
     prompts: int = 2048  # answered by the policy itself
     n: int = 4  # answers to each in the arithmetic task, of which the best and the worst are a pair; sentiment takes two
@@ -43,7 +44,7 @@ class Pairs:
     longest: int  # tokens of a response: R
 
 
-def read(path: Path, ties: bool = False, run: Run | None = None) -> list[dict[str, Any]]:
+def read(path: Path, ties: bool = False, run: Run | None = None, skip_bad: bool = False) -> list[dict[str, Any]]:
     """Rows with prompt, chosen, rejected, ... of a feedback store, a `.jsonl` or `.jsonl.gz` file, or a TFDS folder (`train`).
 
     A `run` that goes on reads of a store what it read before, whatever people have chosen since; a file must be the same.
@@ -59,7 +60,10 @@ def read(path: Path, ties: bool = False, run: Run | None = None) -> list[dict[st
     if path.is_dir():
         rows = tfds_preferences.read_tfds(path, "train")
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = tfds_preferences.read_jsonl(path)
+        rejects = run.out / "rejects.jsonl" if run is not None and skip_bad else None
+        rows = tfds_preferences.read_jsonl(path, rejects)
+        if run is not None and rejects is not None:
+            run.left_out(path, rejects)
         digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
         if run is not None and run.once(f"blake2b of {path.name}", lambda: digest) != digest:
             raise ValueError(f"{path}: changed since this run began to learn from it; put it back, or choose another --out")
@@ -76,7 +80,7 @@ def load(path: Path, tokenizer: Tokenizer, config: Config, seed: int, run: Run |
     Raises:
         ValueError: too few choices to hold some out, or as `read`.
     """
-    rows = read(path, ties=True, run=run)
+    rows = read(path, True, run, config.skip_bad)
     fitting = comparisons.fitting(rows, tokenizer, config.width)
     if not fitting:
         raise ValueError(f"{path}: none of {len(rows)} choices has room in width={config.width}: label more, or widen it")

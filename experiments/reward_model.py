@@ -51,6 +51,7 @@ class Config:
     refresh: Path | None = None  # a reward model to start from instead; of one that is an adapter, `init` is the base
     reference: Path = Path("runs/demo/sft/model")  # policy on whose samples the score gets mean 0 and deviation 1
     choices: Path | None = None  # choices between answers: feedback store, .jsonl file or TFDS folder
+    skip_bad: bool = False  # leave bad lines of a .jsonl file out, count them and name them in rejects.jsonl; else refuse it
     out: Path = Path("runs/demo/reward_model")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
@@ -261,7 +262,7 @@ def chosen_pairs(
     config: Config, choices: Path, tokenizer: Tokenizer, run: Run | None = None
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The choices to learn from, and those held out."""
-    found = preference_data.read(choices, config.algorithm.ties != "half", run)
+    found = preference_data.read(choices, config.algorithm.ties != "half", run, config.skip_bad)
     rows = comparisons.fitting(found, tokenizer, config.width)
     if len(rows) < config.pairs:
         raise ValueError(f"{choices}: {len(rows)} choices, but a set takes {config.pairs}: make more with label.py")

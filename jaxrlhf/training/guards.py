@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 IN_A_ROW = 3  # updates left out because a gradient was not finite, then the run ends
@@ -64,3 +65,19 @@ def _runaway(value: float, before: list[float]) -> str:
 def _keep(rows: list[float], value: float, most: int) -> None:
     rows.append(value)
     del rows[:-most]
+
+
+def dump(path: Path, batch: Any) -> str:
+    """Write the arrays of a batch as an .npz file, and name it; '' where there is none."""
+    import jax
+    import numpy as np
+
+    if not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(batch)):
+        return ""  # shared by processes: none of them has it
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(batch))
+    if leaves:
+        # NumPy's files know no bfloat16.
+        wide = {jax.tree_util.keystr(k).strip("."): x.astype(np.float32) if x.dtype.kind == "V" else x for k, x in leaves}
+        with open(path, "wb") as file:
+            np.savez(file, **wide)
+    return path.name if leaves else ""

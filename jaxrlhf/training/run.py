@@ -22,7 +22,7 @@ from typing import Any
 import jaxrlhf
 from jaxrlhf.training import directory, events, session
 from jaxrlhf.training.ending import Ending
-from jaxrlhf.training.guards import IN_A_ROW, Guard
+from jaxrlhf.training.guards import IN_A_ROW, Guard, dump
 from jaxrlhf.training.metrics import Metrics, write_atomic
 from jaxrlhf.training.metrics import read as read_metrics
 from jaxrlhf.training.progress import Progress
@@ -135,6 +135,13 @@ class Run:
         if name not in noted:
             noted[name] = value()
         return noted[name]
+
+    def left_out(self, path: Path, rejects: Path) -> None:
+        """Say how many lines of a data file are not used, which a reader wrote to `rejects`."""
+        count = rejects.read_text(encoding="utf-8").count("\n")
+        self._events.write("left out", file=str(path), lines=count)
+        if count:
+            print(f"{path}: {count} bad line(s) left out; {rejects} says which and why", file=sys.stderr)
 
     def steps(self, start: int, total: int, name: str, show: tuple[str, ...] = ()) -> Iterator[int]:
         """start, ..., total - 1 with progress on a terminal: step, rate, time left, and the metrics named in `show`.
@@ -291,19 +298,3 @@ class Run:
         self._opened, self._cpu_opened = now, cpu
         self._mark["version"] = jaxrlhf.__version__
         write_atomic(self.out / directory.MARK, json.dumps(self._mark, indent=1) + "\n")
-
-
-def dump(path: Path, batch: Any) -> str:
-    """Write the arrays of a batch as an .npz file, and name it; '' where there is none."""
-    import jax
-    import numpy as np
-
-    if not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(batch)):
-        return ""  # shared by processes: none of them has it
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(batch))
-    if leaves:
-        # NumPy's files know no bfloat16.
-        wide = {jax.tree_util.keystr(k).strip("."): x.astype(np.float32) if x.dtype.kind == "V" else x for k, x in leaves}
-        with open(path, "wb") as file:
-            np.savez(file, **wide)
-    return path.name if leaves else ""

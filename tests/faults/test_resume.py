@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -289,6 +290,24 @@ def test_a_file_of_choices_that_changed_is_refused(tmp_path):
     sources.write_jsonl(path, [row, row | {"prompt": "q"}])
     with pytest.raises(ValueError, match=r"choices\.jsonl: changed since this run began to learn from it"):
         read()
+
+
+def test_bad_lines_are_refused_or_left_out_counted_and_named(tmp_path, capsys):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    lines = [json.dumps(row), "{", json.dumps(row | {"chosen": "b"}), json.dumps(row | {"prompt": "q"}), '{"prompt": "p"}']
+    path = tmp_path / "choices.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    with Run.open(tmp_path / "run", Toy(tmp_path / "run"), tensorboard=False) as run:
+        with pytest.raises(ValueError, match=r"choices\.jsonl:2: not JSON"):
+            preference_data.read(path, run=run)
+        found = preference_data.read(path, run=run, skip_bad=True)
+    assert [each["prompt"] for each in found] == ["p", "q"]
+    rejects = [json.loads(line) for line in (tmp_path / "run" / "rejects.jsonl").read_text().splitlines()]
+    assert [each["line"] for each in rejects] == [2, 3, 5]
+    assert "rejected: the same text as chosen" in rejects[1]["problem"]
+    assert "choices.jsonl: 3 bad line(s) left out" in capsys.readouterr().err
+    (event,) = events.read(tmp_path / "run")
+    assert (event["kind"], event["lines"]) == ("left out", 3)
 
 
 def test_rewards_in_children_are_those_of_this_process(start, tmp_path, use):
