@@ -71,7 +71,7 @@ def take_session(argv: list[str]) -> session.Session:
         ValueError: not a number, or one below what makes sense.
     """
 
-    def number(flag: str, kind: type, least: float) -> Any:
+    def number(flag: str, kind: type, least: int | float) -> Any:
         text = _take(argv, flag)
         try:
             value = None if text is None else kind(text)

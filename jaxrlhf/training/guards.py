@@ -40,7 +40,7 @@ class Guard:
         return {metric: alarm for metric, alarm in alarms.items() if alarm}
 
 
-def _jump(value: float, before: list[float]) -> str:
+def _jump(value: int | float, before: list[float]) -> str:
     if not math.isfinite(value):
         return ""
     if len(before) >= FEWEST:
@@ -52,7 +52,7 @@ def _jump(value: float, before: list[float]) -> str:
     return ""
 
 
-def _runaway(value: float, before: list[float]) -> str:
+def _runaway(value: int | float, before: list[float]) -> str:
     if not math.isfinite(value):
         return ""
     largest = max(before, default=math.inf)
@@ -62,7 +62,7 @@ def _runaway(value: float, before: list[float]) -> str:
     return ""
 
 
-def _keep(rows: list[float], value: float, most: int) -> None:
+def _keep(rows: list[float], value: int | float, most: int) -> None:
     rows.append(value)
     del rows[:-most]
 
