@@ -60,7 +60,7 @@ def run(config: Config) -> dict[str, Any]:
         tokenizer = tokenizers.train((prompt for prompt, _ in pairs), config.model.vocab_size)
         model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
         model = transformer.build(model_config)
-        data = pipeline.batches(rows(pairs, tokenizer), config.batch, config.seed)
+        data = pipeline.within(pipeline.batches(rows(pairs, tokenizer), config.batch, config.seed), model_config.vocab_size)
         with jax.set_mesh(mesh):
             placed = sharding.shardings(transformer.param_specs(model_config), mesh)
             params = jax.jit(model.init, out_shardings=placed)(jax.random.key(config.seed))
@@ -71,8 +71,9 @@ def run(config: Config) -> dict[str, Any]:
                 row = data[i]
                 width = row["tokens"].shape[1] - 1
                 batch = lm.responses(row["tokens"], row["prompt_len"], row["response_len"], width)
-                state, metrics = train_step(state, None, sharding.shard_batch(batch, mesh))
-                run.log(i, metrics)
+                batch = sharding.shard_batch(batch, mesh)
+                state, metrics = train_step(state, None, batch)
+                run.log(i, metrics, batch)
                 run.maybe_save(i, state)
             trained = stage.Trained(model_config, model, state.params, tokenizer, {})
             accuracy, answers = tasks.greedy(trained, state.params, config.sampling, config.held_out_prompts, mesh)

@@ -21,6 +21,7 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.models import lora
 from jaxrlhf.models.lora import LoraConfig
+from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
@@ -51,6 +52,7 @@ class Config:
     )
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
+    pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -61,8 +63,8 @@ def run(config: Config) -> dict[str, Any]:
         if run.result is not None:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
-        with jax.set_mesh(mesh):
-            return train(run, config, tasks.make(config, mesh), mesh)
+        with jax.set_mesh(mesh), tasks.make(config, mesh) as task:
+            return train(run, config, task, mesh)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         pairs = choose(dataclasses.replace(experience, score=kept, weight=weight), n=config.n, soft=config.soft)
         batch, algorithm, stats = prepare(pairs, state.algorithm, config=config.algorithm)
         state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
-        run.log(i, judged | {"reward/score": score.mean()} | rewarded | describe(experience) | stats | metrics)
+        run.log(i, judged | {"reward/score": score.mean()} | rewarded | describe(experience) | stats | metrics, batch)
         run.maybe_save(i, (state, begun))
     run.maybe_save(config.iterations - 1, (state, begun), last=True)
     judged, samples = task.judge(lora.attach(start.params, state.params, config.lora))

@@ -24,6 +24,7 @@ from jaxrlhf.core.types import Preferences
 from jaxrlhf.data import pipeline
 from jaxrlhf.models import lora
 from jaxrlhf.models.lora import LoraConfig
+from jaxrlhf.rewards import pool
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
@@ -49,6 +50,7 @@ class Config:
     sampling: stage.Sampling = stage.Sampling()  # of held-out answers, and of own answers in the arithmetic task
     evaluate_every: int = 40  # steps; also before the first and after the last
     held_out_prompts: int = 384
+    pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -57,15 +59,16 @@ def run(config: Config) -> dict[str, Any]:
         if run.result is not None:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
-        with jax.set_mesh(mesh):
-            return train(run, config, tasks.make(config, mesh), mesh)
+        with jax.set_mesh(mesh), tasks.make(config, mesh) as task:
+            return train(run, config, task, mesh)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy on pairs."""
     start = task.start
-    pairs = preference_data.gather(config, task, mesh)
+    pairs = preference_data.gather(config, task, mesh, run)
     data = pipeline.batches(preference_data.arrays(pairs.train), config.batch, config.seed)
+    data = pipeline.within(data, start.config.vocab_size)
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
     update = optimizer.make(config.optimizer, config.steps, params)
     tasks.tell_memory(run, config, task, params, update)
@@ -78,7 +81,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         batch = sharding.shard_batch(Preferences(**data[i]), mesh)
         batch, algorithm, stats = prepare(batch, state.algorithm, config=config.algorithm)
         state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
-        run.log(i, judged | stats | metrics)
+        run.log(i, judged | stats | metrics, batch)
         run.maybe_save(i, state)
     run.maybe_save(config.steps - 1, state, last=True)
     judged, samples = task.judge(lora.attach(start.params, state.params, config.lora))

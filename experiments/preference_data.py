@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from jaxrlhf.data.pipeline import Arrays
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.feedback import store
 from jaxrlhf.sampling import rollout
+from jaxrlhf.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     width: int = 48  # tokens of a prompt with its answer; longer pairs are left out and counted
     held_out: float = 0.15  # of the pairs
+    skip_bad: bool = False  # leave bad lines of a .jsonl file out, count them and name them in rejects.jsonl; else refuse it
     # Where there are no choices:
     prompts: int = 2048  # answered by the policy itself
     n: int = 4  # answers to each in the arithmetic task, of which the best and the worst are a pair; sentiment takes two
@@ -41,12 +44,14 @@ class Pairs:
     longest: int  # tokens of a response: R
 
 
-def read(path: Path, ties: bool = False) -> list[dict[str, Any]]:
+def read(path: Path, ties: bool = False, run: Run | None = None, skip_bad: bool = False) -> list[dict[str, Any]]:
     """Rows with prompt, chosen, rejected, ... of a feedback store, a `.jsonl` or `.jsonl.gz` file, or a TFDS folder (`train`).
+
+    A `run` that goes on reads of a store what it read before, whatever people have chosen since; a file must be the same.
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: `place: problem` of the first bad row.
+        ValueError: `place: problem` of the first bad row, or the file is another than when the run began.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -55,20 +60,27 @@ def read(path: Path, ties: bool = False) -> list[dict[str, Any]]:
     if path.is_dir():
         rows = tfds_preferences.read_tfds(path, "train")
     elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = tfds_preferences.read_jsonl(path)
+        rejects = run.out / "rejects.jsonl" if run is not None and skip_bad else None
+        rows = tfds_preferences.read_jsonl(path, rejects)
+        if run is not None and rejects is not None:
+            run.left_out(path, rejects)
+        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        if run is not None and run.once(f"blake2b of {path.name}", lambda: digest) != digest:
+            raise ValueError(f"{path}: changed since this run began to learn from it; put it back, or choose another --out")
     else:
         with contextlib.closing(store.open_store(path)) as db:
-            return store.preferences(db, ties=ties)
+            upto = None if run is None else run.once("feedback_sequence", lambda: store.last_sequence(db))
+            return store.preferences(db, upto, ties)
     return [row for row in rows if ties or not row["tie"]]
 
 
-def load(path: Path, tokenizer: Tokenizer, config: Config, seed: int) -> Pairs:
+def load(path: Path, tokenizer: Tokenizer, config: Config, seed: int, run: Run | None = None) -> Pairs:
     """Token rows of the choices at `path`; ties are kept.
 
     Raises:
         ValueError: too few choices to hold some out, or as `read`.
     """
-    rows = read(path, ties=True)
+    rows = read(path, True, run, config.skip_bad)
     fitting = comparisons.fitting(rows, tokenizer, config.width)
     if not fitting:
         raise ValueError(f"{path}: none of {len(rows)} choices has room in width={config.width}: label more, or widen it")
@@ -128,7 +140,7 @@ def arrays(rows: Any) -> Arrays:
     return {name: np.asarray(value) for name, value in fields if value is not None}
 
 
-def gather(config: Any, task: tasks.Task, mesh: jax.sharding.Mesh) -> Pairs:
+def gather(config: Any, task: tasks.Task, mesh: jax.sharding.Mesh, run: Run | None = None) -> Pairs:
     """The pairs that a script's settings ask for: `choices` where given, else made from the policy's own answers.
 
     There a simulated person chooses (`label.py`), or in the arithmetic task the right answer. `config` has task, policy,
@@ -139,4 +151,4 @@ def gather(config: Any, task: tasks.Task, mesh: jax.sharding.Mesh) -> Pairs:
         return judged(config.pairs, task, mesh, config.seed)
     if path is None:
         path = simulated(config.pairs, config.policy, config.out, config.seed, config.mesh)
-    return load(path, task.start.tokenizer, config.pairs, config.seed)
+    return load(path, task.start.tokenizer, config.pairs, config.seed, run)

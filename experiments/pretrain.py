@@ -59,7 +59,7 @@ def run(config: Config) -> dict[str, Any]:
         tokenizer = tokenizers.train([*reviews, *reviews, *chat[:40_000]], config.model.vocab_size)
         model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
         model = transformer.build(model_config)
-        data = dataset(config, tokenizer, chat, reviews)
+        data = pipeline.within(dataset(config, tokenizer, chat, reviews), model_config.vocab_size)
         held_out = pipeline.evaluation_rows(tokenizer.encode_batch(texts("test")[:768]), tokenizer, model_config.max_length)
 
         with jax.set_mesh(mesh):
@@ -72,7 +72,7 @@ def run(config: Config) -> dict[str, Any]:
             for i in run.steps(run.start, config.steps, "pretrain", show=("loss/lm",)):
                 batch = sharding.shard_batch(lm.packed(**data[i]), mesh)
                 state, metrics = train_step(state, None, batch)
-                run.log(i, metrics)
+                run.log(i, metrics, batch)
                 run.maybe_save(i, state)
             nll, bits = bits_per_character(outputs, state.params, held_out)
         stage.save(config.out / "model", "policy", jax.device_get(state.params), model_config, tokenizer)

@@ -22,6 +22,7 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.models import roles
 from jaxrlhf.models.lora import LoraConfig
+from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import generate, rollout
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
@@ -47,6 +48,7 @@ class Config:
     )
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
+    pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -55,8 +57,8 @@ def run(config: Config) -> dict[str, Any]:
         if run.result is not None:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
-        with jax.set_mesh(mesh):
-            return train(run, config, tasks.make(config, mesh), mesh)
+        with jax.set_mesh(mesh), tasks.make(config, mesh) as task:
+            return train(run, config, task, mesh)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         drawn = describe(experience)
         batch, kept, stats = prepare(experience, state.algorithm, config=algorithm)
         state, metrics = run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)
-        run.log(i, judged | rewarded | drawn | stats | metrics)
+        run.log(i, judged | rewarded | drawn | stats | metrics, batch)
         run.maybe_save(i, (state, begun))
     run.maybe_save(config.iterations - 1, (state, begun), last=True)
     judged, samples = task.judge(roles.attach(start.params, state.params, config.lora)["policy"])

@@ -51,6 +51,7 @@ class Config:
     refresh: Path | None = None  # a reward model to start from instead; of one that is an adapter, `init` is the base
     reference: Path = Path("runs/demo/sft/model")  # policy on whose samples the score gets mean 0 and deviation 1
     choices: Path | None = None  # choices between answers: feedback store, .jsonl file or TFDS folder
+    skip_bad: bool = False  # leave bad lines of a .jsonl file out, count them and name them in rejects.jsonl; else refuse it
     out: Path = Path("runs/demo/reward_model")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
@@ -102,11 +103,12 @@ def run(config: Config) -> dict[str, Any]:
         mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             trunk, base, params = initial(config, mesh)
-            data, held_out = dataset(config, trunk.tokenizer)
+            data, held_out = dataset(config, trunk.tokenizer, run=run)
+            data = pipeline.within(data, trunk.config.vocab_size)
             before = choice_accuracy(config, trunk, whole(config, base, params), held_out) if held_out else None
             learned = config.algorithm
             if config.debias_length:
-                learned = dataclasses.replace(learned, length_coef=length_coef(config, trunk.tokenizer))
+                learned = dataclasses.replace(learned, length_coef=length_coef(config, trunk.tokenizer, run))
             params = train(run, dataclasses.replace(config, algorithm=learned), trunk.config, params, data, base)
             learnt = params["trunk"]
             params = normalised(config, trunk, whole(config, base, params), mesh)
@@ -148,8 +150,9 @@ def train(run: Run, config: Config, shape: TransformerConfig, params: Any, data:
     )
     train_step = step.make_train_step(outputs, reward.loss, config.algorithm, update)
     for i in run.steps(run.start, config.steps, "reward model", show=("reward/accuracy",)):
-        state, metrics = train_step(state, {"base": base}, reward.Batch(**data[i]))
-        run.log(i, {name: x.mean() if x.ndim else x for name, x in metrics.items()})  # the members' mean
+        batch = reward.Batch(**data[i])
+        state, metrics = train_step(state, {"base": base}, batch)
+        run.log(i, {name: x.mean() if x.ndim else x for name, x in metrics.items()}, batch)  # the members' mean
         run.maybe_save(i, state)
     return state.params
 
@@ -226,7 +229,7 @@ def own_trunk(config: Config, shape: TransformerConfig, trunk: Any, mesh: jax.sh
     return stage.adapter(shape, config.lora, mesh, config.seed) if config.lora.rank else trunk
 
 
-def dataset(config: Config, tokenizer: Tokenizer, window: int = 12) -> tuple[Any, list[dict[str, Any]]]:
+def dataset(config: Config, tokenizer: Tokenizer, window: int = 12, run: Run | None = None) -> tuple[Any, list[dict[str, Any]]]:
     """`dataset[step]`: a set of rated texts, with chosen pairs where there are any; and the pairs that are held out."""
     ratings = [rating for rating in human_sentiment.load("train") if rating.domain in config.domains]
     if not ratings:
@@ -235,7 +238,7 @@ def dataset(config: Config, tokenizer: Tokenizer, window: int = 12) -> tuple[Any
     widths = comparisons.choose_widths(rated["length"], config.texts, count=config.widths)
     pairs, held_out = None, []
     if config.choices is not None:
-        pairs, held_out = chosen_pairs(config, config.choices, tokenizer)
+        pairs, held_out = chosen_pairs(config, config.choices, tokenizer, run)
 
     def sets(seed: int) -> Any:
         if pairs is None:
@@ -255,9 +258,11 @@ def of_members(several: ensembles.Config, sets: Callable[[int], Any], seed: int)
     return comparisons.bootstrapped_sets(sets(seed), several.members, seed)
 
 
-def chosen_pairs(config: Config, choices: Path, tokenizer: Tokenizer) -> tuple[Any, list[dict[str, Any]]]:
+def chosen_pairs(
+    config: Config, choices: Path, tokenizer: Tokenizer, run: Run | None = None
+) -> tuple[Any, list[dict[str, Any]]]:
     """The choices to learn from, and those held out."""
-    found = preference_data.read(choices, ties=config.algorithm.ties != "half")
+    found = preference_data.read(choices, config.algorithm.ties != "half", run, config.skip_bad)
     rows = comparisons.fitting(found, tokenizer, config.width)
     if len(rows) < config.pairs:
         raise ValueError(f"{choices}: {len(rows)} choices, but a set takes {config.pairs}: make more with label.py")
@@ -267,9 +272,9 @@ def chosen_pairs(config: Config, choices: Path, tokenizer: Tokenizer) -> tuple[A
     return comparisons.preference_rows(train, tokenizer, config.width), [dict(row) for row in held_out if not row["tie"]]
 
 
-def length_coef(config: Config, tokenizer: Tokenizer, sets: int = 40) -> float:
+def length_coef(config: Config, tokenizer: Tokenizer, run: Run | None = None, sets: int = 40) -> float:
     """What length alone is worth in the choices of some sets; those to learn from are of nearly equal length each."""
-    data, _ = dataset(dataclasses.replace(config, ensemble=1), tokenizer, window=1)
+    data, _ = dataset(dataclasses.replace(config, ensemble=1), tokenizer, 1, run)
     seen = [data[i] for i in range(sets)]
     preferred, length = (np.concatenate([one[name] for one in seen]) for name in ("preferred", "response_len"))
     return pairwise.fit_length(preferred, length)

@@ -38,6 +38,7 @@ class Config:
     batch: int = 64  # rows
     review_share: float = 0.75  # of a batch; the rest are chat turns with their replies
     conversations: Path | None = None  # .jsonl of {"messages": [{"role": ..., "content": ...}, ...]}, in place of both
+    skip_bad: bool = False  # leave bad lines of that file out, count them and name them in rejects.jsonl; else refuse it
     width: int = 512  # tokens of a conversation; a turn that ends later is left out
     held_out: float = 0.05  # of the conversations' turns
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
@@ -56,8 +57,9 @@ def run(config: Config) -> dict[str, Any]:
             return run.result
         mesh = sharding.make_mesh(config.mesh)
         start = stage.load(config.init, mesh, weights=config.frozen)
-        data, test, left_out = dataset(config, start.tokenizer)
+        data, test, left_out = dataset(config, start.tokenizer, run)
         held_out = batch_of({name: array[:512] for name, array in test.items()})
+        data = pipeline.within(data, start.config.vocab_size)
         batches = pipeline.by_step(lambda i: sharding.shard_batch(batch_of(data[i]), mesh))
         with jax.set_mesh(mesh):
             params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
@@ -76,19 +78,24 @@ def train(run: Run, config: Config, params: Any, frozen: Any, outputs: objective
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
     for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
-        state, metrics = train_step(state, frozen, batches[i])
-        run.log(i, metrics)
+        batch = batches[i]
+        state, metrics = train_step(state, frozen, batch)
+        run.log(i, metrics, batch)
         run.maybe_save(i, state)
     return state.params
 
 
-def dataset(config: Config, tokenizer: Tokenizer) -> tuple[Any, dict[str, np.ndarray], int]:
+def dataset(config: Config, tokenizer: Tokenizer, run: Run | None = None) -> tuple[Any, dict[str, np.ndarray], int]:
     """`[step]`: rows to learn from; rows held out; and how many turns of conversations were too long."""
     if config.conversations is None:
         replies, reviews, held_out = rows(tokenizer)
         share = (config.review_share, config.review_share)
         return pipeline.mixed(replies, reviews, config.batch, config.seed, config.steps, share), held_out, 0
-    turns, left_out = conversations.answer_rows(conversations.read(config.conversations), tokenizer, config.width)
+    rejects = run.out / "rejects.jsonl" if run is not None and config.skip_bad else None
+    chats = conversations.read(config.conversations, rejects)
+    if run is not None and rejects is not None:
+        run.left_out(config.conversations, rejects)
+    turns, left_out = conversations.answer_rows(chats, tokenizer, config.width)
     count = len(turns["tokens"])
     few = max(1, round(config.held_out * count))
     if few >= count:

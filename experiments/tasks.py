@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,7 +26,7 @@ from jaxrlhf.evaluation import judges, policy
 from jaxrlhf.models import roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import EXACT
-from jaxrlhf.rewards import functions
+from jaxrlhf.rewards import functions, pool
 from jaxrlhf.sampling import generate, rollout, stragglers
 from jaxrlhf.sampling.stragglers import Begun
 from jaxrlhf.training import plan
@@ -39,6 +40,13 @@ ARITHMETIC_POLICY = Path("runs/arithmetic/start/model")  # what experiments/arit
 PROMPT_WIDTH = 8  # of a sum: bos, a space, two digits, plus, two digits, equals
 
 AT_ONCE = generate.Options()
+
+Rewards = Mapping[str, functions.RewardFunction | pool.Remote]
+NONE: Rewards = {}
+SUMS = {
+    "correct": pool.Source("jaxrlhf.rewards.functions:exact_match"),
+    "digits": pool.Source("jaxrlhf.rewards.functions:format_match", {"pattern": r"\d+"}),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +102,11 @@ class Settings(Protocol):
         ...
 
     @property
+    def pool(self) -> pool.Config:
+        """Child processes for reward functions, and functions of the user's own."""
+        ...
+
+    @property
     def lora(self) -> LoraConfig:
         """The adapter that is trained, if one is."""
         ...
@@ -113,14 +126,26 @@ class OnlineSettings(Settings, Protocol):
         ...
 
 
-def make(config: Settings, mesh: jax.sharding.Mesh, frozen: stage.Weights = "float32") -> Task:
-    """The task called `config.task`, its start with the weights `frozen`.
+@contextlib.contextmanager
+def make(config: Settings, mesh: jax.sharding.Mesh, frozen: stage.Weights = "float32") -> Iterator[Task]:
+    """The task called `config.task`, its start with the weights `frozen`; at the end of the `with` its child processes end.
 
     Raises:
-        ValueError, FileNotFoundError: a folder holds no such model, or more held-out prompts are asked for than there are.
+        ValueError, FileNotFoundError: a folder holds no such model, more held-out prompts are asked for than there are, or
+            there is no such reward function.
     """
     start = stage.load(config.policy, mesh, weights=frozen)
-    return arithmetic(config, start, mesh) if config.task == "arithmetic" else sentiment(config, start, mesh)
+    own = {place.rpartition(":")[2]: pool.Source(place) for place in config.pool.functions}
+    if len(own) < len(config.pool.functions) or (taken := own.keys() & {"model", *SUMS}):
+        raise ValueError(f"pool.functions={config.pool.functions}: two rewards of one name ({', '.join(taken) or 'twice'})")
+    sources = own | (SUMS if config.task == "arithmetic" else {})
+    with contextlib.ExitStack() as opened:
+        if config.pool.workers and sources:
+            given = opened.enter_context(pool.open_pool(sources, config.pool))
+        else:
+            given = {name: pool.find(source) for name, source in sources.items()}
+        task = arithmetic if config.task == "arithmetic" else sentiment
+        yield task(config, start, mesh, given)
 
 
 def tell_memory(
@@ -167,8 +192,8 @@ def under_way(config: OnlineSettings, task: Task, n: int, mesh: jax.sharding.Mes
     return sharding.shard_batch(stragglers.begin(first, task.start.model, task.spec, n), mesh)
 
 
-def sentiment(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh) -> Task:
-    """Continue the first words of a review; the reward model in `config.reward` scores."""
+def sentiment(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh, own: Rewards) -> Task:
+    """Continue the first words of a review; the reward model in `config.reward` scores, and what is the user's own."""
     judged = stage.load_reward(config.reward, mesh, first)
     value = stage.reward(judged)
     setting = held_out.Setting(
@@ -180,23 +205,29 @@ def sentiment(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh) -
         tokenizer=first.tokenizer,
         mesh=mesh,
     )
-    task = learned(setting, first, review_prompts(first.tokenizer, config.batch, config.seed), held_out.JUDGES)
+    prompts = review_prompts(first.tokenizer, config.batch, config.seed)
+    task = learned(setting, first, prompts, held_out.JUDGES, own)
     return dataclasses.replace(task, reward=judged.params)
 
 
-def learned(setting: held_out.Setting, start: stage.Trained, prompts: Any, judged_by: Mapping[str, judges.Judge]) -> Task:
-    """Answer `prompts`, scored by the setting's reward; on its own prompts judges read the answers."""
+def learned(
+    setting: held_out.Setting, start: stage.Trained, prompts: Any, judged_by: Mapping[str, judges.Judge], own: Rewards = NONE
+) -> Task:
+    """Answer `prompts`, scored by the setting's reward and the user's own; on its own prompts judges read the answers."""
     before = held_out.sample(setting, start.params, jax.random.key(0))
 
     def score(rollout: Rollout, prompts: Prompts) -> tuple[jax.Array, jax.Array, Figures]:
         del prompts
-        part = functions.of_values(setting.reward(rollout), rollout, start.tokenizer.decode, "model")
-        return *sharding.shard_batch((part.score, part.weight), setting.mesh), {"reward/faults": float(len(part.faults))}
+        given = {name: functions.apply(part, rollout, start.tokenizer.decode, name=name) for name, part in own.items()}
+        given["model"] = functions.of_values(setting.reward(rollout), rollout, start.tokenizer.decode, "model")
+        total, figures = functions.weighted_sum(given, dict.fromkeys(given, 1.0))
+        return *sharding.shard_batch((total.score, total.weight), setting.mesh), figures
 
     def judge(params: Any) -> tuple[Figures, list[dict[str, str]]]:
         after = held_out.sample(setting, params, jax.random.key(1))  # other draws than the start's, so that equals win half
         return held_out.flat(held_out.report(after, before, judged_by)), policy.side_by_side(before, after)
 
+    prompts = pipeline.within(prompts, start.config.vocab_size)
     return Task(start, setting.spec, prompts, score, judge)
 
 
@@ -206,12 +237,11 @@ def review_prompts(tokenizer: Tokenizer, batch: int, seed: int) -> Any:
     return pipeline.prompt_batches(pipeline.cut_prompts(tokenizer.encode_batch(texts), tokenizer, seed), batch, seed)
 
 
-def arithmetic(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh) -> Task:
-    """Write a sum: 1 for the right answer, and 0.1 for an answer of digits alone."""
+def arithmetic(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh, parts: Rewards) -> Task:
+    """Write a sum: 1 for the right answer, 0.1 for an answer of digits alone, and what is the user's own."""
     tokenizer, spec, rows = first.tokenizer, stage.spec(config.sampling, first.tokenizer), sums.problems("train")
     asked = held_out_sums(config.held_out_prompts)
-    parts = {"correct": functions.exact_match, "digits": functions.format_match(r"\d+")}
-    weights = {"correct": 1.0, "digits": 0.1}
+    weights = dict.fromkeys(parts, 1.0) | {"digits": 0.1}
     setting = held_out.Setting(
         model=first.model,
         reference=first.params,
@@ -246,7 +276,7 @@ def arithmetic(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh) 
 
     texts = [row["prompt"] for row in rows]
     prompts = pipeline.prompt_batches(pipeline.text_prompts(texts, tokenizer, PROMPT_WIDTH), config.batch, config.seed)
-    return Task(first, spec, prompts, score, judge)
+    return Task(first, spec, pipeline.within(prompts, first.config.vocab_size), score, judge)
 
 
 def held_out_sums(count: int) -> list[dict[str, Any]]:

@@ -4,49 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from run_cases import assert_same_bits, train_state
 
 from jaxrlhf.core import sharding
-from jaxrlhf.core.types import Outputs, Term, TrainState
-from jaxrlhf.training import checkpoint, optimizer, step
+from jaxrlhf.core.types import Outputs, Term
+from jaxrlhf.training import checkpoint, manifest, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
-
-
-def train_state(seed: int = 0) -> TrainState:
-    """A state with every kind of leaf: stacked and narrow weights, moments of two optimizers, counters, a random key."""
-    rng = np.random.default_rng(seed)
-    params = {
-        "embed": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32),
-        "layers": {"up": jnp.asarray(rng.normal(size=(2, 4, 8)), jnp.float32)},
-        "half": jnp.asarray(rng.normal(size=(4,)), jnp.bfloat16),
-    }
-    made = optimizer.make(OptimizerConfig(name="muon"), 10, params)
-    return step.init_state(params, made, jax.random.key(seed), {"kl_coef": jnp.float32(0.1)})
-
-
-def on_host(state) -> list[np.ndarray]:
-    return [
-        np.array(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x) for x in jax.tree.leaves(state)
-    ]
-
-
-def assert_same_bits(a, b) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(on_host(a), on_host(b), strict=True):
-        assert x.dtype == y.dtype
-        assert x.tobytes() == y.tobytes()
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +52,51 @@ def test_only_the_newest_two_stay(tmp_path):
     assert checkpoint.restore(tmp_path, {"w": jnp.zeros(2, jnp.int32)})[0]["w"].tolist() == [4, 4]
 
 
-def test_incomplete_steps_are_not_there(tmp_path):
+def test_what_a_killed_save_left_is_removed_and_never_listed(tmp_path):
+    checkpoint.save(tmp_path, 3, {"w": jnp.ones(2)})
+    (tmp_path / ".tmp-00000008").mkdir()
+    shutil.copytree(tmp_path / "00000003", tmp_path / ".tmp-old-00000001")
+    assert checkpoint.steps(tmp_path) == [3]
+    assert checkpoint.clean(tmp_path) == [".tmp-00000008", ".tmp-old-00000001"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003"]
+
+
+def test_a_newest_step_without_a_manifest_is_damage_and_not_passed_over(tmp_path):
     checkpoint.save(tmp_path, 3, {"w": jnp.ones(2)})
     shutil.copytree(tmp_path / "00000003", tmp_path / "00000009")
-    (tmp_path / "00000009" / checkpoint.MANIFEST).unlink()
-    (tmp_path / ".tmp-00000008").mkdir()
+    (tmp_path / "00000009" / manifest.FILE).unlink()
     assert checkpoint.latest(tmp_path) == 3
+    with pytest.raises(ValueError, match=r"00000009 is damaged: file manifest\.json is missing.*--from-step 3 goes on"):
+        checkpoint.restore(tmp_path, {"w": jnp.zeros(2)})
+    assert checkpoint.restore(tmp_path, {"w": jnp.zeros(2)}, step=3)[0]["w"].tolist() == [1, 1]
+    assert checkpoint.set_aside(tmp_path, 3) == ["left-00000009"]
     checkpoint.save(tmp_path, 9, {"w": jnp.full(2, 2.0)})
     assert checkpoint.restore(tmp_path, {"w": jnp.zeros(2)})[0]["w"].tolist() == [2, 2]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000003", "00000009"]
+
+
+def test_arrays_may_be_donated_while_they_are_written(tmp_path):
+    """What is on the disk is what was given, whatever became of the arrays since."""
+    grow = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros(300_000)
+    for at in range(1, 6):
+        x = grow(x)
+        saving = checkpoint.save_async(tmp_path, at, {"x": x}, keep=9, notes={"at": at})
+        for _ in range(3):
+            x = grow(x)
+        saving.wait()
+        assert saving.done()
+        assert 0 < saving.blocked <= saving.took()
+        assert (np.asarray(checkpoint.restore(tmp_path, {"x": jnp.zeros(300_000)})[0]["x"]) == 4 * at - 3).all()
+        assert checkpoint.notes(tmp_path, at) == {"at": at}
+
+
+def test_the_newest_is_never_removed(tmp_path):
+    with pytest.raises(ValueError, match="keep=0 checkpoints: at least 1"):
+        checkpoint.save(tmp_path, 1, {"w": jnp.ones(2)}, keep=0)
+    assert not list(tmp_path.iterdir())
+    for at in (1, 2):
+        checkpoint.save(tmp_path, at, {"w": jnp.full(2, at)}, keep=1)
+    assert checkpoint.steps(tmp_path) == [2]
 
 
 def test_nothing_to_restore_is_said(tmp_path):
@@ -140,77 +146,32 @@ def test_another_optimizer_is_refused(saved):
         checkpoint.restore(directory, step.init_state(state.params, made, state.key, state.algorithm))
 
 
-def flip(path, at: int, bit: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1 << bit
-    path.write_bytes(data)
-
-
-def data_files(directory):
-    return sorted(p for p in (directory / "00000007").rglob("*") if p.is_file() and p.stat().st_size)
-
-
-def check_flip(saved, tmp_path, rng: random.Random) -> None:
-    shutil.copytree(saved[0], tmp_path / "copy")
-    path = rng.choice(data_files(tmp_path / "copy"))
-    flip(path, rng.randrange(path.stat().st_size), rng.randrange(8))
-    try:
-        restored, _ = checkpoint.restore(tmp_path / "copy", train_state(1))
-    except ValueError as error:
-        assert "00000007" in str(error)  # noqa: PT017
-        assert path.name in str(error) or path.name == checkpoint.MANIFEST  # noqa: PT017
-    else:  # in white space or the step number of the manifest
-        assert path.name == checkpoint.MANIFEST
-        assert_same_bits(restored, saved[1])
-    shutil.rmtree(tmp_path / "copy")
-
-
-def test_flipped_bits_are_found_and_named(saved, tmp_path):
-    rng = random.Random(0)
-    for _ in range(4):
-        check_flip(saved, tmp_path, rng)
-
-
-@pytest.mark.full
-def test_a_hundred_flipped_bits_are_found_and_named(saved, tmp_path):
-    rng = random.Random(1)
-    for _ in range(100):
-        check_flip(saved, tmp_path, rng)
-
-
 def test_a_changed_value_is_named_by_its_leaf(saved, tmp_path):
     """Files as they were written, but other values in them: the hash of the values speaks."""
     shutil.copytree(saved[0], tmp_path / "copy")
     changed = saved[1].replace(params=saved[1].params | {"embed": saved[1].params["embed"].at[2, 1].add(1e-3)})
     checkpoint.save(tmp_path / "other", 7, changed)
     mine, theirs = (tmp_path / name / "00000007" for name in ("copy", "other"))
+    leaves = manifest.read(mine)["leaves"]
     shutil.rmtree(mine / "state")
     shutil.move(theirs / "state", mine / "state")
-    manifest = json.loads((mine / checkpoint.MANIFEST).read_text())
-    manifest["files"] = json.loads((theirs / checkpoint.MANIFEST).read_text())["files"]
-    (mine / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    manifest.write(mine, 7, leaves, {})
     with pytest.raises(ValueError, match=r"is damaged: leaf params\.embed is not as it was written; there is no older one"):
         checkpoint.restore(tmp_path / "copy", train_state(1))
 
 
-def test_a_cut_or_absent_file_is_named_with_the_way_out(saved, tmp_path):
-    shutil.copytree(saved[0], tmp_path / "copy")
-    checkpoint.save(tmp_path / "copy", 5, saved[1])
-    path = max(data_files(tmp_path / "copy"), key=lambda p: p.stat().st_size)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=rf"file .*{path.name}.*remove .*00000007 to go on from step 5"):
-        checkpoint.restore(tmp_path / "copy", train_state(1))
-    path.unlink()
-    with pytest.raises(ValueError, match=rf"file .*{path.name} is not as it was written"):
-        checkpoint.restore(tmp_path / "copy", train_state(1))
-    assert checkpoint.restore(tmp_path / "copy", train_state(1), step=5)[1] == 5
+def test_a_note_that_was_changed_is_refused(tmp_path):
+    checkpoint.save(tmp_path, 1, {"w": jnp.ones(2)}, notes={"metrics_bytes": 120})
+    path = tmp_path / "00000001" / manifest.FILE
+    path.write_text(path.read_text().replace("120", "121"))
+    with pytest.raises(ValueError, match=r"00000001 is damaged: file manifest\.json is not as it was written"):
+        checkpoint.notes(tmp_path, 1)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"leaves": {}}'])
-def test_a_broken_manifest_is_said(saved, tmp_path, text):
+def test_a_step_moved_to_another_number_is_refused(saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "copy")
-    (tmp_path / "copy" / "00000007" / checkpoint.MANIFEST).write_text(text)
-    with pytest.raises(ValueError, match=r"manifest\.json is not readable"):
+    (tmp_path / "copy" / "00000007").rename(tmp_path / "copy" / "00000008")
+    with pytest.raises(ValueError, match=r"00000008 is damaged: file manifest\.json is that of step 7"):
         checkpoint.restore(tmp_path / "copy", train_state(1))
 
 
@@ -220,8 +181,8 @@ def test_a_save_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkeyp
     def full(path, text):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_atomic", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(manifest, "write_atomic", full)
+    with pytest.raises(OSError, match=r"the disk was full before checkpoint 2 .* was whole; step 1 is kept as it was"):
         checkpoint.save(tmp_path, 2, {"w": jnp.zeros(2)}, keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["00000001"]
     assert checkpoint.restore(tmp_path, {"w": jnp.zeros(2)})[0]["w"].tolist() == [1, 1]
@@ -271,53 +232,10 @@ def test_resuming_at_every_step_is_the_unbroken_run_bit_for_bit(tmp_path):
     assert train_step.programs() == 1  # a restored state is placed as a new one
 
 
-SAVER = """
-    import os, sys
-    import jax.numpy as jnp
-    from jaxrlhf.training import checkpoint
-    step = checkpoint.latest(sys.argv[1]) or 0
-    print("ready", flush=True)
-    while True:
-        step += 1
-        checkpoint.save(sys.argv[1], step, {"w": jnp.full((500, 500), step), "v": jnp.full(3, 2 * step)})
-"""
-
-
-def kill_in_saves(directory, kills: int, rng: random.Random) -> None:
-    """SIGKILL a process that does nothing but save, at random moments; what is left must be whole."""
-    last = 0
-    for _ in range(kills):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(SAVER), str(directory)], stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(rng.uniform(1.0, 3.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        like = {"w": jnp.zeros((500, 500), jnp.int32), "v": jnp.zeros(3, jnp.int32)}
-        if checkpoint.latest(directory) is None:
-            continue
-        state, at = checkpoint.restore(directory, like)
-        assert at >= last
-        assert (np.asarray(state["w"]) == at).all()
-        assert state["v"].tolist() == [2 * at] * 3
-        last = at
-    assert last > 0
-
-
-def test_killed_in_a_save(tmp_path):
-    kill_in_saves(tmp_path, 2, random.Random(0))
-
-
-@pytest.mark.full
-def test_killed_in_fifty_saves(tmp_path):
-    kill_in_saves(tmp_path, 50, random.Random(1))
-
-
 def test_manifest_says_what_is_inside(saved):
-    manifest = json.loads((saved[0] / "00000007" / checkpoint.MANIFEST).read_text())
-    assert manifest["leaves"]["params.embed"].keys() == {"shape", "dtype", "blake2b"}
-    assert manifest["leaves"]["params.half"]["dtype"] == "bfloat16"
-    on_disk = {os.path.relpath(p, saved[0] / "00000007" / "state") for p in data_files(saved[0])} - {"../manifest.json"}
-    assert on_disk == {name for name in manifest["files"] if (saved[0] / "00000007" / "state" / name).stat().st_size}
+    told = json.loads((saved[0] / "00000007" / manifest.FILE).read_text())
+    assert told["leaves"]["params.embed"].keys() == {"shape", "dtype", "blake2b"}
+    assert told["leaves"]["params.half"]["dtype"] == "bfloat16"
+    files = [p for p in (saved[0] / "00000007").rglob("*") if p.is_file() and p.stat().st_size]
+    on_disk = {os.path.relpath(p, saved[0] / "00000007" / "state") for p in files} - {"../manifest.json"}
+    assert on_disk == {name for name in told["files"] if (saved[0] / "00000007" / "state" / name).stat().st_size}

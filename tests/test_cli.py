@@ -209,6 +209,30 @@ def test_bad_input_is_one_line_and_exit_2(script, argv, code, error):
     assert done.stderr.count("\n") == (1 if error else 0)
 
 
+def test_flags_of_the_process_are_taken_out_of_the_settings():
+    argv = ["--steps", "3", "--max-minutes", "1.5", "--stop-on-alarm", "--from-step=20", "--save-seconds", "0"]
+    found = cli.take_session(argv)
+    assert argv == ["--steps", "3"]
+    assert (found.max_minutes, found.from_step, found.save_seconds, found.stop_on_alarm) == (1.5, 20, 0.0, True)
+    assert found.left() < 90  # the process began before
+    assert cli.take_session(argv).left() == float("inf")
+
+
+NONSENSE = ("--max-minutes 0", "--max-minutes soon", "--from-step -1", "--from-step 1.5", "--save-seconds nan")
+
+
+@pytest.mark.parametrize("argv", [text.split() for text in NONSENSE], ids=NONSENSE)
+def test_flags_of_the_process_that_make_no_sense_are_refused(argv):
+    with pytest.raises(ValueError, match=rf"{argv[0]} {argv[1]}: give a number from"):
+        cli.take_session(argv)
+
+
+def test_going_back_where_there_is_nothing_to_go_back_to_is_said(script):
+    done = call(script, "--from-step", "3")
+    assert done.returncode == 2
+    assert "script.py: --from-step 3: no stage went on from a checkpoint" in done.stderr
+
+
 def test_an_error_out_of_another_library_keeps_its_traceback(script):
     done = call(script, "--fail", "library")
     assert done.returncode == 1

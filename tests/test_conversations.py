@@ -112,7 +112,7 @@ def test_fine_tuning_reads_a_file_of_conversations(tokenizer, tmp_path):
 def test_what_is_no_conversation_is_named(tokenizer, tmp_path):
     file = tmp_path / "talk.jsonl"
     file.write_text(json.dumps({"messages": TALK}) + "\n" + json.dumps({"messages": [{"role": "user"}]}) + "\n")
-    with pytest.raises(ValueError, match=r"talk.jsonl: row 2: messages: each needs a role and a content"):
+    with pytest.raises(ValueError, match=r"talk.jsonl:2: messages: each needs a role and a content"):
         conversations.read(file)
     file.write_text(json.dumps({"text": "a"}) + "\n")
     with pytest.raises(ValueError, match=r"talk.jsonl:1: messages: missing field"):

@@ -44,6 +44,14 @@ def test_the_code_of_sampling_runs():
     assert 0 < len(found["written"]) <= 20
 
 
+def test_the_code_of_reliability_runs():
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict = {}
+    exec(compile("\n".join(blocks), "docs/reliability.md", "exec"), found)
+    assert found["causes"]
+
+
 def test_the_fields_of_sampling_are_those_that_there_are():
     page = (ROOT / "docs" / "sampling.md").read_text(encoding="utf-8")
     for field in (*dataclasses.fields(SamplingSpec), *dataclasses.fields(generate.Options)):

@@ -60,7 +60,10 @@ HOST_FILES = {
     *("models/pretrained.py", "models/hf.py", "models/gguf.py", "models/peft.py"),
     *("rewards/functions.py", "rewards/pool.py"),
 }
-PRINTS = {"training/run.py", "training/cli.py", "feedback/labelers.py"}  # they talk to the person at the terminal
+PRINTS = {  # they talk to the person at the terminal
+    *("training/run.py", "training/cli.py", "training/ending.py", "training/progress.py", "training/events.py"),
+    "feedback/labelers.py",
+}
 
 # Where programs are compiled. A jit anywhere else hides a second compilation inside a first.
 JITS = {

@@ -27,10 +27,15 @@ def test_going_on_drops_the_rows_that_come_again_and_a_line_cut_short(tmp_path):
     log = Metrics(tmp_path, tensorboard=False)
     for step in range(5):
         log.log(step, {"x": step})
+        if step == 2:
+            log.sync()
+            size = log.size()  # as a checkpoint notes it
     log.close()
+    before = (tmp_path / metrics.FILE).read_bytes()
     with open(tmp_path / metrics.FILE, "a") as file:
         file.write('{"step": 5, "x"')  # killed while it wrote
-    log = Metrics(tmp_path, start=3, tensorboard=False)
+    log = Metrics(tmp_path, start=3, size=size, tensorboard=False)
+    assert (tmp_path / metrics.FILE).read_bytes() == before[:size]
     for step in range(3, 6):
         log.log(step, {"x": 10 * step})
     log.close()
@@ -51,8 +56,14 @@ def test_every_line_is_json_even_with_numbers_that_json_lacks(tmp_path):
     row = metrics.read(tmp_path)[0]
     assert math.isnan(row["a"])
     assert row["b"] == -math.inf
-    Metrics(tmp_path, start=1, tensorboard=False).close()  # kept as they were
-    assert math.isnan(metrics.read(tmp_path)[0]["a"])
+
+
+def test_rows_that_a_checkpoint_counts_on_may_not_be_missing(tmp_path):
+    log = Metrics(tmp_path, tensorboard=False)
+    log.log(0, {"x": 1})
+    log.close()
+    with pytest.raises(ValueError, match=r"has 20 bytes, but 30 when step 2 was saved: rows are missing"):
+        Metrics(tmp_path, start=2, size=30, tensorboard=False)
 
 
 def test_a_damaged_file_is_named_with_its_line(tmp_path):

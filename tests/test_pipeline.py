@@ -319,3 +319,21 @@ def test_bad_mixtures():
         pipeline.mixed(data(3), {"x": np.zeros(3)}, 2, 1, 5)
     with pytest.raises(ValueError, match="steps=0 and batch_size=2 must be at least 1"):
         pipeline.mixed(data(3), data(3), 2, 1, 0)
+
+
+@pytest.mark.parametrize("bad", [-1, 10])
+def test_a_token_id_that_the_model_lacks_is_named_before_any_device_sees_it(bad):
+    tokens = np.arange(24, dtype=np.int32).reshape(6, 4) % 10
+    good = pipeline.batches({"tokens": tokens}, 2, seed=0)
+    for step in range(6):
+        np.testing.assert_array_equal(pipeline.within(good, 10)[step]["tokens"], good[step]["tokens"])
+    tokens[4, 3] = bad
+    checked, found = pipeline.within(pipeline.batches({"tokens": tokens}, 2, seed=0), 10), []
+    for step in range(3):  # an epoch
+        try:
+            _ = checked[step]
+        except ValueError as error:
+            found.append(str(error))
+    (told,) = found
+    assert f"token id {bad} at [" in told
+    assert "3] of its tokens, but the model has ids 0 to 9" in told

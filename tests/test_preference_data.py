@@ -100,8 +100,8 @@ def test_own_answers_are_paired_by_the_tasks_score(tmp_path):
         total = rollout.tokens.sum(axis=1).astype(jnp.float32)
         return total, jnp.where(rollout.group == rollout.group[0], 0.0, 1.0), {}
 
-    with jax.set_mesh(mesh):
-        task = tasks.make(dataclasses.replace(ppo.ARITHMETIC, policy=tmp_path, batch=4, held_out_prompts=48), mesh)
+    settings = dataclasses.replace(ppo.ARITHMETIC, policy=tmp_path, batch=4, held_out_prompts=48)
+    with jax.set_mesh(mesh), tasks.make(settings, mesh) as task:
         config = preference_data.Config(prompts=8, n=3, held_out=0.3)
         pairs = preference_data.judged(config, dataclasses.replace(task, score=score), mesh, 1)
     sides = [pairs.train, pairs.held_out]

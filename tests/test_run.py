@@ -7,9 +7,7 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -19,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrlhf.training import checkpoint, cli, metrics
-from jaxrlhf.training import run as run_module
+from jaxrlhf.training import checkpoint, cli, ending, events, metrics, progress, session
 from jaxrlhf.training.run import Run
 
 
@@ -111,6 +108,8 @@ def test_other_settings_are_refused_by_name(tmp_path):
     with open_run(tmp_path, Config(out=Path("moved"))):  # where it lies is no setting of the run
         pass
     with open_run(tmp_path, Config(steps=9), free=("out", "steps")):
+        pass
+    with open_run(tmp_path, Config(steps=9, inner=Inner(0.3)), free=("inner",)):  # with all that is in it
         pass
     assert cli.load(Config, tmp_path / "config.yaml").steps == 9
 
@@ -244,7 +243,7 @@ class Terminal(io.StringIO):
 
 def test_progress_on_a_terminal(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with open_run(tmp_path) as run:
@@ -265,78 +264,142 @@ def test_quiet_where_there_is_no_terminal(tmp_path, capsys):
 
 @pytest.mark.parametrize(("seconds", "text"), [(5, "0:05"), (65, "1:05"), (3725, "1:02:05")])
 def test_durations(seconds, text):
-    assert run_module._duration(seconds) == text
+    assert progress.duration(seconds) == text
 
 
-SCRIPT = """
-    from __future__ import annotations
-    import dataclasses, os, signal
-    from pathlib import Path
-    from jaxrlhf.training import cli
-
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        out: Path
-        steps: int = 6
-
-    def run(config):
-        from jaxrlhf.training.run import Run
-        import jax, jax.numpy as jnp, optax
-        from jaxrlhf.core.types import Outputs, Term
-        from jaxrlhf.training import step as train
-        outputs = lambda params, frozen, batch, key: Outputs(scores=batch @ params["w"] + 0.01 * jax.random.normal(key))
-        loss = lambda outputs, batch, config: ({"loss/toy": Term(jnp.square(outputs.scores - 1).sum(), jnp.float32(4))}, {})
-        with Run.open(config.out, config, save_seconds=0.0, tensorboard=False) as run:
-            if run.result is None:
-                made = optax.adam(0.1)
-                train_step = train.make_train_step(outputs, loss, None, made)
-                state = run.restore(train.init_state({"w": jnp.arange(3.0)}, made, jax.random.key(0)))
-                for step in run.steps(run.start, config.steps, "toy"):
-                    batch = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (4, 3))
-                    state, metrics = train_step(state, (), batch)
-                    run.log(step, metrics)
-                    if os.environ.get("DIE") == f"{step} before":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    run.maybe_save(step, state)
-                    if os.environ.get("DIE") == f"{step} after":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                run.done({"w": state.params["w"].tolist()})
-            print(run.result["w"])
-
-    if __name__ == "__main__":
-        cli.main(run, Config)
-"""
+def log_rows(out: Path, rows: list[dict], start: int = 0, save_last: bool = False) -> Run:
+    """A run that logs rows and nothing else, and a checkpoint where one is asked for."""
+    with open_run(out) as run:
+        run.restore({"w": jnp.zeros(2)})
+        for step, row in enumerate(rows, start):
+            run.log(step, row, {"tokens": jnp.full(3, step)})
+        if save_last:
+            run.maybe_save(start + len(rows) - 1, {"w": jnp.zeros(2)}, last=True)
+        return run
 
 
-@pytest.fixture
-def script(tmp_path):
-    path = tmp_path / "toy.py"
-    path.write_text(textwrap.dedent(SCRIPT))
-    return path
+def alarms(out: Path) -> list[tuple[int, str]]:
+    return [(event["step"], event["metric"]) for event in events.read(out) if event["kind"] == "alarm"]
 
 
-def call(script, out, die=""):
-    command = [sys.executable, str(script), "--out", str(out)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"DIE": die})
+FLAT = [{"loss/total": 1.0 + 0.01 * (i % 3)} for i in range(24)]
 
 
-def test_killed_between_steps_and_started_again_is_the_unbroken_run(script, tmp_path):
-    whole = call(script, tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    for die in ("2 before", "4 after"):
-        assert call(script, tmp_path / "killed", die).returncode == -signal.SIGKILL
-    again = call(script, tmp_path / "killed")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout == whole.stdout
-    assert again.stderr == ""
-    rows = metrics.read(tmp_path / "killed")
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
-    assert rows == metrics.read(tmp_path / "whole")
+def test_a_jump_of_the_loss_is_an_event_each_time_and_printed_once(tmp_path, capsys):
+    log_rows(tmp_path, [*FLAT, {"loss/total": 9.0}, {"loss/total": 9.5}, {"loss/total": 1.0}])
+    assert alarms(tmp_path) == [(24, "loss/total"), (25, "loss/total")]
+    assert capsys.readouterr().err.count("loss/total jumped") == 1
 
 
-def test_an_unwritable_directory_is_one_line_and_exit_2(script):
-    done = call(script, "/proc/no/such")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("toy.py: cannot write to the run directory /proc/no/such: ")
-    assert done.stderr.count("\n") == 1
+def test_an_alarm_stops_a_run_that_asks_for_it_and_leaves_the_batch(tmp_path):
+    stop = session.use(session.Session(stop_on_alarm=True))
+    with stop, pytest.raises(ValueError, match=r"step 24: loss/total jumped to 9: .*bad_batch_00000024\.npz"):
+        log_rows(tmp_path, [*FLAT, {"loss/total": 9.0}, {"loss/total": 1.0}])
+    assert np.load(tmp_path / "bad_batch_00000024.npz")["['tokens']"].tolist() == [24, 24, 24]
+
+
+def test_alarms_of_a_resumed_run_are_those_of_the_unbroken_one(tmp_path):
+    """What the loss was before the run was interrupted still counts."""
+    rows = [*FLAT, {"loss/total": 9.0}, {"loss/total": 1.0}]
+    log_rows(tmp_path / "whole", rows)
+    log_rows(tmp_path / "broken", rows[:22], save_last=True)
+    log_rows(tmp_path / "broken", rows[22:], start=22)
+    assert alarms(tmp_path / "broken") == alarms(tmp_path / "whole") == [(24, "loss/total")]
+
+
+def test_a_fact_from_outside_is_asked_for_once_and_saved(tmp_path):
+    asked = iter([7, 8, 9])
+    for expected in (7, 7):
+        with open_run(tmp_path) as run:
+            assert run.once("sequence", lambda: next(asked)) == expected
+            run.restore({"w": jnp.zeros(2)})
+            assert run.once("sequence", lambda: next(asked)) == expected
+            run.log(run.start, {"x": 1})
+            run.maybe_save(run.start, {"w": jnp.zeros(2)}, last=True)
+    with open_run(tmp_path / "another") as run:
+        assert run.once("sequence", lambda: next(asked)) == 8
+
+
+def test_the_time_is_up_after_a_step_that_the_next_one_would_not_fit_behind(tmp_path, monkeypatch, capsys):
+    """Steps of 10 s, a minute in all, 2 s in reserve: the fifth ends at 50 s, and a sixth would be too much."""
+    now = [1000.0]
+    monkeypatch.setattr(ending.time, "monotonic", lambda: now[0])
+    given, stopped = session.Session(max_minutes=1.0, started=1000.0), pytest.raises(SystemExit)
+    with session.use(given), stopped as ended, open_run(tmp_path, save_seconds=1e9) as run:
+        for step in run.steps(0, 99, "toy"):
+            now[0] += 10.0
+            run.log(step, {"x": step})
+            run.maybe_save(step, {"w": jnp.zeros(2)})
+    assert ended.value.code == session.OUT_OF_TIME == 75
+    assert checkpoint.latest(tmp_path / "checkpoints") == 5
+    assert [row["step"] for row in metrics.read(tmp_path)] == [0, 1, 2, 3, 4]
+    assert "out of time (--max-minutes 1.0); the same command goes on" in capsys.readouterr().err
+
+
+def test_a_loop_without_saves_is_ended_by_the_clock_too(tmp_path, monkeypatch):
+    now, done, stopped = [0.0], [], pytest.raises(SystemExit)
+    monkeypatch.setattr(ending.time, "monotonic", lambda: now[0])
+    with session.use(session.Session(max_minutes=1.0, started=0.0)), stopped, open_run(tmp_path) as run:
+        for step in run.steps(0, 99, "toy"):
+            now[0] += 25.0
+            done.append(step)
+    assert done == [0, 1]
+
+
+def test_a_signal_that_comes_behind_a_save_costs_no_step(tmp_path):
+    """Between `maybe_save` and the next step: that step is done and saved, not dropped with those before it."""
+    stopped = pytest.raises(SystemExit)
+    with stopped, open_run(tmp_path, save_seconds=1e9) as run:
+        for step in run.steps(0, 9, "toy"):
+            run.log(step, {"x": step})
+            run.maybe_save(step, {"w": jnp.full(2, step)})
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+    assert checkpoint.latest(tmp_path / "checkpoints") == 4
+    assert [row["step"] for row in metrics.read(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_a_save_that_fails_behind_the_steps_is_told_by_the_next_one(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.manifests, "write", full)
+    told = pytest.raises(OSError, match=r"the disk was full before checkpoint 1 .*there is no older one")
+    with told, open_run(tmp_path, save_seconds=0.0) as run:
+        for step in run.steps(0, 99, "toy"):
+            run.log(step, {"x": step})
+            run.maybe_save(step, {"w": jnp.zeros(2)})
+            time.sleep(0.02)
+    assert [event["kind"] for event in events.read(tmp_path)] == ["started", "not saved"]
+    assert checkpoint.numbered(tmp_path / "checkpoints") == []
+
+
+def test_what_a_run_says_of_its_machine_is_a_list_and_no_more(tmp_path, monkeypatch):
+    """Versions, devices, commit; not the environment, in which secrets are."""
+    monkeypatch.setenv("SECRET_OF_A_TEST", "hunter2")
+    with open_run(tmp_path) as run:
+        run.restore({"w": jnp.zeros(2)})
+    told = json.loads((tmp_path / events.ENVIRONMENT).read_text())
+    assert told["versions"]["jax"] == jax.__version__
+    assert told["devices"] == {"cpu": jax.device_count()}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hunter2" in path.read_bytes()]
+    told["versions"]["jax"] = "0.0.1"
+    (tmp_path / events.ENVIRONMENT).write_text(json.dumps(told))
+    with open_run(tmp_path) as run:
+        run.restore({"w": jnp.zeros(2)})
+    (changed,) = events.read(tmp_path)[-1]["changed"]
+    assert changed.startswith("versions: ")
+
+
+def test_an_event_that_a_power_cut_tore_is_dropped_and_none_before_it(tmp_path):
+    first = events.Events(tmp_path)
+    first.write("one", step=1)
+    first.close()
+    with open(tmp_path / events.FILE, "ab") as file:
+        file.write(b'{"number": 2, "ki')
+    before = (tmp_path / events.FILE).read_bytes()
+    again = events.Events(tmp_path)
+    again.write("two")
+    again.close()
+    assert (tmp_path / events.FILE).read_bytes().startswith(before.partition(b"\n")[0] + b"\n")
+    assert [(event["number"], event["kind"]) for event in events.read(tmp_path)] == [(1, "one"), (2, "two")]

@@ -43,8 +43,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(mesh, folder):
-    with jax.set_mesh(mesh):
-        return tasks.make(dataclasses.replace(ppo.ARITHMETIC, policy=folder, batch=4, held_out_prompts=48), mesh)
+    config = dataclasses.replace(ppo.ARITHMETIC, policy=folder, batch=4, held_out_prompts=48)
+    with jax.set_mesh(mesh), tasks.make(config, mesh) as made:
+        return made
 
 
 def answered(prompts, answers: list[list[str]], tokenizer) -> Rollout:
@@ -89,10 +90,10 @@ def test_prompts_are_drawn_by_the_seed_and_none_is_held_out(mesh, folder):
     rows, held_out = arithmetic.problems("train"), {unordered(row) for row in arithmetic.problems("held_out")}
     orders = []
     for seed in (1, 1, 2):
-        with jax.set_mesh(mesh):
-            task = tasks.make(dataclasses.replace(ppo.ARITHMETIC, policy=folder, batch=64, seed=seed, held_out_prompts=8), mesh)
-        tokens = np.concatenate([task.prompts[i].tokens for i in range(4)])
-        index = np.concatenate([task.prompts[i].row for i in range(4)])
+        config = dataclasses.replace(ppo.ARITHMETIC, policy=folder, batch=64, seed=seed, held_out_prompts=8)
+        with jax.set_mesh(mesh), tasks.make(config, mesh) as task:
+            tokens = np.concatenate([task.prompts[i].tokens for i in range(4)])
+            index = np.concatenate([task.prompts[i].row for i in range(4)])
         prompts = task.start.tokenizer.decode_batch(tokens)
         assert prompts == [rows[i]["prompt"] for i in index]
         assert not {unordered(rows[i]) for i in index} & held_out

@@ -110,19 +110,22 @@ def answer_rows(conversations: Sequence[Messages], tokenizer: Tokenizer, width: 
     }, left
 
 
-def read(file: Path | str) -> list[list[dict[str, str]]]:
+def read(file: Path | str, rejects: Path | str | None = None) -> list[list[dict[str, str]]]:
     """The conversations of a `.jsonl` file: `{"messages": [{"role": "user", "content": "..."}, ...]}` a line.
+
+    With `rejects`, lines that are none are left out and named there.
 
     Raises:
         ValueError: a line is not one (naming file, line and field).
     """
-    found = []
-    for number, row in enumerate(sources.read_jsonl(file, SCHEMA), 1):
+
+    def check(row: dict[str, Any], place: str) -> dict[str, Any]:
         for message in row["messages"]:
             if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
-                raise ValueError(f"{file}: row {number}: messages: each needs a role and a content, both text, not {message!r}")
-        found.append(row["messages"])
-    return found
+                raise ValueError(f"{place}: messages: each needs a role and a content, both text, not {message!r}")
+        return row
+
+    return [row["messages"] for row in sources.read_jsonl(file, SCHEMA, rejects=rejects, check=check)]
 
 
 @functools.lru_cache(maxsize=2)

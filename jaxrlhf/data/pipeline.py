@@ -236,6 +236,28 @@ def by_step(batch: Callable[[int], Any], steps: int | None = None) -> Any:
     return grain.MapDataset.range(np.iinfo(np.int32).max if steps is None else steps).map(lambda step: batch(int(step)))
 
 
+def within(batches: Any, vocab_size: int) -> Any:
+    """A `grain.MapDataset` of batches (arrays by name, or a type with `tokens`), each checked on the host when it is read.
+
+    A device does not complain of an id that is too large: it takes the last row of the embedding, or NaN.
+
+    Raises:
+        ValueError: when a batch with an id outside 0 .. vocab_size-1 is read; it names step, row and place.
+    """
+
+    def check(step: int, batch: Any) -> Any:
+        tokens = np.asarray(batch["tokens"] if isinstance(batch, Mapping) else batch.tokens)
+        if tokens.min(initial=0) < 0 or tokens.max(initial=0) >= vocab_size:
+            where = np.argwhere((tokens < 0) | (tokens >= vocab_size))[0]
+            raise ValueError(
+                f"batch {step}: token id {tokens[tuple(where)]} at {where.tolist()} of its tokens, but the model has ids 0 to "
+                f"{vocab_size - 1}: the texts were encoded by the tokenizer of another model"
+            )
+        return batch
+
+    return batches.map_with_index(check)
+
+
 def height(arrays: Mapping[str, np.ndarray]) -> int:
     """Number of rows of a data set of arrays, which must agree on it."""
     heights = {name: len(array) for name, array in arrays.items()}

@@ -11,7 +11,7 @@ import gzip
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -166,11 +166,16 @@ def _lines(path: Path, max_bytes: int) -> Iterator[tuple[int, int, bytes]]:
 
 
 def read_jsonl(
-    path: Path | str, schema: Schema, max_bytes: int = 10_000_000, rejects: Path | str | None = None
+    path: Path | str,
+    schema: Schema,
+    max_bytes: int = 10_000_000,
+    rejects: Path | str | None = None,
+    check: Callable[[dict[str, Any], str], dict[str, Any]] = lambda row, place: row,
 ) -> list[dict[str, Any]]:
     """All rows of a `.jsonl` or `.jsonl.gz` file. Nothing is returned unless every line is good.
 
-    With `rejects`, bad lines are left out and written there instead, one JSON object `{line, problem}` each.
+    `check(row, place)` gives the row as it is returned, or raises a ValueError of its own. With `rejects`, bad lines are left
+    out and written there instead, one JSON object `{line, problem}` each.
 
     Raises:
         ValueError: `file:line: field: problem` of the first bad line, or the file is empty.
@@ -179,7 +184,7 @@ def read_jsonl(
     path, rows, bad = Path(path), [], []
     for number, _, line in _lines(path, max_bytes):
         try:
-            rows.append(parse_line(line, schema, f"{path}:{number}", max_bytes))
+            rows.append(check(parse_line(line, schema, f"{path}:{number}", max_bytes), f"{path}:{number}"))
         except ValueError as error:
             if rejects is None:
                 raise

@@ -47,14 +47,14 @@ def check(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     return row
 
 
-def read_jsonl(path: Path | str) -> list[dict[str, Any]]:
-    """Preferences of a `.jsonl` or `.jsonl.gz` file, with defaults filled in.
+def read_jsonl(path: Path | str, rejects: Path | str | None = None) -> list[dict[str, Any]]:
+    """Preferences of a `.jsonl` or `.jsonl.gz` file, with defaults filled in; with `rejects`, without the bad lines.
 
     Raises:
         ValueError: `file:line: field: problem`.
         FileNotFoundError, PermissionError: naming the file.
     """
-    return [check(row, f"{path}:{number}") for number, row in enumerate(sources.read_jsonl(path, SCHEMA), 1)]
+    return sources.read_jsonl(path, SCHEMA, rejects=rejects, check=check)
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """Rewards that are plain Python, (prompt, response, row) -> number, and how rewards of any kind add up.
 
 `row` is the data-set row, where a verifiable reward finds its reference at row["answer"]. A response that a reward cannot
-score (it raises, or gives NaN, None, an infinity) is left out of the update: score 0, weight 0, counted, and named.
+score (it raises, or gives NaN, None, an infinity) is left out of the update: score 0, weight 0, counted, and named. Functions
+that hang or may not be trusted run in child processes: `rewards/pool.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxrlhf.core.types import Rollout
+from jaxrlhf.rewards import pool
 
 RewardFunction = Callable[[str, str, dict[str, Any]], float]
 Decode = Callable[[list[int]], str]
@@ -58,7 +60,7 @@ def texts(rollout: Rollout, decode: Decode) -> tuple[list[str], list[str]]:
 
 
 def apply(
-    function: RewardFunction,
+    function: RewardFunction | pool.Remote,
     rollout: Rollout,
     decode: Decode,
     rows: Sequence[dict[str, Any]] | None = None,
@@ -67,17 +69,21 @@ def apply(
     """Scores by a function of one response. What it raises costs that row, not the run; a warning names the first fault.
 
     `rows` are the data-set rows (a reference answer, ...), one a rollout row. `name`: in reports; the function's own if empty.
+    A function of a pool (`rewards/pool.open_pool`) runs in its child processes, within their limits.
 
     Raises:
-        ValueError: the number of rows is not that of the rollout.
+        ValueError: the number of rows is not that of the rollout, or one cannot be sent to a child process.
     """
     prompts, responses = texts(rollout, decode)
     rows = [{}] * len(prompts) if rows is None else rows
     if len(rows) != len(prompts):
         raise ValueError(f"reward function: {len(rows)} data rows for {len(prompts)} responses; pass one a response")
-    given: list[Any] = []
-    raised = {}
-    for i, item in enumerate(zip(prompts, responses, rows, strict=True)):
+    items = list(zip(prompts, responses, rows, strict=True))
+    if isinstance(function, pool.Remote):
+        given, raised = function.pool.score(function.name, items)
+        return _scores(given, name or function.name, prompts.__getitem__, raised)
+    given, raised = [], {}
+    for i, item in enumerate(items):
         try:
             given.append(function(*item))
         except Exception as error:  # of any kind: it is not our code
@@ -260,7 +266,7 @@ def repetition(n: int = 3) -> RewardFunction:
 def math_match() -> RewardFunction:
     r"""A reward of 1 where the response's formula equals row["answer"] as mathematics (1/2, 0.5, $\frac{1}{2}$), else 0.
 
-    By math-verify, whose time limit is an alarm signal: use it in the main thread.
+    By math-verify, whose time limit is an alarm signal: use it in the main thread, or in a pool, whose limit is one that holds.
 
     Raises:
         ImportError: the extra `math` is not installed.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
+import signal
 import sys
+import threading
 import traceback
 import types
 import typing
@@ -14,7 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jaxrlhf.training import session
+from jaxrlhf.training.ending import SIGNALS
+
 C = TypeVar("C")
+
+SESSION = """--max-minutes M saves and ends with exit code 75 before M minutes are over; the same command then goes on.
+--from-step N goes on from checkpoint N and sets the newer ones aside. --save-seconds S saves every S seconds. --stop-on-alarm
+ends a run whose loss jumps or whose KL runs away. None of these is a setting of the run."""
 
 
 def parse(
@@ -52,6 +62,29 @@ def parse(
     if default is None:
         return tyro.cli(cls, args=argv, description=description, config=(tyro.conf.CascadeSubcommandArgs,))
     return tyro.cli(cls, args=argv, description=description, default=default, config=(tyro.conf.CascadeSubcommandArgs,))
+
+
+def take_session(argv: list[str]) -> session.Session:
+    """Take what is said of this process alone out of the command line.
+
+    Raises:
+        ValueError: not a number, or one below what makes sense.
+    """
+
+    def number(flag: str, kind: type, least: int | float) -> Any:
+        text = _take(argv, flag)
+        try:
+            value = None if text is None else kind(text)
+        except ValueError:
+            value = math.nan
+        if value is not None and not value >= least:
+            raise ValueError(f"{flag} {text}: give a number from {least:g} on")
+        return value
+
+    minutes, step = number("--max-minutes", float, 0.01), number("--from-step", int, 0)
+    given = session.Session(minutes, step, number("--save-seconds", float, 0), "--stop-on-alarm" in argv)
+    argv[:] = [word for word in argv if word != "--stop-on-alarm"]
+    return given
 
 
 def _names(cls: Any) -> set[str]:
@@ -167,15 +200,30 @@ def main(
     """Parse the command line, `run(settings)`, and end the process as a shell expects.
 
     Bad input (a ValueError raised by this library or a script, or any operating-system error) is one line on stderr and
-    exit code 2; Ctrl-C is 130. A ValueError out of another library is a bug and keeps its traceback, as everything does
-    under JAXRLHF_TRACEBACK=1.
+    exit code 2; Ctrl-C is 130, and 75 means that the time of `--max-minutes` was up. A ValueError out of another library is a
+    bug and keeps its traceback, as everything does under JAXRLHF_TRACEBACK=1.
     """
     try:
-        config = parse(cls, None, presets, about or (sys.modules["__main__"].__doc__ or "").strip(), model)
+        argv = sys.argv[1:]
+        asked = take_session(argv)
+        about = (about or sys.modules["__main__"].__doc__ or "").strip()
+        config = parse(cls, argv, presets, f"{about}\n\n{SESSION}", model)
         keep_programs()
-        run(config)
+        with session.use(asked):
+            run(config)
+            if session.current().from_step is not None:
+                raise ValueError(
+                    f"--from-step {asked.from_step}: no stage went on from a checkpoint, so nothing was taken back"
+                )
     except KeyboardInterrupt:
         sys.exit(130)
+    except SystemExit as ended:
+        for number in SIGNALS:  # the process ends already: one more would only break that off with a traceback
+            signal.signal(number, signal.SIG_IGN)
+        if isinstance(ended.code, int) and any(thread.name == "checkpoint" for thread in threading.enumerate()):
+            sys.stdout.flush()
+            os._exit(ended.code)  # at once: the interpreter would wait for the threads of a save
+        raise
     except (ValueError, OSError) as error:
         if os.environ.get("JAXRLHF_TRACEBACK") or not (isinstance(error, OSError) or _ours(error)):
             raise

@@ -44,17 +44,19 @@ def read(path: Path) -> list[dict[str, Any]]:
 class Metrics:
     """Appends a row a step. A row is fetched from the device when the next one comes, so that no step waits for its own."""
 
-    def __init__(self, directory: Path, start: int = 0, tensorboard: bool = True):
-        """Open the files of a run that begins, or goes on, at step `start`: rows of later steps, which it will write again,
-        are dropped.
+    def __init__(self, directory: Path, start: int = 0, size: int = 0, tensorboard: bool = True):
+        """Open the files of a run that begins, or goes on, at step `start`, where the file had `size` bytes: what came after
+        them is dropped, because it will be written again.
 
         Raises:
-            ValueError: the file is damaged, or tensorboardX is absent.
+            ValueError: the file is shorter than that, or tensorboardX is absent.
         """
         self.path = Path(directory) / FILE
-        if self.path.is_file():
-            kept = [row for row in read(self.path) if row["step"] < start]
-            write_atomic(self.path, "".join(_line(row) for row in kept))
+        there = self.path.stat().st_size if self.path.is_file() else 0
+        if there < size:
+            raise ValueError(f"{self.path} has {there} bytes, but {size} when step {start} was saved: rows are missing in it")
+        if there > size:
+            os.truncate(self.path, size)
         self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  open as long as the run
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._board = _board(Path(directory) / "tensorboard", start) if tensorboard else None
@@ -86,6 +88,10 @@ class Metrics:
         os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
+
+    def size(self) -> int:
+        """Bytes of the file so far."""
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Write what is pending and close the files."""

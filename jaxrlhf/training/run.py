@@ -1,36 +1,31 @@
-"""A run's directory: lock, settings, signals, progress, metrics, checkpoints, result.
+"""A run's directory: lock, settings, signals, alarms, metrics, events, checkpoints, result.
 
 with Run.open(config.out, config) as run:
     state = run.restore(state)
     for step in run.steps(run.start, total, "ppo"):
         state, metrics = train_step(state, frozen, batch(step))
-        run.log(step, metrics)
+        run.log(step, metrics, batch)
         run.maybe_save(step, state)
     run.done({"loss": ...})
 """
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
 import json
 import os
-import signal
-import socket
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jaxrlhf
-from jaxrlhf.training import cli
+from jaxrlhf.training import directory, events, session
+from jaxrlhf.training.ending import Ending
+from jaxrlhf.training.guards import IN_A_ROW, Guard, dump
 from jaxrlhf.training.metrics import Metrics, write_atomic
 from jaxrlhf.training.metrics import read as read_metrics
-
-MARK = "run.json"
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from jaxrlhf.training.progress import Progress
 
 
 class Run:
@@ -39,15 +34,21 @@ class Run:
     def __init__(self, out: Path, lock: int, save_seconds: int | float, tensorboard: bool):
         self.out = out
         self.start = 0  # number of steps already done, set by `restore`
-        self.result: dict[str, Any] | None = _read_json(out / "result.json")  # of a run that is done, else None
-        self._mark = _read_json(out / MARK) or {"seconds": 0.0, "cpu_seconds": 0.0}
+        self.result: dict[str, Any] | None = directory.read_json(out / "result.json")  # of a run that is done, else None
+        self._mark = directory.read_json(out / directory.MARK) or {"seconds": 0.0, "cpu_seconds": 0.0}
         self._lock = lock
         self._save_seconds = save_seconds
         self._tensorboard = tensorboard
         self._metrics: Metrics | None = None
-        self._signal = 0
-        self._stepping = False
-        self._handlers: dict[int, Any] = {}
+        self._events = events.Events(out)
+        self._described = False  # environment.json is of this process
+        self._noted: dict[str, Any] | None = None  # what is saved beside the arrays
+        self._guard: Guard | None = None
+        self._read_row: Any = None  # the last one that the guard read
+        self._batch: Any = None  # of the last step logged
+        self._alarmed: set[str] = set()  # kinds that were printed
+        self._saving: Any = None  # checkpoint.Saving
+        self._ending = Ending()
         self._saved_at = self._opened = time.monotonic()
         self._cpu_opened = time.process_time()
 
@@ -60,7 +61,7 @@ class Run:
         tensorboard: bool = True,
         free: tuple[str, ...] = ("out", "mesh"),
     ) -> Run:
-        """Take the directory `out`: a new or empty one, or that of a run with the same settings (but those in `free`).
+        """Take the directory `out`: a new or empty one, or that of a run with the same settings but those in `free`.
 
         Raises:
             ValueError: it belongs to something else, to a run with other settings or to one that is running, or cannot
@@ -68,12 +69,13 @@ class Run:
         """
         out = Path(out).expanduser().absolute()
         try:
-            _check_own(out)
+            directory.check_own(out)
             out.mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(out)
+            lock = directory.take_lock(out)
             try:
-                _settle_config(out, config, free)
-                return cls(out, lock, save_seconds, tensorboard)
+                directory.settle_config(out, config, free)
+                asked = session.current().save_seconds
+                return cls(out, lock, save_seconds if asked is None else asked, tensorboard)
             except BaseException:
                 os.close(lock)
                 raise
@@ -81,66 +83,96 @@ class Run:
             raise ValueError(f"cannot write to the run directory {out}: {error.strerror}; choose another --out") from error
 
     def __enter__(self) -> Run:
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self._handlers[number] = signal.signal(number, self._on_signal)
+        self._ending.listen()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
-            if self._metrics is not None:
-                self._metrics.close()
-            self._write_times()
+            if not self._ending.at_once:
+                self._finish_saving()
+        except (OSError, ValueError) as unsaved:
+            if error is None:
+                raise
+            print(f"{unsaved}", file=sys.stderr)  # and what ended the run goes on its way
         finally:
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-            os.close(self._lock)  # which gives the lock back
+            try:
+                if self._metrics is not None:
+                    self._metrics.close()
+                self._write_times()
+                self._events.close()
+            finally:
+                self._ending.leave()
+                os.close(self._lock)  # which gives the lock back
 
     def restore(self, state: Any) -> Any:
-        """`state` as the newest checkpoint has it, or as it is where there is none. Sets `start`.
+        """`state` as the newest checkpoint has it (or that of `--from-step`), or as it is where there is none. Sets `start`.
 
         Raises:
             ValueError: the checkpoint is damaged or of another model.
+            FileNotFoundError: there are checkpoints, but none of `--from-step`.
         """
         from jaxrlhf.training import checkpoint
 
-        if checkpoint.latest(self._checkpoints) is not None:
-            state, self.start = checkpoint.restore(self._checkpoints, state)
+        self._describe()
+        if removed := checkpoint.clean(self._checkpoints):
+            self._events.write("cleaned", removed=removed)
+        self._notes()
+        back = session.current().from_step
+        if checkpoint.numbered(self._checkpoints):
+            state, self.start = checkpoint.restore(self._checkpoints, state, back)
+            self._events.write("restored", step=self.start)
+            if back is not None:
+                self._events.write("went back", step=back, aside=checkpoint.set_aside(self._checkpoints, back))
+                session.went_back()
         return state
+
+    def once(self, name: str, value: Callable[[], Any]) -> Any:
+        """A fact from outside, as JSON, that this run goes by: asked for once, and then saved with every checkpoint.
+
+        Such as the last event of a feedback store: a run that goes on reads what it read before, whatever came since.
+        """
+        noted = self._notes()
+        if name not in noted:
+            noted[name] = value()
+        return noted[name]
+
+    def left_out(self, path: Path, rejects: Path) -> None:
+        """Say how many lines of a data file are not used, which a reader wrote to `rejects`."""
+        count = rejects.read_text(encoding="utf-8").count("\n")
+        self._events.write("left out", file=str(path), lines=count)
+        if count:
+            print(f"{path}: {count} bad line(s) left out; {rejects} says which and why", file=sys.stderr)
 
     def steps(self, start: int, total: int, name: str, show: tuple[str, ...] = ()) -> Iterator[int]:
         """start, ..., total - 1 with progress on a terminal: step, rate, time left, and the metrics named in `show`.
 
         Raises:
-            SystemExit: 128 + the signal, before the next step, when a signal came and no `maybe_save` took it.
+            SystemExit: before the next step, when a signal came or the time is up and no `maybe_save` took it.
         """
-        progress = _Progress(name, start, total) if sys.stderr.isatty() else None
-        self._stepping = True  # a signal waits for the end of the step
+        self._describe()
+        progress = Progress(name, start, total) if sys.stderr.isatty() else None
         try:
-            for step in range(start, total):
-                self.check_signal()
+            for step in self._ending.steps(start, total):
                 if progress is not None:
                     last = self._metrics.last if self._metrics else {}
                     progress.show(step, {k: last[k] for k in show if k in last})
                 yield step
-            self.check_signal()
         finally:
-            self._stepping = False
             if progress is not None:
                 progress.end()
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
+    def log(self, step: int, metrics: dict[str, Any], batch: Any = None) -> None:
         """Append a row to metrics.jsonl and to TensorBoard. Device scalars are fetched one step later.
 
+        `batch` is what the step learned from: it is written down if it stops the run.
+
         Raises:
-            ValueError: three updates in a row were left out because a gradient was not finite.
+            ValueError: three updates in a row were left out because a gradient was not finite, or under `--stop-on-alarm`
+                the loss jumped or the KL ran away.
         """
         self._log().log(step, metrics)
-        if self._log().last.get("optimizer/skipped_in_a_row", 0) >= 3:
-            raise ValueError(
-                f"step {self._log().last['step']}: the gradient was not finite for 3 updates in a row; "
-                f"{self.out} keeps the last good state. A lower learning rate or a smaller clip_norm may help"
-            )
+        self._watch()
+        self._batch = batch
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl so far."""
@@ -148,40 +180,90 @@ class Run:
         return read_metrics(self.out)
 
     def maybe_save(self, step: int, state: Any, last: bool = False) -> None:
-        """After step `step`: save when it is time, when `last`, or when a signal asks the run to end.
+        """After step `step`: save when it is time, when `last`, or when a signal or the clock asks the run to end.
+
+        The save goes on in the background; what it could not write is told by the next call.
 
         Raises:
-            SystemExit: 128 + the signal, after saving.
+            SystemExit: 128 + the signal, or 75 when the time is up (`--max-minutes`), after a whole save.
+            OSError, ValueError: this or the last save could not be written.
         """
-        if last or self._signal or time.monotonic() - self._saved_at >= self._save_seconds:
-            self.save(step, state)
-        self.check_signal()
+        ending, ready = self._ending.asked(), self._saving is None or self._saving.done()
+        if ready:
+            self._finish_saving()
+        if last or ending or (ready and time.monotonic() - self._saved_at >= self._save_seconds):
+            self._save(step, state)
+        if ending:
+            self._finish_saving()
+            self._events.write("asked to end", step=step + 1, reason=self._ending.reason)
+            self._ending.end_if_asked()
 
-    def save(self, step: int, state: Any) -> None:
-        """Save the state after step `step`. The metrics up to it are on the disk before the checkpoint counts."""
+    def _save(self, step: int, state: Any) -> None:
+        """Begin to save the state after step `step`. The metrics up to it are on the disk before the checkpoint counts."""
         from jaxrlhf.training import checkpoint
 
+        self._finish_saving()
         self._log().sync()
+        self._watch()
         self._write_times()
-        checkpoint.save(self._checkpoints, step + 1, state)
+        guard = self._guard.state if self._guard else {}
+        notes = self._notes() | {"guard": guard, "metrics_bytes": self._log().size()}
         self._saved_at = time.monotonic()
+        try:
+            self._saving = checkpoint.save_async(self._checkpoints, step + 1, state, notes=notes)
+        except (OSError, ValueError) as error:
+            self._events.write("not saved", step=step + 1, reason=str(error))
+            raise
 
-    def check_signal(self) -> None:
-        """End the process if a signal asked for it.
+    def _finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if one is."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.wait()
+        except (OSError, ValueError) as error:
+            self._events.write("not saved", step=saving.step, reason=str(error))
+            raise
+        self._ending.save_took = saving.took()
+        self._events.write("saved", step=saving.step, blocked=round(saving.blocked, 4), took=round(saving.took(), 4))
 
-        Raises:
-            SystemExit: 128 + the signal.
-        """
-        if self._signal:
-            print(f"stopped by {signal.Signals(self._signal).name}; the same command goes on from here", file=sys.stderr)
-            raise SystemExit(128 + self._signal)
+    def _watch(self) -> None:
+        """Let the guard read a row that was written since it last did."""
+        row = self._log().last
+        if not row or row is self._read_row:
+            return
+        self._read_row = row
+        if self._guard is None:
+            self._guard = Guard(self._notes().get("guard"))
+        if row.get("optimizer/skipped_in_a_row", 0):
+            self._events.write("skipped", step=row["step"], in_a_row=row["optimizer/skipped_in_a_row"])
+        if row.get("optimizer/skipped_in_a_row", 0) >= IN_A_ROW:
+            self._stop(row["step"], f"the gradient was not finite for {IN_A_ROW} updates in a row",
+                       "A lower learning rate or a smaller clip_norm may help")  # fmt: skip
+        for metric, alarm in self._guard.read(row).items():
+            self._events.write("alarm", step=row["step"], metric=metric, reason=alarm)
+            if session.current().stop_on_alarm:
+                self._stop(row["step"], alarm, "Without --stop-on-alarm the run would go on")
+            if metric not in self._alarmed:
+                self._alarmed.add(metric)
+                print(f"{self.out}: step {row['step']}: {alarm}; further ones go to {events.FILE} alone", file=sys.stderr)
+
+    def _stop(self, step: int, reason: str, advice: str) -> None:
+        """End the run for what it learned from, which is kept for a look at it; nothing later than the last good state is."""
+        dumped = dump(self.out / f"bad_batch_{step:08d}.npz", self._batch)
+        self._events.write("stopped", step=step, reason=reason, batch=dumped)
+        kept = f"; what it learned from is in {dumped}" if dumped else ""
+        raise ValueError(f"step {step}: {reason}; {self.out} keeps the last good state{kept}. {advice}")
 
     def done(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write result.json, with the seconds that the run took in all its sessions; a run that has one is not done again."""
+        self._finish_saving()
         self._write_times()
         times = {k: round(self._mark[k], 3) for k in ("seconds", "cpu_seconds")}
         self.result = {**result, **times}
         write_atomic(self.out / "result.json", json.dumps(self.result, indent=1, default=lambda x: x.item()) + "\n")
+        self._events.write("done")
         return self.result
 
     @property
@@ -190,14 +272,24 @@ class Run:
 
     def _log(self) -> Metrics:
         if self._metrics is None:
-            self._metrics = Metrics(self.out, self.start, self._tensorboard)
+            self._metrics = Metrics(self.out, self.start, self._notes().get("metrics_bytes", 0), self._tensorboard)
         return self._metrics
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._signal or not self._stepping:  # the second one does not wait; between loops there is nothing to finish
-            raise SystemExit(128 + number)
-        self._signal = number
-        print("finishing this step and saving; once more to stop at once", file=sys.stderr)
+    def _notes(self) -> dict[str, Any]:
+        """Those of the checkpoint that this run goes on from."""
+        if self._noted is None:
+            from jaxrlhf.training import checkpoint
+
+            step = checkpoint.starting(self._checkpoints, session.current().from_step)
+            self._noted = {} if step is None else checkpoint.notes(self._checkpoints, step)
+        return self._noted
+
+    def _describe(self) -> None:
+        """Write environment.json once a process, and say what is another than before."""
+        if not self._described:
+            self._described = True
+            changed = events.settle_environment(self.out)
+            self._events.write("started", version=jaxrlhf.__version__, changed=changed)
 
     def _write_times(self) -> None:
         now, cpu = time.monotonic(), time.process_time()
@@ -205,92 +297,4 @@ class Run:
         self._mark["cpu_seconds"] += cpu - self._cpu_opened
         self._opened, self._cpu_opened = now, cpu
         self._mark["version"] = jaxrlhf.__version__
-        write_atomic(self.out / MARK, json.dumps(self._mark, indent=1) + "\n")
-
-
-class _Progress:
-    """One line on a terminal, rewritten at most four times a second. The first step, which compiles, is not in the rate."""
-
-    def __init__(self, name: str, start: int, total: int):
-        self.name, self.start, self.total = name, start, total
-        self.first, self.shown = 0.0, -1.0
-
-    def show(self, step: int, metrics: dict[str, Any]) -> None:
-        now = time.monotonic()
-        if step == self.start + 1:
-            self.first = now
-        if now - self.shown < 0.25:
-            return
-        self.shown = now
-        text = f"{self.name} {step}/{self.total}"
-        if step > self.start + 1:
-            pace = (now - self.first) / (step - self.start - 1)
-            rate = f"{pace:.2f} s/step" if pace >= 0.1 else f"{1 / pace:.0f} steps/s"
-            text += f"  {rate}  {_duration(pace * (self.total - step))} left"
-        text += "".join(f"  {name} {value:.4g}" for name, value in metrics.items())
-        print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-
-
-def _duration(seconds: int | float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON ({error}): remove it, or choose another --out") from error
-
-
-def _check_own(out: Path) -> None:
-    """Nothing, an empty directory, or one of ours."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: --out must name a directory")
-    if out.is_dir() and not (out / MARK).is_file() and any(p.name not in (".lock", f".{MARK}.tmp") for p in out.iterdir()):
-        raise ValueError(f"{out} is not empty and was not made by this program (no {MARK}): choose a new or empty --out")
-
-
-def _take_lock(out: Path) -> int:
-    """A file descriptor that holds the lock. The system frees it when the process ends, however it ends."""
-    handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.read(handle, 200).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
-        raise ValueError(f"{out} is in use by another run ({owner}): wait for it, stop it, or choose another --out") from None
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return handle
-
-
-def _settle_config(out: Path, config: Any, free: tuple[str, ...]) -> None:
-    """Write config.yaml, or compare with the one that is there."""
-    path = out / "config.yaml"
-    new = cli.plain(dataclasses.asdict(config))
-    if (out / MARK).is_file() and path.is_file():
-        import yaml
-
-        old = yaml.safe_load(path.read_text(encoding="utf-8"))
-        differing = [name for name in _differences(old, new, "") if name.split(":")[0] not in free]
-        if differing:
-            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-            raise ValueError(f"{out} holds a run with other settings ({', '.join(differing[:3])}{more}): choose another --out")
-    else:
-        write_atomic(out / MARK, json.dumps({"seconds": 0.0, "cpu_seconds": 0.0, "version": jaxrlhf.__version__}) + "\n")
-    write_atomic(path, cli.dump(config))
-
-
-def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    elif old != new:
-        yield f"{name}: {old} there, {new} here"
+        write_atomic(self.out / directory.MARK, json.dumps(self._mark, indent=1) + "\n")

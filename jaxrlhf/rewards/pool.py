@@ -1,0 +1,332 @@
+"""Reward functions that are not trusted, or may be slow, each call in a child process that is killed when it takes too long.
+
+Threads and alarm signals do not end a regular expression or a solver that hangs; killing its process does. A child that
+raises, hangs, fills the memory, ends itself or answers rubbish costs its one response: weight 0, counted, and named
+(`rewards/functions.apply`). What a function prints goes nowhere. Children speak JSON, not pickle, so that what one answers
+cannot run here. They are no sandbox: files and network are open to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+Item = tuple[str, str, dict[str, Any]]  # prompt, response, data-set row
+
+STARTING = 60.0  # seconds for a child to import the functions
+LARGEST = 65_536  # bytes of an answer; more is rubbish
+TEXT = 200  # characters of a message
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    workers: int = 0  # child processes; 0: functions run in this process, without any limit
+    seconds: float = 5.0  # for one response
+    memory_mb: int = 512  # of address space, beside what a child has when it starts
+    functions: tuple[str, ...] = ()  # further rewards, added with weight 1: FILE.py:NAME or MODULE:NAME
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a child finds a function: `MODULE:NAME` or `FILE.py:NAME`; with arguments, NAME is called with them to make it."""
+
+    place: str
+    arguments: Mapping[str, Any] | None = None
+
+
+@dataclasses.dataclass
+class _Child:
+    process: subprocess.Popen
+    channel: socket.socket
+    born: float
+    ready: bool = False
+    buffer: bytes = b""
+    job: tuple[int, float] | None = None  # index of the item, deadline
+
+
+class Pool:
+    """`config.workers` children at work and a spare one, so that who is killed need not be waited for. Made by `open_pool`."""
+
+    def __init__(self, sources: Mapping[str, Source], config: Config):
+        self.config = config
+        self.killed = 0  # children, since the start
+        self._setup = {name: dataclasses.asdict(source) for name, source in sources.items()}
+        self._selector = selectors.DefaultSelector()
+        self._children: list[_Child] = []
+
+    def score(self, name: str, items: Sequence[Item]) -> tuple[list[Any], dict[int, str]]:
+        """The value of each item by the function called `name`, and the cause for those that have none.
+
+        Raises:
+            ValueError: an item cannot be written as JSON, or no child can be started any more.
+        """
+        requests = [_pack([name, *item]) for item in items]
+        values, causes, waiting = [None] * len(items), {}, list(range(len(items)))[::-1]
+        while waiting or any(child.job for child in self._children):
+            self._fill()
+            for child in [c for c in self._children if c.ready and c.job is None][: len(waiting)]:
+                if sum(c.job is not None for c in self._children) < self.config.workers:
+                    self._give(child, waiting.pop(), requests)
+            for key, _ in self._selector.select(self._patience()):
+                self._hear(key.data, values, causes)
+            for child in [c for c in self._children if c.job and time.monotonic() > c.job[1]]:
+                self._fail(child, causes, f"took longer than {self.config.seconds:g} s")
+            if any(not c.ready and time.monotonic() > c.born + STARTING for c in self._children):
+                raise ValueError(f"a child process for rewards did not start within {STARTING:g} s")
+        return values, causes
+
+    def check(self) -> None:
+        """Return when a child has imported the functions.
+
+        Raises:
+            ValueError: it cannot, with the reason.
+        """
+        self._fill()
+        while not any(child.ready for child in self._children):
+            for key, _ in self._selector.select(1.0):
+                self._hear(key.data, [], {})
+            self._fill()
+            if any(time.monotonic() > child.born + STARTING for child in self._children):
+                raise ValueError(f"reward functions {self._places()}: were not imported within {STARTING:g} s")
+
+    def close(self) -> None:
+        """Kill every child, and whatever each of them started."""
+        for child in list(self._children):
+            self._kill(child)
+        self._selector.close()
+
+    def _places(self) -> str:
+        return ", ".join(setup["place"] for setup in self._setup.values())
+
+    def _fill(self) -> None:
+        while len(self._children) < self.config.workers + 1:
+            ours, theirs = socket.socketpair()
+            # The paths of this process, because a file of the user's may lie on any of them.
+            start = (
+                f"import json, sys; sys.path[:] = json.loads({json.dumps(json.dumps(sys.path))}); "
+                f"from jaxrlhf.rewards import pool; pool.child({theirs.fileno()}, {os.getpid()})"
+            )
+            process = subprocess.Popen(
+                [sys.executable, "-c", start],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C is for us; and the group is what is killed
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},  # the accelerator is ours
+            )
+            theirs.close()
+            ours.setblocking(True)
+            ours.settimeout(self.config.seconds)
+            child = _Child(process, ours, time.monotonic())
+            self._children.append(child)
+            self._selector.register(ours, selectors.EVENT_READ, child)
+            ours.sendall(_pack([self._setup, self.config.memory_mb]))
+
+    def _patience(self) -> float:
+        deadlines = [child.job[1] for child in self._children if child.job]
+        return max(0.0, min(deadlines, default=time.monotonic() + 0.2) - time.monotonic()) + 0.001
+
+    def _give(self, child: _Child, index: int, requests: list[bytes]) -> None:
+        child.job = index, time.monotonic() + self.config.seconds
+        with contextlib.suppress(OSError):  # it is gone or does not listen: which is heard, or takes too long
+            child.channel.sendall(requests[index])
+
+    def _hear(self, child: _Child, values: list[Any], causes: dict[int, str]) -> None:
+        """Take in what a child says: that it is ready, a value, or a reason why there is none."""
+        try:
+            data = child.channel.recv(LARGEST)
+        except OSError:
+            data = b""
+        child.buffer += data
+        if not data:
+            return self._fail(child, causes, f"ended its process ({_how(child.process)})")
+        if len(child.buffer) < 4 or len(child.buffer) < (size := 4 + struct.unpack(">I", child.buffer[:4])[0]) <= LARGEST:
+            return None
+        message, child.buffer = _unpack(child.buffer[4:size]), child.buffer[size:]
+        match message:
+            case {"ready": True} if not child.ready:
+                child.ready = True
+            case {"unready": str(reason)} if not child.ready:
+                raise ValueError(f"reward functions {self._places()}: {reason[:TEXT]}")
+            case {"value": value} if child.job and child.ready:
+                values[child.job[0]], child.job = value, None
+            case {"raised": str(reason), "spent": bool(spent)} if child.job and child.ready:
+                causes[child.job[0]] = f"raised {reason[:TEXT]}"
+                child.job = None
+                if spent:  # what filled its memory may still be there
+                    self._kill(child)
+            case _:
+                self._fail(child, causes, "answered rubbish")
+        return None
+
+    def _fail(self, child: _Child, causes: dict[int, str], cause: str) -> None:
+        if not child.ready:
+            raise ValueError(f"a child process for the reward functions {self._places()} {cause} before it was ready")
+        if child.job:
+            causes[child.job[0]] = cause
+        self._kill(child)
+
+    def _kill(self, child: _Child) -> None:
+        self._children.remove(child)
+        self._selector.unregister(child.channel)
+        child.channel.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.process.pid, signal.SIGKILL)
+        child.process.wait()
+        self.killed += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Remote:
+    """One of a pool's functions, which `rewards/functions.apply` takes in place of a function."""
+
+    pool: Pool
+    name: str
+
+
+@contextlib.contextmanager
+def open_pool(sources: Mapping[str, Source], config: Config) -> Iterator[dict[str, Remote]]:
+    """{name: function} of the sources, run in children until the end of the `with`.
+
+    Raises:
+        ValueError: a limit that is none, or a function that a child cannot import.
+    """
+    if config.workers < 1 or not config.seconds > 0 or config.memory_mb < 16:
+        raise ValueError(f"{config}: need workers >= 1, seconds > 0 and memory_mb >= 16")
+    pool = Pool(sources, config)
+    try:
+        pool.check()
+        yield {name: Remote(pool, name) for name in sources}
+    finally:
+        pool.close()
+
+
+def find(source: Source) -> Any:
+    """The function that a source names, imported into this process.
+
+    Raises:
+        ValueError: no such file, module or name in it.
+    """
+    import importlib.util
+    import pkgutil
+
+    where, _, name = source.place.rpartition(":")
+    if not where or not name:
+        raise ValueError(f"'{source.place}' names no function: write FILE.py:NAME or MODULE:NAME")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location("reward_functions", where)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"{where} is not a Python file")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            found = getattr(module, name)
+        else:
+            found = pkgutil.resolve_name(source.place)
+    except (ImportError, AttributeError, FileNotFoundError) as error:
+        raise ValueError(f"{source.place}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{source.place} is a {type(found).__name__}, not a function")
+    return found if source.arguments is None else found(**source.arguments)
+
+
+def _pack(message: Any) -> bytes:
+    try:
+        text = json.dumps(message)
+    except TypeError as error:
+        raise ValueError(
+            f"a data-set row cannot be sent to a child process: {error}; keep to text, numbers and lists"
+        ) from error
+    return struct.pack(">I", len(text)) + text.encode()
+
+
+def _unpack(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+def _how(process: subprocess.Popen) -> str:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(0.2)
+    code = process.returncode
+    return "still running" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+# ------------------------------------------------------------------------------------------------------- inside a child
+
+
+def child(handle: int, parent: int) -> None:
+    """What a child does: import the functions, limit its memory, then answer requests until there are no more."""
+    _die_with(parent)
+    channel = socket.socket(fileno=handle)
+    setup, memory_mb = _receive(channel)
+    try:
+        functions = {name: find(Source(**source)) for name, source in setup.items()}
+        _limit_memory(memory_mb)
+    except BaseException as error:
+        channel.sendall(_pack({"unready": f"{type(error).__name__}: {error}"}))
+        return
+    channel.sendall(_pack({"ready": True}))
+    while True:
+        name, *item = _receive(channel)
+        channel.sendall(_answer(functions[name], item))
+
+
+def _answer(function: Any, item: Sequence[Any]) -> bytes:
+    try:
+        value = function(*item)
+        try:
+            value = value if isinstance(value, str) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            value = str(value)
+        return _pack({"value": value[:TEXT] if isinstance(value, str) else value})
+    except BaseException as error:  # SystemExit too
+        reason = f"{type(error).__name__}: {error}"[:TEXT]
+        return _pack({"raised": reason, "spent": isinstance(error, MemoryError)})
+
+
+def _receive(channel: socket.socket) -> Any:
+    """One message; where there are no more, the process ends."""
+    data = b""
+    while len(data) < 4 or len(data) < 4 + struct.unpack(">I", data[:4])[0]:
+        more = channel.recv(1 << 20)
+        if not more:
+            os._exit(0)
+        data += more
+    return json.loads(data[4:])
+
+
+def _die_with(parent: int) -> None:
+    """On Linux a child is killed when the parent ends, however it ends; elsewhere it ends at its next request."""
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _limit_memory(memory_mb: int) -> None:
+    import resource
+
+    if not os.path.isfile("/proc/self/statm"):
+        return  # not Linux: the limit of address space is not kept there anyway
+    with open("/proc/self/statm", encoding="ascii") as file:
+        mapped = int(file.read().split()[0]) * resource.getpagesize()
+    most = mapped + memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
