@@ -22,7 +22,7 @@ from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.models import roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, step, timing
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -48,6 +48,7 @@ class Config:
     )
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
+    watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy, whatever the task is."""
-    start, algorithm = task.start, config.algorithm
+    task, start, algorithm = tasks.timed(run.clock, task), task.start, config.algorithm
     params = {"policy": stage.trainable(start, config.lora, mesh, config.seed)}
     frozen = {"reference": start.params}
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
@@ -71,6 +72,8 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     state = run.restore(step.init_state(params, update, keys[0], grpo.init(algorithm)))
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
     run_epochs = step.make_epochs(outputs, grpo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
+    run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, params), times=algorithm.epochs)
+    collect = tasks.collector(run.clock, config, task, frozen, algorithm.samples, config.rollouts)
     prepare, describe = jax.jit(grpo.prepare, static_argnames="config"), jax.jit(rollout.stats)
 
     for i in run.steps(run.start, config.iterations, "grpo", show=("reward/score", "policy/kl_ref")):
@@ -78,9 +81,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         judged = {} if i % config.evaluate_every else task.judge(current["policy"])[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
-        experience = rollout.collect(
-            start.model, current, frozen, prompts, task.spec, key, algorithm.samples, i, config.rollouts
-        )
+        experience = collect(current, prompts, key, i)
         score, weight, rewarded = task.score(experience.rollout, prompts)
         experience = dataclasses.replace(experience, score=score, weight=weight)
         drawn = describe(experience)

@@ -24,7 +24,7 @@ from jaxrlhf.models import heads, lora, roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import ensemble
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, step, timing
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -53,6 +53,7 @@ class Config:
     )
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
+    watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -67,7 +68,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy, whatever the task is."""
-    start, algorithm = task.start, config.algorithm
+    task, start, algorithm = tasks.timed(run.clock, task), task.start, config.algorithm
     params = {"policy": stage.trainable(start, config.lora, mesh, config.seed)} | value_function(config, start, mesh)
     frozen = {"reference": start.params}
     exact, mixed = algorithm.kl_estimator == "exact", algorithm.text_coef > 0
@@ -86,7 +87,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         start.model, task.spec, entropy=True, values=True, ref_kl=in_loss, text=mixed, trunk="policy", adapters=config.lora
     )
     run_epochs = step.make_epochs(outputs, ppo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
+    run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, state.params, in_loss), times=algorithm.epochs)
     options, texts = dataclasses.replace(config.rollouts, exact_kl=exact), text_batches(config, start) if mixed else None
+    collect = tasks.collector(run.clock, config, task, frozen, 1, options)
     prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
 
     def over_start(params: Any) -> Any:
@@ -97,7 +100,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
         current = over_start(state.params)
-        experience = rollout.collect(start.model, current, frozen, prompts, task.spec, key, version=i, options=options)
+        experience = collect(current, prompts, key, i)
         score, weight, rewarded = task.score(experience.rollout, prompts)
         experience = dataclasses.replace(experience, score=score, weight=weight)
         drawn = describe(experience)

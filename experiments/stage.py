@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Rollout, SamplingSpec
+from jaxrlhf.data import pipeline
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import heads, hf, int8, lora, peft, pretrained, transformer
@@ -23,7 +24,7 @@ from jaxrlhf.models.model import Model
 from jaxrlhf.rewards import ensemble
 from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import stop_strings
-from jaxrlhf.training import metrics, plan
+from jaxrlhf.training import metrics, plan, timing
 from jaxrlhf.training.run import Run
 
 
@@ -211,6 +212,11 @@ def adapter(shape: TransformerConfig, config: LoraConfig, mesh: jax.sharding.Mes
     """A new adapter, under which the model is as it was."""
     fresh = lora.specs(shape, config)
     return jax.device_put(sharding.init_params(fresh, jax.random.key(seed)), sharding.shardings(fresh, mesh))
+
+
+def timed(clock: timing.Clock, data: Any) -> Any:
+    """`data[step]`, whose making counts as data."""
+    return pipeline.by_step(clock.timed("data", data.__getitem__))
 
 
 def tell_memory(run: Run, rows: Sequence[plan.Row]) -> None:

@@ -17,17 +17,19 @@ import numpy as np
 
 from experiments import held_out, stage
 from jaxrlhf.core import sharding
-from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
+from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
 from jaxrlhf.data import arithmetic as sums
 from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, policy
 from jaxrlhf.models import roles
+from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import EXACT
 from jaxrlhf.rewards import functions
-from jaxrlhf.sampling import generate
-from jaxrlhf.training import plan
+from jaxrlhf.sampling import generate, rollout
+from jaxrlhf.training import flops, plan, timing
+from jaxrlhf.training.flops import Pass
 from jaxrlhf.training.run import Run
 
 Name = Literal["sentiment", "arithmetic"]
@@ -52,6 +54,7 @@ class Task:
     judge: Callable[[Any], tuple[Figures, list[dict[str, str]]]]
     """(policy params) -> held-out figures, the KL to the reference (`held_out/kl`) among them; answers beside the start's."""
     reward: Any = None  # parameters of the reward model, where one scores
+    scorer: TransformerConfig | None = None  # its shape
 
 
 class Settings(Protocol):
@@ -136,6 +139,66 @@ def tell_memory(
     stage.tell_memory(run, (*trained, *kept, *sampled))
 
 
+def timed(clock: timing.Clock, task: Task) -> Task:
+    """The task, whose prompts, scores and judgements count as data, score and evaluate."""
+    score, judge = clock.timed("score", task.score), clock.timed("evaluate", task.judge)
+    return dataclasses.replace(task, prompts=stage.timed(clock, task.prompts), score=score, judge=judge)
+
+
+def collector(
+    clock: timing.Clock, config: Settings, task: Task, frozen: Any, n: int, options: rollout.Options
+) -> Callable[[dict[str, Any], Prompts, jax.Array, int], Experience]:
+    """(params, prompts, key, version) -> n answers to each prompt, scored by learner and reference (`rollout.collect`): its two
+    halves timed as rollout and score, and their work counted, that of the reward model included.
+    """
+    start, spec = task.start, task.spec
+    sample, score = clock.timed("rollout", generate.traced), clock.timed("score", rollout.experience)
+    if clock.options.strict:  # which of its programs a batch wants depends on the lengths of its answers
+        sample = warmed(sample)
+
+    def collect(params: dict[str, Any], prompts: Prompts, key: jax.Array, version: int) -> Experience:
+        answers, chunks = sample(start.model, params["policy"], prompts, spec, key, n, version, options.generation)
+        experience = score(start.model, params, frozen, answers, spec, options)
+        clock.scored(answers, *scoring(config, task, params, options))
+        if timing.is_here(prompts.length):
+            asked, written = np.asarray(prompts.length), np.asarray(answers.response_len)
+            clock.count.sampled(flops.sampling(start.config, asked, written, n), written.sum(), chunks)
+        return experience
+
+    return collect
+
+
+def warmed(sample: Callable) -> Callable:
+    """`generate.traced`, which at its first call compiles whatever a later batch of this shape may want."""
+    first = [True]
+
+    def call(model, policy, prompts, spec, key, n, version, options):
+        if first:
+            first.clear()
+            generate.warm(model, policy, prompts, spec, key, n, options)
+        return sample(model, policy, prompts, spec, key, n, version, options)
+
+    return call
+
+
+def scoring(config: Settings, task: Task, params: dict[str, Any], options: rollout.Options) -> tuple[Pass, ...]:
+    """What reads a rollout: the policy unless its own log-probs are taken, the reference, a critic, the reward model."""
+    shape, own = task.start.config, not options.reuse_sampler_logprobs or options.exact_kl
+    passes = (Pass(shape),)  # the reference
+    passes += (Pass(shape, logits=own, lora=config.lora),) * (own or "value" in params)
+    passes += (Pass(shape, logits=False, lora=config.lora),) * ("critic" in params)
+    return passes + (() if task.scorer is None else (Pass(task.scorer, logits=False),))
+
+
+def learning(config: Settings, task: Task, params: Any, reference: bool = False) -> tuple[Pass, ...]:
+    """What an update reads its rows with: the policy, a critic with a trunk of its own, and the reference where the loss
+    has an exact KL."""
+    shape = task.start.config
+    passes = (Pass(shape, gradient=True, lora=config.lora),)
+    passes += (Pass(shape, gradient=True, logits=False, lora=config.lora),) * ("critic" in params)
+    return passes + (Pass(shape),) * reference
+
+
 def sentiment(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh) -> Task:
     """Continue the first words of a review; the reward model in `config.reward` scores."""
     judged = stage.load_reward(config.reward, mesh, first)
@@ -150,7 +213,7 @@ def sentiment(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh) -
         mesh=mesh,
     )
     task = learned(setting, first, review_prompts(first.tokenizer, config.batch, config.seed), held_out.JUDGES)
-    return dataclasses.replace(task, reward=judged.params)
+    return dataclasses.replace(task, reward=judged.params, scorer=judged.config)
 
 
 def learned(setting: held_out.Setting, start: stage.Trained, prompts: Any, judged_by: Mapping[str, judges.Judge]) -> Task:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxrlhf
-from jaxrlhf.training import cli
+from jaxrlhf.training import cli, timing
 from jaxrlhf.training.metrics import Metrics, write_atomic
 from jaxrlhf.training.metrics import read as read_metrics
 
@@ -36,8 +36,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Run:
     """A run in its own directory. Made by `Run.open`, used as a context manager."""
 
-    def __init__(self, out: Path, lock: int, save_seconds: int | float, tensorboard: bool):
+    def __init__(self, out: Path, lock: int, save_seconds: int | float, tensorboard: bool, watch: timing.Options | None = None):
         self.out = out
+        self.clock = timing.Clock(watch or timing.Options(), out)
+        self._watched = watch is not None
         self.start = 0  # number of steps already done, set by `restore`
         self.result: dict[str, Any] | None = _read_json(out / "result.json")  # of a run that is done, else None
         self._mark = _read_json(out / MARK) or {"seconds": 0.0, "cpu_seconds": 0.0}
@@ -58,9 +60,11 @@ class Run:
         config: Any,
         save_seconds: int | float = 30,
         tensorboard: bool = True,
-        free: tuple[str, ...] = ("out", "mesh"),
+        free: tuple[str, ...] = ("out", "mesh", "watch"),
     ) -> Run:
         """Take the directory `out`: a new or empty one, or that of a run with the same settings (but those in `free`).
+
+        Where the settings have a `watch` (`timing.Options`), its clock hears of every program that jax compiles.
 
         Raises:
             ValueError: it belongs to something else, to a run with other settings or to one that is running, or cannot
@@ -73,7 +77,7 @@ class Run:
             lock = _take_lock(out)
             try:
                 _settle_config(out, config, free)
-                return cls(out, lock, save_seconds, tensorboard)
+                return cls(out, lock, save_seconds, tensorboard, getattr(config, "watch", None))
             except BaseException:
                 os.close(lock)
                 raise
@@ -84,10 +88,14 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._handlers[number] = signal.signal(number, self._on_signal)
+        if self._watched:
+            self.clock.programs.open()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
+            if self._watched:
+                self.clock.programs.close()
             if self._metrics is not None:
                 self._metrics.close()
             self._write_times()
@@ -117,7 +125,7 @@ class Run:
         progress = _Progress(name, start, total) if sys.stderr.isatty() else None
         self._stepping = True  # a signal waits for the end of the step
         try:
-            for step in range(start, total):
+            for step in self.clock.steps(start, total):
                 self.check_signal()
                 if progress is not None:
                     last = self._metrics.last if self._metrics else {}
@@ -130,12 +138,12 @@ class Run:
                 progress.end()
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl and to TensorBoard. Device scalars are fetched one step later.
+        """Append a row with the clock's figures to metrics.jsonl and TensorBoard. Device scalars are fetched one step later.
 
         Raises:
             ValueError: three updates in a row were left out because a gradient was not finite.
         """
-        self._log().log(step, metrics)
+        self._log().log(step, metrics | self.clock.row())
         if self._log().last.get("optimizer/skipped_in_a_row", 0) >= 3:
             raise ValueError(
                 f"step {self._log().last['step']}: the gradient was not finite for 3 updates in a row; "
@@ -143,9 +151,9 @@ class Run:
             )
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl so far."""
+        """All rows of metrics.jsonl so far, without the clock's figures: what the run found, the same on any machine."""
         self._log().flush()
-        return read_metrics(self.out)
+        return [{k: v for k, v in row.items() if not k.startswith(timing.FIGURES)} for row in read_metrics(self.out)]
 
     def maybe_save(self, step: int, state: Any, last: bool = False) -> None:
         """After step `step`: save when it is time, when `last`, or when a signal asks the run to end.
@@ -154,7 +162,8 @@ class Run:
             SystemExit: 128 + the signal, after saving.
         """
         if last or self._signal or time.monotonic() - self._saved_at >= self._save_seconds:
-            self.save(step, state)
+            with self.clock.within("save"):
+                self.save(step, state)
         self.check_signal()
 
     def save(self, step: int, state: Any) -> None:
@@ -279,7 +288,7 @@ def _settle_config(out: Path, config: Any, free: tuple[str, ...]) -> None:
         import yaml
 
         old = yaml.safe_load(path.read_text(encoding="utf-8"))
-        differing = [name for name in _differences(old, new, "") if name.split(":")[0] not in free]
+        differing = [name for name in _differences(old, new, "") if name.split(":")[0].split(".")[0] not in free]
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise ValueError(f"{out} holds a run with other settings ({', '.join(differing[:3])}{more}): choose another --out")
