@@ -19,14 +19,16 @@ SHAPE = TransformerConfig(512, 256, 3, 4, 2, 64, 768, 64, scan=False, remat=Fals
 SHAPES = {
     "grouped heads": SHAPE,
     "remat": dataclasses.replace(SHAPE, remat=True),
+    "parallel": dataclasses.replace(SHAPE, remat=True, parallel=True, post_norms=False),
+    "norms after": dataclasses.replace(SHAPE, remat=True, post_norms=True),
     "gpt2": dataclasses.replace(SHAPE, mlp="gelu", norm="layer", positions="learned", kv_heads=4, tied_head=False),
 }
 ROWS, WIDTH, RESPONSE = 2, 48, 16
 ADAPTER = lora.LoraConfig(rank=8)
 
-# XLA counts norms, rotations, softmax and gated activations too, which are linear in the width: at D = 256 these are 2 to 4 % of
-# a forward pass; the backward pass does a little more of them.
-TOLERANCE = 0.06
+# XLA counts norms, rotations, softmax and gated activations too, which are linear in the width: at D = 256 that is 1 % of all.
+# An adapter's first layer needs no gradient of its input, which is 2 % with three layers.
+TOLERANCE = 0.025
 
 
 def counted(function, *args) -> float:

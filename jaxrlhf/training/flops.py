@@ -123,8 +123,8 @@ def model(which: Pass, rows: Rows) -> float:
 def hardware(which: Pass, rows: Rows) -> float:
     """Operations that our programs do for it: the numerator of HFU, `model` and what the backward pass computes again.
 
-    That is the layers' forward pass under remat, the scores in attention's own backward pass, and the logits (`models/heads.py`
-    keeps two numbers a token of them).
+    That is the layers' forward pass under remat, but for the products whose results only the residual stream takes; the scores
+    in attention's own backward pass; and the logits, where there are so many that `models/heads.py` makes them in blocks.
     """
     done = model(which, rows)
     if not which.gradient:
@@ -133,8 +133,16 @@ def hardware(which: Pass, rows: Rows) -> float:
     if which.logits:
         again += 2 * which.shape.width * which.shape.vocab_size * rows.predicted
     if which.shape.remat:
-        again += forward(which.shape, rows, False, which.lora)
+        again += forward(which.shape, rows, False, which.lora) - _last(which.shape) * rows.tokens
     return done + which.times * again
+
+
+def _last(shape: TransformerConfig) -> int:
+    """Operations a token of the products at the ends of branches: nothing in the backward pass asks for their results."""
+    if shape.post_norms:
+        return 0
+    down = shape.mlp_width * max(shape.experts_per_token, 1)
+    return 2 * shape.layers * shape.width * (down + shape.heads * shape.head_width * shape.parallel)
 
 
 def _weights(which: Pass, rows: Rows) -> float:
