@@ -72,7 +72,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"reference": start.params}
     updates = config.iterations * config.epochs * config.minibatches
     update = optimizer.make(config.optimizer, updates, params)
-    tasks.tell_memory(run, config, task, params, update, n=config.n, generation=config.rollouts.generation)
+    tasks.tell_memory(run, config, task, params, update, n=config.n, options=config.rollouts)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = run.restore(step.init_state(params, update, keys[0]))
     outputs = objective.make_outputs(start.model, task.spec, adapters=config.lora)

@@ -73,9 +73,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     frozen = {"reference": start.params}
     exact, mixed = algorithm.kl_estimator == "exact", algorithm.text_coef > 0
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
-    tasks.tell_memory(
-        run, config, task, params, update, n=1, generation=config.rollouts.generation, average=config.ema_decay is not None
-    )
+    tasks.tell_memory(run, config, task, params, update, n=1, options=config.rollouts, average=config.ema_decay is not None)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = step.init_state(params, update, keys[0], ppo.init(algorithm))
     del params  # which the state has copied: a critic's trunk need not stand in memory twice

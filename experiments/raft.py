@@ -64,7 +64,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     params = {"policy": stage.trainable(start, config.lora, mesh, config.seed)}
     frozen = {"reference": start.params}
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
-    tasks.tell_memory(run, config, task, params, update, n=algorithm.samples, generation=config.rollouts.generation)
+    tasks.tell_memory(run, config, task, params, update, n=algorithm.samples, options=config.rollouts)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = run.restore(step.init_state(params, update, keys[0], raft.init(algorithm)))
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)

@@ -22,7 +22,7 @@ from jaxrlhf.data import arithmetic as sums
 from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, policy
-from jaxrlhf.models import roles
+from jaxrlhf.models import heads, roles
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import EXACT
@@ -39,7 +39,7 @@ ARITHMETIC = stage.Sampling(temperature=1.0, max_tokens=6, min_tokens=0)
 ARITHMETIC_POLICY = Path("runs/arithmetic/start/model")  # what experiments/arithmetic.py writes
 PROMPT_WIDTH = 8  # of a sum: bos, a space, two digits, plus, two digits, equals
 
-AT_ONCE = generate.Options()
+AT_ONCE = rollout.Options()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,25 +118,38 @@ def tell_memory(
     params: Any,
     update: Any,
     n: int = 0,
-    generation: generate.Options = AT_ONCE,
+    options: rollout.Options = AT_ONCE,
     average: bool = False,
 ) -> None:
     """Print and keep what the run will hold (`stage.tell_memory`), before training is compiled: `params` to be trained by
-    `update`, the frozen start, the reward, and n samples of each prompt, or where n is 0 those of the judgement alone.
+    `update`, the frozen start, the reward, and n samples of each prompt with what scoring them and learning from them take, or
+    where n is 0 those of the judgement alone.
     """
     start, tree = task.start, params if "policy" in params else {"policy": params}
     trained = plan.training(params, update, average)
     kept = plan.frozen({"base and reference" if config.lora.rank else "reference": start.params, "reward": task.reward})
+    width, written = task.prompts[0].tokens.shape[1], task.spec.max_tokens
     policy = roles.attach(start.params, tree, config.lora)["policy"]
     drawn = [(config.held_out_prompts, 1, EXACT)]
     if n:
+        generation = options.generation
         in_slots = 0 < generation.slots < config.batch * n  # each with a prompt of its own
         prompts, samples = (generation.slots, 1) if in_slots else (config.batch, n)
         drawn.append((prompts, samples, generation.cache))
     prompts, samples, cache = max(drawn, key=lambda rows: rows[0] * rows[1])
-    width = task.prompts[0].tokens.shape[1]
     sampled = plan.sampling(start.model, policy, task.spec, (prompts, width), samples, cache)
+    if n:
+        shape = (width + written, written, heads.at_once(jax.default_backend()))
+        kept += plan.update(learning(config, task, params), rows_at_once(config, n), *shape)
+        kept += plan.scoring(scoring(config, task, params, options), options.rows, *shape)
+        sampled += plan.prefill(start.config, prompts, width)
     stage.tell_memory(run, (*trained, *kept, *sampled))
+
+
+def rows_at_once(config: Any, n: int) -> int:
+    """Rows that a gradient is taken of at a time."""
+    minibatches = getattr(config.algorithm, "minibatches", None) or config.minibatches
+    return config.batch * n // minibatches
 
 
 def timed(clock: timing.Clock, task: Task) -> Task:

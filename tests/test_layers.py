@@ -55,12 +55,24 @@ LATE = {
 
 # Mathematics: no print, no log, no files, no mesh, no arrays and no jit at import. Host code inside these folders is named.
 NUMERIC = {"core", "models", "sampling", "rewards", "algorithms"}
-NUMERIC_FILES = {"training/optimizer.py", "training/objective.py", "training/step.py", "training/plan.py"}
+NUMERIC_FILES = {
+    "training/optimizer.py",
+    "training/objective.py",
+    "training/step.py",
+    "training/plan.py",
+    "training/flops.py",
+    "training/chips.py",
+}
 HOST_FILES = {
     *("models/pretrained.py", "models/hf.py", "models/gguf.py", "models/peft.py"),
     *("rewards/functions.py", "rewards/pool.py"),
 }
-PRINTS = {"training/run.py", "training/cli.py", "feedback/labelers.py"}  # they talk to the person at the terminal
+PRINTS = {
+    "training/run.py",
+    "training/programs.py",
+    "training/cli.py",
+    "feedback/labelers.py",
+}  # they talk to the person at the terminal
 
 # Where programs are compiled. A jit anywhere else hides a second compilation inside a first.
 JITS = {

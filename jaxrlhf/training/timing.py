@@ -93,9 +93,7 @@ class Clock:
             ValueError: a step to profile that the run does not have.
         """
         if late := [step for step in self.options.profile_steps if step >= total]:
-            raise ValueError(
-                f"profile_steps={self.options.profile_steps}: it ends before step {total}, so {late} never come"
-            )
+            raise ValueError(f"profile_steps={self.options.profile_steps}: it ends before step {total}, so {late} never come")
         self._restart()
         try:
             for step in range(start, total):
