@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ TOLERANCE = 0.025
 
 def counted(function, *args) -> float:
     """By XLA, of the program before it is optimised: what a backend turns into calls of its own libraries it cannot count."""
-    found = jax.jit(function).lower(*args).cost_analysis()
+    found: Any = jax.jit(function).lower(*args).cost_analysis()
     return (found[0] if isinstance(found, list) else found)["flops"]
 
 

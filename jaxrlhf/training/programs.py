@@ -81,7 +81,7 @@ class Programs:
         """Have jax say why it traces a function again, for the message of a refusal."""
         if on != self._explained:
             self._explained = on
-            self._before = jax.config.jax_explain_cache_misses if on else self._before
+            self._before = explaining() if on else self._before
             jax.config.update("jax_explain_cache_misses", on or self._before)
             self._reasons.listen(on)
 
@@ -121,7 +121,7 @@ class Programs:
             mine["asked"], mine["hit"] = False, False
             self._tell(f"compiling {name} ({len(self.found) + 1})")
 
-    def _ends(self, event: str, seconds: float, **notes: Any) -> None:
+    def _ends(self, event: str, duration_secs: float, **notes: Any) -> None:
         if event not in _SPANS:
             return
         mine, name, kind = self._mine(), _plain(str(notes.get("fun_name", ""))), _SPANS[event]
@@ -133,12 +133,12 @@ class Programs:
             self.seconds += time.perf_counter() - mine["since"]
         waiting = mine["waiting"].setdefault((depth, name), {"trace": 0.0, "lower": 0.0})
         if kind != "compile":
-            waiting[kind] += seconds
+            waiting[kind] += duration_secs
             return
         del mine["waiting"][depth, name]
         cached = mine["hit"] if mine["asked"] else None
         with self._lock:
-            self.found.append(Program(name, self.during, self.step, waiting["trace"], waiting["lower"], seconds, cached))
+            self.found.append(Program(name, self.during, self.step, waiting["trace"], waiting["lower"], duration_secs, cached))
         self._tell("")
 
     def _happens(self, event: str, **notes: Any) -> None:
@@ -196,7 +196,7 @@ def table(found: list[Program], least: float = 0.1) -> str:
     """Programs as text: those that took `least` seconds or more in the order of their time, and the sum of the others."""
     whole = sorted(found, key=lambda p: p.trace + p.lower + p.compile, reverse=True)
     large = [p for p in whole if p.trace + p.lower + p.compile >= least]
-    lines = [("program", "during", "trace s", "lower s", "compile s", "cache")]
+    lines: list[tuple[str, ...]] = [("program", "during", "trace s", "lower s", "compile s", "cache")]
     for p in large:
         cache = {True: "read", False: "compiled", None: "none"}[p.cached]
         lines.append((p.name, p.during, f"{p.trace:.2f}", f"{p.lower:.2f}", f"{p.compile:.2f}", cache))
@@ -213,6 +213,12 @@ def table(found: list[Program], least: float = 0.1) -> str:
         return "  ".join(align(cell, width) for cell, width, align in cells).rstrip()
 
     return "\n".join(map(row, lines))
+
+
+def explaining() -> bool:
+    """Whether jax is asked to say why it traces."""
+    config: Any = jax.config
+    return config.jax_explain_cache_misses
 
 
 def _plain(name: str) -> str:

@@ -64,7 +64,8 @@ class Run:
     ) -> Run:
         """Take the directory `out`: a new or empty one, or that of a run with the same settings (but those in `free`).
 
-        Where the settings have a `watch` (`timing.Options`), its clock hears of every program that jax compiles.
+        Where the settings have a `watch` (`timing.Options`), its clock hears of every program that jax compiles, and rows have
+        its figures.
 
         Raises:
             ValueError: it belongs to something else, to a run with other settings or to one that is running, or cannot
@@ -138,12 +139,13 @@ class Run:
                 progress.end()
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Append a row with the clock's figures to metrics.jsonl and TensorBoard. Device scalars are fetched one step later.
+        """Append a row to metrics.jsonl and to TensorBoard, with the clock's figures where it is watched. Device scalars are
+        fetched one step later.
 
         Raises:
             ValueError: three updates in a row were left out because a gradient was not finite.
         """
-        self._log().log(step, metrics | self.clock.row())
+        self._log().log(step, metrics | (self.clock.row() if self._watched else {}))
         if self._log().last.get("optimizer/skipped_in_a_row", 0) >= 3:
             raise ValueError(
                 f"step {self._log().last['step']}: the gradient was not finite for 3 updates in a row; "

@@ -24,9 +24,10 @@ from jaxrlhf.training import chips, flops
 from jaxrlhf.training.flops import Pass, Rows
 from jaxrlhf.training.programs import Programs
 
-Stage = Literal["data", "rollout", "score", "update", "evaluate", "save", "compile", "other"]
+Stage = Literal["data", "rollout", "score", "update", "evaluate", "save", "compile", "profile", "other"]
+Figures = dict[str, int | float]
 FIGURES = ("time/", "throughput/", "memory/", "compile/")  # what a row of the clock's own begins with
-ASIDE = ("evaluate", "save", "compile")  # no part of a step's own time, which rates are taken over
+ASIDE = ("evaluate", "save", "compile", "profile")  # no part of a step's own time, which rates are taken over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +54,17 @@ class Counted:
     computed: float = 0.0  # the same with padding
     written: float = 0.0  # response tokens sampled
     row_steps: float = 0.0  # rows x steps that sampling took
-    model: dict[str, float] = dataclasses.field(default_factory=dict)  # FLOPs by stage, of real tokens
-    hardware: dict[str, float] = dataclasses.field(default_factory=dict)  # the same with what is computed again
+    model: Figures = dataclasses.field(default_factory=dict)  # FLOPs by stage, of real tokens
+    hardware: Figures = dataclasses.field(default_factory=dict)  # the same with what is computed again
 
-    def sampled(self, operations: float, written: float, chunks: Sequence[tuple[int, int]]) -> None:
+    def sampled(self, operations: int | float, written: int | float, chunks: Sequence[tuple[int, int]]) -> None:
         """Responses of so many tokens, and (rows, steps) of each chunk that was decoded for them."""
         for found in (self.model, self.hardware):
             found["rollout"] = found.get("rollout", 0.0) + operations
         self.written += float(written)
         self.row_steps += sum(rows * steps for rows, steps in chunks)
 
-    def add(self, stage: str, passes: Sequence[Pass], rows: Rows, times: float = 1) -> None:
+    def add(self, stage: str, passes: Sequence[Pass], rows: Rows, times: int | float = 1) -> None:
         """Passes of one stage over the same rows."""
         for found, count in ((self.model, flops.model), (self.hardware, flops.hardware)):
             found[stage] = found.get(stage, 0.0) + times * sum(count(one, rows) for one in passes)
@@ -72,11 +73,13 @@ class Counted:
 class Clock:
     """Made by `Run`; scripts call `timed`, `learner`, and `count.add` through `experiments/tasks.py`."""
 
-    def __init__(self, options: Options = Options(), out: Path | None = None, now: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self, options: Options = Options(), out: Path | None = None, now: Callable[[], int | float] = time.perf_counter
+    ):
         self.options = options
         self.programs = Programs(out, self._may_compile)
         self.count = Counted()
-        self.spent: dict[str, float] = {}  # seconds by stage since the last row
+        self.spent: Figures = {}  # seconds by stage since the last row
         self._out, self._now = out, now
         self._open: list[str] = []  # stages, the innermost last
         self._since, self._compiled, self._programs = now(), 0.0, 0
@@ -110,21 +113,23 @@ class Clock:
             self.programs.explain(False)
             self._profile(None)
 
-    def row(self) -> dict[str, float]:
+    def row(self) -> Figures:
         """The figures of the time since the last row, or since `steps` began, for a row of metrics."""
-        self._account()
-        wall = sum(self.spent.values())
-        found = {"time/step": wall} | {f"time/{stage}": seconds for stage, seconds in self.spent.items()}
-        own = wall - sum(self.spent.get(stage, 0.0) for stage in ASIDE)
-        found |= _rates(self.count, self.spent, own, self._product_rate()) | memory()
-        found["compile/programs"] = len(self.programs.found) - self._programs
-        self._restart()
-        return found
+        before = self._programs
+        spent, count = self._restart()
+        wall = sum(spent.values())
+        found: Figures = {"time/step": wall} | {f"time/{stage}": seconds for stage, seconds in spent.items()}
+        own = wall - sum(spent.get(stage, 0.0) for stage in ASIDE)
+        found |= _rates(count, spent, own, self._product_rate()) | memory()
+        return found | {"compile/programs": self._programs - before}
 
-    def _restart(self) -> None:
+    def _restart(self) -> tuple[Figures, Counted]:
+        """Seconds by stage, and what was counted, up to this moment; from it on both begin anew."""
         self._account()
+        done = self.spent, self.count
         self.spent = dict.fromkeys(self.spent, 0.0)  # a stage that was has a column from then on
         self.count, self._programs = Counted(), len(self.programs.found)
+        return done
 
     def _account(self) -> None:
         """Give the time since the last call to the stage that is open, but what jax compiled in it."""
@@ -139,14 +144,16 @@ class Clock:
         return not self.options.strict or (self._open[-1] if self._open else "other") not in self._warm
 
     def _profile(self, step: int | None) -> None:
-        if self._profiling:
-            jax.profiler.stop_trace()
-            self._profiling = False
-        if step is not None and step in self.options.profile_steps and self._out is not None:
-            jax.profiler.start_trace(self._out / "profile" / f"step_{step}")
-            self._profiling = True
+        out = self._out if step in self.options.profile_steps else None
+        if self._profiling or out is not None:
+            with self.within("profile"):
+                if self._profiling:
+                    jax.profiler.stop_trace()
+                if out is not None:
+                    jax.profiler.start_trace(out / "profile" / f"step_{step}")
+        self._profiling = out is not None
 
-    def _product_rate(self) -> float | None:
+    def _product_rate(self) -> int | float | None:
         """FLOP/s of all devices together, as far as it is known."""
         chip = chips.of(jax.devices()[0])
         rate = self.options.product_rate or (None if chip is None else chip.product)
@@ -226,9 +233,9 @@ def rows_of(batch: Any) -> Rows | None:
     return flops.packed(np.asarray(segments)) if segments is not None else flops.real(*(np.asarray(x) for x in read))
 
 
-def _rates(count: Counted, spent: dict[str, float], own: float, rate: float | None) -> dict[str, float]:
+def _rates(count: Counted, spent: Figures, own: int | float, rate: int | float | None) -> Figures:
     """Figures a second of a step's own time, as far as anything was counted."""
-    found: dict[str, float] = {}
+    found: Figures = {}
     if own <= 0:
         return found
     if count.tokens:
@@ -249,10 +256,11 @@ def _rates(count: Counted, spent: dict[str, float], own: float, rate: float | No
     return found
 
 
-def memory() -> dict[str, float]:
+def memory() -> Figures:
     """The most bytes that were ever held: by the fullest device, or where devices do not say (a CPU) by the process."""
     found = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
-    if found and all(size is not None for size in found):
-        return {"memory/device_peak_bytes": max(found)}
+    known = [size for size in found if size is not None]
+    if known and len(known) == len(found):
+        return {"memory/device_peak_bytes": max(known)}
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"memory/process_peak_bytes": most if sys.platform == "darwin" else 1024 * most}
