@@ -22,7 +22,7 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.models import roles
 from jaxrlhf.models.lora import LoraConfig
-from jaxrlhf.sampling import generate, rollout
+from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step, timing
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
@@ -74,7 +74,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, params), times=algorithm.epochs)
     collect = tasks.collector(run.clock, config, task, frozen, algorithm.samples, config.rollouts)
     prepare, describe = jax.jit(reinforce.prepare, static_argnames="config"), jax.jit(rollout.stats)
-    best = dataclasses.replace(task.spec, greedy=True, replay=False)
+    answer = tasks.answering(run.clock, task, dataclasses.replace(task.spec, greedy=True, replay=False))
 
     for i in run.steps(run.start, config.iterations, "reinforce", show=("reward/score", "policy/kl_ref")):
         current = roles.attach(start.params, state.params, config.lora)
@@ -85,8 +85,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         score, weight, rewarded = task.score(experience.rollout, prompts)
         experience = dataclasses.replace(experience, score=score, weight=weight)
         if algorithm.baseline == "greedy":
-            answers = generate.generate(start.model, current["policy"], prompts, best, key)
-            baseline, scored, _ = task.score(answers, prompts)
+            baseline, scored, _ = task.score(answer(current["policy"], prompts, key, i), prompts)
             # Without the baseline there is no advantage: such a prompt's answers leave.
             baseline, scored = (jnp.repeat(x, algorithm.samples) for x in (baseline, scored))
             experience = dataclasses.replace(experience, baseline=baseline, weight=weight * scored)

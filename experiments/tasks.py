@@ -55,6 +55,8 @@ class Task:
     """(policy params) -> held-out figures, the KL to the reference (`held_out/kl`) among them; answers beside the start's."""
     reward: Any = None  # parameters of the reward model, where one scores
     scorer: TransformerConfig | None = None  # its shape
+    warm: Callable[[Any], None] | None = None
+    """(policy params): compile every program that `judge` may want, whatever the lengths of the answers."""
 
 
 class Settings(Protocol):
@@ -153,9 +155,25 @@ def rows_at_once(config: Any, n: int) -> int:
 
 
 def timed(clock: timing.Clock, task: Task) -> Task:
-    """The task, whose prompts, scores and judgements count as data, score and evaluate."""
-    score, judge = clock.timed("score", task.score), clock.timed("evaluate", task.judge)
+    """The task, whose prompts, scores and judgements count as data, score and evaluate; judgements warmed in a strict run."""
+    judge = task.judge
+    if clock.options.strict and task.warm is not None:
+        judge = after_first(task.warm, task.judge)
+    score, judge = clock.timed("score", task.score), clock.timed("evaluate", judge)
     return dataclasses.replace(task, prompts=stage.timed(clock, task.prompts), score=score, judge=judge)
+
+
+def after_first(warm: Callable, function: Callable) -> Callable:
+    """`function`, before whose first call `warm` is called with the same."""
+    first = [True]
+
+    def call(*args: Any) -> Any:
+        if first:
+            warm(*args)
+            first.clear()
+        return function(*args)
+
+    return call
 
 
 def collector(
@@ -164,34 +182,42 @@ def collector(
     """(params, prompts, key, version) -> n answers to each prompt, scored by learner and reference (`rollout.collect`): its two
     halves timed as rollout and score, and their work counted, that of the reward model included.
     """
-    start, spec = task.start, task.spec
-    sample, score = clock.timed("rollout", generate.traced), clock.timed("score", rollout.experience)
-    if clock.options.strict:  # which of its programs a batch wants depends on the lengths of its answers
-        sample = warmed(sample)
+    answer, score = answering(clock, task, task.spec, n, options.generation), clock.timed("score", rollout.experience)
 
     def collect(params: dict[str, Any], prompts: Prompts, key: jax.Array, version: int) -> Experience:
-        answers, chunks = sample(start.model, params["policy"], prompts, spec, key, n, version, options.generation)
-        experience = score(start.model, params, frozen, answers, spec, options)
+        answers = answer(params["policy"], prompts, key, version)
+        experience = score(task.start.model, params, frozen, answers, task.spec, options)
         clock.scored(answers, *scoring(config, task, params, options))
-        if timing.is_here(prompts.length):
-            asked, written = np.asarray(prompts.length), np.asarray(answers.response_len)
-            clock.count.sampled(flops.sampling(start.config, asked, written, n), written.sum(), chunks)
         return experience
 
     return collect
 
 
-def warmed(sample: Callable) -> Callable:
-    """`generate.traced`, which at its first call compiles whatever a later batch of this shape may want."""
-    first = [True]
+def answering(
+    clock: timing.Clock, task: Task, spec: SamplingSpec, n: int = 1, options: generate.Options = AT_ONCE.generation
+) -> Callable[[Any, Prompts, jax.Array, int], Rollout]:
+    """(policy params, prompts, key, version) -> n answers to each prompt by `spec`, timed and counted as rollout. In a strict
+    run the first call compiles whatever a later batch may want: that depends on the lengths of its answers.
+    """
+    start = task.start
 
-    def call(model, policy, prompts, spec, key, n, version, options):
-        if first:
-            first.clear()
-            generate.warm(model, policy, prompts, spec, key, n, options)
-        return sample(model, policy, prompts, spec, key, n, version, options)
+    def sample(policy: Any, prompts: Prompts, key: jax.Array, version: int) -> Any:
+        return generate.traced(start.model, policy, prompts, spec, key, n, version, options)
 
-    return call
+    def warm(policy: Any, prompts: Prompts, key: jax.Array, version: int) -> None:
+        del version
+        generate.warm(start.model, policy, prompts, spec, key, n, options)
+
+    sample = clock.timed("rollout", after_first(warm, sample) if clock.options.strict else sample)
+
+    def answer(policy: Any, prompts: Prompts, key: jax.Array, version: int) -> Rollout:
+        answers, chunks = sample(policy, prompts, key, version)
+        if timing.is_here(prompts.length):
+            asked, written = np.asarray(prompts.length), np.asarray(answers.response_len)
+            clock.count.sampled(flops.sampling(start.config, asked, written, n), int(written.sum()), chunks)
+        return answers
+
+    return answer
 
 
 def scoring(config: Settings, task: Task, params: dict[str, Any], options: rollout.Options) -> tuple[Pass, ...]:
@@ -242,7 +268,18 @@ def learned(setting: held_out.Setting, start: stage.Trained, prompts: Any, judge
         after = held_out.sample(setting, params, jax.random.key(1))  # other draws than the start's, so that equals win half
         return held_out.flat(held_out.report(after, before, judged_by)), policy.side_by_side(before, after)
 
-    return Task(start, setting.spec, prompts, score, judge)
+    return Task(start, setting.spec, prompts, score, judge, warm=warming(setting, setting.spec))
+
+
+def warming(setting: held_out.Setting, *specs: SamplingSpec) -> Callable[[Any], None]:
+    """`Task.warm` of judgements that answer the setting's prompts by these specs."""
+
+    def warm(params: Any) -> None:
+        prompts = sharding.shard_batch(setting.prompts, setting.mesh)
+        for spec in specs:
+            generate.warm(setting.model, params, prompts, spec, jax.random.key(0))
+
+    return warm
 
 
 def review_prompts(tokenizer: Tokenizer, batch: int, seed: int) -> Any:
@@ -291,7 +328,8 @@ def arithmetic(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh) 
 
     texts = [row["prompt"] for row in rows]
     prompts = pipeline.prompt_batches(pipeline.text_prompts(texts, tokenizer, PROMPT_WIDTH), config.batch, config.seed)
-    return Task(first, spec, prompts, score, judge)
+    best = dataclasses.replace(spec, greedy=True, replay=False)
+    return Task(first, spec, prompts, score, judge, warm=warming(setting, spec, best))
 
 
 def held_out_sums(count: int) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ XLA in place of estimating the update's temporaries, for the kind of device that
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -203,24 +204,36 @@ def abstract_mesh(config: Config) -> AbstractMesh:
 
 def memory(config: Config, shape: TransformerConfig, microbatches: int, chip: Chip) -> tuple[Row, ...]:
     """What the run would hold, by role and stage."""
+    rows = held(dataclasses.replace(config, microbatches=None, compile_programs=False), shape, chip)
+    if microbatches > 1:  # the sum of their gradients, and that of one
+        rows += tuple(dataclasses.replace(row, kind="gradient of a part") for row in rows if row.kind == "gradient")
+    at_once = config.rows // config.minibatches // microbatches
+    with jax.sharding.use_abstract_mesh(abstract_mesh(config)):
+        width, block = config.prompt + config.response, block_of(chip)
+        rows += plan.update(learning(config, shape), at_once, width, config.response, block)
+    return compiled(config, shape, microbatches, rows) if config.compile_programs else rows
+
+
+@functools.cache
+def held(config: Config, shape: TransformerConfig, chip: Chip) -> tuple[Row, ...]:
+    """The part of it that does not depend on microbatches."""
     mesh: Any = abstract_mesh(config)
     with jax.sharding.use_abstract_mesh(mesh):
-        base = frozen_base(config, shape, mesh)
-        params = trained(config, shape, mesh)
-        update = optimizer.make(config.optimizer, 100, params)
-        rows = plan.training(params, update, microbatches=microbatches)
+        base, params = frozen_base(config, shape, mesh), trained(config, shape, mesh)
+        rows = plan.training(params, optimizer.make(config.optimizer, 100, params))
         kept = {"reference" if config.sampled else "base": base} if config.sampled or config.lora.rank else {}
         kept |= {"reward": base_of(shape, mesh)} if config.sampled and config.reward else {}
         rows += plan.frozen(kept)
-        width, block = config.prompt + config.response, heads.at_once("cpu" if chip.name.startswith("this CPU") else "gpu")
-        at_once = config.rows // config.minibatches // microbatches
-        rows += plan.update(learning(config, shape), at_once, width, config.response, block)
         if config.sampled:
-            rows += plan.scoring(scoring(config, shape), config.rollouts.rows, width, config.response, block)
+            width = config.prompt + config.response
+            rows += plan.scoring(scoring(config, shape), config.rollouts.rows, width, config.response, block_of(chip))
             rows += sampling(config, shape, roles.attach(base, params, config.lora)["policy"])
-    if config.compile_programs:
-        rows = compiled(config, shape, microbatches, rows)
     return rows
+
+
+def block_of(chip: Chip) -> int:
+    """Logits that are made at a time on this chip."""
+    return heads.at_once("cpu" if chip.name.startswith("this CPU") else "gpu")
 
 
 def base_of(shape: TransformerConfig, mesh: Any) -> Any:
@@ -365,20 +378,19 @@ def work(config: Config, shape: TransformerConfig, chip: Chip) -> dict[str, dict
     if config.sampled:
         scored = sum(flops.hardware(one, rows) for one in scoring(config, shape))
         found = {"rollout": decoding(config, shape, chip), "score": {"flops": scored, "seconds": scored / rate / ways}} | found
-    return found | {"save": {"flops": 0.0, "seconds": 0.0, "bytes": float(saved_bytes(config, shape))}}
+    return found | {"save": {"flops": 0.0, "seconds": 0.0, "bytes": float(saved_bytes(config, shape, chip))}}
 
 
 def state_seconds(config: Config, shape: TransformerConfig, chip: Chip) -> float:
     """Of reading and writing parameters and moments, and reading the gradient, at each optimizer step."""
     steps = config.minibatches * (config.epochs if config.sampled else 1)
-    return steps * 2.5 * saved_bytes(config, shape) / devices(config) / chip.bandwidth
+    return steps * 2.5 * saved_bytes(config, shape, chip) / devices(config) / chip.bandwidth
 
 
-def saved_bytes(config: Config, shape: TransformerConfig) -> int:
+def saved_bytes(config: Config, shape: TransformerConfig, chip: Chip) -> int:
     """Of what a checkpoint holds: parameters and moments."""
-    params = trained(config, shape, abstract_mesh(config))
-    state = jax.eval_shape(optimizer.make(config.optimizer, 100, params).init, params)
-    return plan.size((params, state)).total
+    rows = held(dataclasses.replace(config, microbatches=None, compile_programs=False), shape, chip)
+    return sum(row.size.total for row in rows if row.kind in ("parameters", "moments"))
 
 
 def decoding(config: Config, shape: TransformerConfig, chip: Chip) -> dict[str, float]:
