@@ -4,13 +4,15 @@
 
 What bounds it: tracing and XLA's compiler, on one core but for what LLVM splits; the work itself is a second. Each case is a
 process of its own: `cold` without a persistent cache, `filling` with an empty one, `cached` with the one that this filled.
-Shown are seconds from the first array to the end of the first iteration, and of the second, which compiles nothing; without
-imports. Targets on two quiet cores: 6 s cold, 3 s cached. The last line of stdout is one JSON document.
+Shown are the seconds of the first iteration of experiments/ppo.py, and of the second, which compiles nothing; imports, the random
+model and what is compiled before the first iteration (`before_it`) are apart. Targets on two quiet cores: 6 s cold, 3 s cached.
+The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -26,14 +28,17 @@ import jax
 import measure
 import numpy as np
 
-from jaxrlhf.algorithms import ppo
+from experiments import ppo, stage, tasks
+from jaxrlhf.algorithms import ppo as algorithm
+from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Prompts, SamplingSpec
-from jaxrlhf.models import heads, roles, transformer
+from jaxrlhf.data import pipeline
+from jaxrlhf.data import tokenizer as tokenizers
+from jaxrlhf.models import heads, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import model as rewards
-from jaxrlhf.sampling import rollout
-from jaxrlhf.training import objective, optimizer, programs, step
-from jaxrlhf.training.optimizer import OptimizerConfig
+from jaxrlhf.training import metrics, programs
+from jaxrlhf.training.run import Run
 
 SHAPE = TransformerConfig(512, 128, 4, 4, 4, 32, 384, 128)
 CASES = ("cold", "filling", "cached")
@@ -90,60 +95,61 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def once(config: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the first iteration and of the second, and the programs of the first."""
-    listening = programs.Programs(show=False).open()
-    began, used = time.perf_counter(), time.process_time()
-    iterate = setting(config)
-    iterate(0)
-    first, processor, compiling = time.perf_counter(), time.process_time(), listening.seconds
-    found = [dataclasses.asdict(program) for program in listening.found]
-    iterate(1)
-    second = time.perf_counter()
-    if len(listening.found) > len(found):
-        raise SystemExit(f"the second iteration compiled {[program.name for program in listening.found[len(found) :]]}")
+    """Seconds of a run's setup, of its first iteration and of the second, and the programs of the first two."""
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ppo.Config(
+            out=Path(folder) / "run",
+            iterations=2,
+            batch=config.rows,
+            sampling=stage.Sampling(temperature=1.0, max_tokens=config.width, min_tokens=0),
+            algorithm=algorithm.Config(epochs=config.epochs, minibatches=config.minibatches),
+            critic=config.critic,
+            held_out_prompts=config.rows,
+        )
+        mesh = sharding.make_mesh(settings.mesh)
+        with jax.set_mesh(mesh):
+            task = random_task(config, mesh)
+            ready = time.perf_counter(), time.process_time()
+            with contextlib.redirect_stdout(sys.stderr), Run.open(settings.out, settings, tensorboard=False) as run:
+                ppo.train(run, settings, task, mesh)
+        rows = metrics.read(settings.out)
+        found = json.loads((settings.out / programs.FILE).read_text())["programs"]
+    if rows[1]["compile/programs"]:
+        raise SystemExit(f"the second iteration compiled {[program['name'] for program in found if program['step'] == 1]}")
     seconds = {
-        "first": first - began,
-        "first_processor": processor - used,
-        "first_compiling": compiling,
-        "second": second - first,
+        "model": ready[0] - began,
+        "first": rows[0]["time/step"],
+        "first_compiling": rows[0]["time/compile"],
+        "before_it": sum(sum(p[kind] for kind in ("trace", "lower", "compile")) for p in found if p["during"] == "start"),
+        "second": rows[1]["time/step"],
+        "processor": time.process_time() - ready[1],
     }
     return {"seconds": {name: round(value, 3) for name, value in seconds.items()}, "programs": found}
 
 
-def setting(config: argparse.Namespace) -> Any:
-    """A function that runs an iteration: rollout, scores, advantages, updates, as experiments/ppo.py has them."""
-    model = transformer.build(SHAPE)
-    spec = SamplingSpec(temperature=1.0, max_tokens=config.width, stop=(0,))
-    algorithm = ppo.Config(epochs=config.epochs, minibatches=config.minibatches)
-    base, judge = jax.jit(start)(jax.random.key(0))
-    params = {"policy": base}
-    if config.critic == "separate":
-        params["critic"] = roles.critic(base, SHAPE.width)
-    else:
-        params["value"] = {"weight": np.zeros(SHAPE.width, np.float32), "bias": np.zeros([], np.float32)}
-    update = optimizer.make(OptimizerConfig(), 100, params)
-    state = [step.init_state(params, update, jax.random.key(1), ppo.init(algorithm))]
-    outputs = objective.make_outputs(model, spec, entropy=True, values=True, trunk="policy")
-    run_epochs = step.make_epochs(outputs, ppo.loss, algorithm, update, config.epochs, config.minibatches)
-    prepare, reward = jax.jit(ppo.prepare, static_argnames="config"), rewards.reward(model, "last")
+def random_task(config: argparse.Namespace, mesh: jax.sharding.Mesh) -> tasks.Task:
+    """Answers to random prompts by a model of random weights, scored by another; nothing is judged."""
+    model, place = transformer.build(SHAPE), sharding.replicated(mesh)
+    base, judge = jax.jit(random_models, out_shardings=place)(jax.random.key(0))
+    tokenizer = tokenizers.train(["a text"], 300)
+    start = stage.Trained(SHAPE, model, base, tokenizer, {})
+    reward, ones = rewards.reward(model, "last"), sharding.shard_batch(np.ones(config.rows, np.float32), mesh)
     tokens = np.random.default_rng(0).integers(1, SHAPE.vocab_size, (config.rows, config.width)).astype(np.int32)
     count = np.arange(config.rows, dtype=np.int32)
     prompts = Prompts(tokens, np.full(config.rows, config.width, np.int32), count, count)
-    frozen = {"reference": base}
+    spec = SamplingSpec(temperature=1.0, max_tokens=config.width, stop=(0,))
 
-    def iterate(i: int) -> None:
-        key = jax.random.fold_in(jax.random.key(2), i)
-        experience = rollout.collect(model, state[0].params, frozen, prompts, spec, key, version=i)
-        experience = dataclasses.replace(experience, score=reward(judge, experience.rollout))
-        batch, kept, _ = prepare(experience, state[0].algorithm, config=algorithm)
-        state[0], metrics = run_epochs(dataclasses.replace(state[0], algorithm=kept), frozen, batch)
-        jax.block_until_ready((state[0], metrics))
+    def score(rollout: Any, prompts: Any) -> tuple[jax.Array, jax.Array, dict[str, float]]:
+        del prompts
+        return sharding.shard_batch(reward(judge, rollout), mesh), ones, {}
 
-    return iterate
+    batches = pipeline.by_step(lambda i: dataclasses.replace(prompts, uid=count + i * config.rows))
+    return tasks.Task(start, spec, batches, score, lambda params: ({}, []), judge, SHAPE)
 
 
-def start(key: jax.Array) -> tuple[Any, Any]:
-    """A policy and a reward model of random weights."""
+def random_models(key: jax.Array) -> tuple[Any, Any]:
+    """A policy and a reward model."""
     model = transformer.build(SHAPE)
     head = {name: spec.init(key, spec.shape, np.float32) for name, spec in heads.score_specs(SHAPE.width).items()}
     return model.init(key), {"trunk": model.init(key), "head": head, "gain": np.ones([]), "bias": np.zeros([])}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import jax
 
-from experiments import pretrain, stage, tasks
+from experiments import ahead, pretrain, stage, tasks
 from jaxrlhf.algorithms import lm, ppo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -93,6 +93,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     def over_start(params: Any) -> Any:
         return roles.attach(start.params, params, config.lora)
 
+    if texts is None:
+        ahead.start(run.clock, task, over_start(state.params), frozen, state, (prepare, algorithm, run_epochs), 1, options)
+    prepare = run.clock.timed("update", prepare, after="prepare")
     for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
         judged = {} if i % config.evaluate_every else task.judge(over_start(served(state)))[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import stage, tasks
+from experiments import ahead, stage, tasks
 from jaxrlhf.algorithms import reinforce
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -74,6 +74,12 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, params), times=algorithm.epochs)
     collect = tasks.collector(run.clock, config, task, frozen, algorithm.samples, config.rollouts)
     prepare, describe = jax.jit(reinforce.prepare, static_argnames="config"), jax.jit(rollout.stats)
+    current = roles.attach(start.params, state.params, config.lora)
+    if algorithm.baseline != "greedy":
+        ahead.start(
+            run.clock, task, current, frozen, state, (prepare, algorithm, run_epochs), algorithm.samples, config.rollouts
+        )
+    prepare = run.clock.timed("update", prepare, after="prepare")
     answer = tasks.answering(run.clock, task, dataclasses.replace(task.spec, greedy=True, replay=False))
 
     for i in run.steps(run.start, config.iterations, "reinforce", show=("reward/score", "policy/kl_ref")):

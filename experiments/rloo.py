@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from experiments import stage, tasks
+from experiments import ahead, stage, tasks
 from jaxrlhf.algorithms import rloo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -72,6 +72,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, params), times=algorithm.epochs)
     collect = tasks.collector(run.clock, config, task, frozen, algorithm.samples, config.rollouts)
     prepare, describe = jax.jit(rloo.prepare, static_argnames="config"), jax.jit(rollout.stats)
+    current = roles.attach(start.params, state.params, config.lora)
+    ahead.start(run.clock, task, current, frozen, state, (prepare, algorithm, run_epochs), algorithm.samples, config.rollouts)
+    prepare = run.clock.timed("update", prepare, after="prepare")
 
     for i in run.steps(run.start, config.iterations, "rloo", show=("reward/score", "policy/kl_ref")):
         current = roles.attach(start.params, state.params, config.lora)

@@ -182,7 +182,10 @@ def collector(
     """(params, prompts, key, version) -> n answers to each prompt, scored by learner and reference (`rollout.collect`): its two
     halves timed as rollout and score, and their work counted, that of the reward model included.
     """
-    answer, score = answering(clock, task, task.spec, n, options.generation), clock.timed("score", rollout.experience)
+    answer, score = (
+        answering(clock, task, task.spec, n, options.generation),
+        clock.timed("score", rollout.experience, after="score"),
+    )
 
     def collect(params: dict[str, Any], prompts: Prompts, key: jax.Array, version: int) -> Experience:
         answers = answer(params["policy"], prompts, key, version)

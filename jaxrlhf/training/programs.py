@@ -6,6 +6,7 @@ another such span (functions inside functions, constants of a trace) is part of 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -59,6 +60,7 @@ class Programs:
         self._reasons = _Reasons()
         self._explained = self._before = False
         self._lock = threading.Lock()
+        self._jobs: dict[str, concurrent.futures.Future] = {}
 
     def open(self) -> Programs:
         """Begin to listen."""
@@ -70,6 +72,8 @@ class Programs:
 
     def close(self) -> None:
         """End to listen, and write the table."""
+        for job in self._jobs.values():
+            job.cancel()
         with contextlib.suppress(ValueError, AssertionError):  # someone has cleared all listeners
             jax.monitoring.unregister_scalar_listener(self._begins)
             jax.monitoring.unregister_event_duration_listener(self._ends)
@@ -93,6 +97,21 @@ class Programs:
             yield
         finally:
             self.during, self.step = before
+
+    def ahead(self, jobs: dict[str, Callable[[], None]], context: Callable[[], Any]) -> None:
+        """Run jobs that compile, one after another, in a thread of their own, inside `context()`. One that fails ends those
+        after it, and `wait` for any of them raises what it raised."""
+        pool = concurrent.futures.ThreadPoolExecutor(1, initializer=lambda: self._mine().update(name="ahead"))
+        for name, job in jobs.items():
+            self._jobs[name] = pool.submit(_after, list(self._jobs.values()), job, context)
+        pool.shutdown(wait=False)
+
+    def wait(self, name: str) -> bool:
+        """Wait until the job of this name is done; whether there was one that nobody had waited for."""
+        job = self._jobs.pop(name, None)
+        if job is not None:
+            job.result()
+        return job is not None
 
     def write(self) -> None:
         """The table as `programs.json` in the run's directory; a run that goes on adds to it."""
@@ -137,8 +156,9 @@ class Programs:
             return
         del mine["waiting"][depth, name]
         cached = mine["hit"] if mine["asked"] else None
+        during = mine.get("name", self.during)
         with self._lock:
-            self.found.append(Program(name, self.during, self.step, waiting["trace"], waiting["lower"], duration_secs, cached))
+            self.found.append(Program(name, during, self.step, waiting["trace"], waiting["lower"], duration_secs, cached))
         self._tell("")
 
     def _happens(self, event: str, **notes: Any) -> None:
@@ -213,6 +233,13 @@ def table(found: list[Program], least: float = 0.1) -> str:
         return "  ".join(align(cell, width) for cell, width, align in cells).rstrip()
 
     return "\n".join(map(row, lines))
+
+
+def _after(before: list[concurrent.futures.Future], job: Callable[[], None], context: Callable[[], Any]) -> None:
+    for each in before:
+        each.result()
+    with context():
+        job()
 
 
 def explaining() -> bool:

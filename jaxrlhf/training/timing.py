@@ -174,10 +174,11 @@ class Clock:
             self._account()
             self._open.pop()
 
-    def timed(self, stage: Stage, function: Callable) -> Callable:
-        """`function`, whose time is this stage's."""
+    def timed(self, stage: Stage, function: Callable, after: str = "") -> Callable:
+        """`function`, whose time is this stage's; `after` the job of this name that compiles ahead (`Programs.ahead`)."""
 
         def call(*args, **named):
+            self.compiled(after)
             with self.within(stage):
                 return self.settled(function(*args, **named))
 
@@ -191,13 +192,20 @@ class Clock:
         """
 
         def call(state, frozen, batch):
+            self.compiled("update")
             with self.within("update"):
                 state, metrics = step(state, frozen, batch)
                 self._learned(batch, passes, times)  # the device is at work meanwhile
                 self.settled(metrics)
             return state, metrics
 
+        call.lower = getattr(step, "lower", None)
         return call
+
+    def compiled(self, name: str) -> None:
+        """Wait for a job that compiles ahead, if there is one of this name; the time is the compiler's."""
+        with self.within("compile"):
+            self.programs.wait(name)
 
     def scored(self, batch: Any, *passes: Pass) -> None:
         """Count the work of reading a batch of rows, as `learner` does, without learning."""
