@@ -4,7 +4,7 @@
 
 What bounds it: tracing and XLA's compiler, on one core but for what LLVM splits; the work itself is a second. Each case is a
 process of its own: `cold` without a persistent cache, `filling` with an empty one, `cached` with the one that this filled.
-Shown are the seconds of the first iteration of experiments/ppo.py, and of the second, which compiles nothing; imports, the random
+Shown are seconds of the first iteration of experiments/ppo.py, and of the second, which compiles nothing; imports, the random
 model and what is compiled before the first iteration (`before_it`) are apart. Targets on two quiet cores: 6 s cold, 3 s cached.
 The last line of stdout is one JSON document.
 """

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,63 @@ def test_what_another_thread_compiles_is_told_and_costs_this_one_nothing(listeni
     other.join()
     assert len(listening.found) == 1
     assert listening.seconds == 0
+
+
+def test_seconds_are_those_of_the_outermost_span():
+    """As jax tells them: a function traced within another, whose time is in the outer one's."""
+    found, trace, compile_ = Programs(show=False), *list(programs._SPANS)[::2]
+    found.open().close()
+    before = found.seconds
+    found._begins(trace, 0.0, fun_name="outer")
+    for _ in range(3):
+        found._begins(trace, 0.0, fun_name="inner")
+        time.sleep(0.02)
+        found._ends(trace, 0.02, fun_name="inner")
+    found._ends(trace, 0.06, fun_name="outer")
+    assert 0.06 <= found.seconds - before < 0.12, "not three times what the loop took"
+    found._begins(compile_, 0.0, fun_name="jit(outer)")
+    found._ends(compile_, 0.5, fun_name="jit(outer)")
+    assert [(p.name, p.trace, p.compile) for p in found.found] == [("outer", 0.06, 0.5)]
+
+
+def test_what_is_compiled_ahead_is_found_by_the_call_that_comes_later(listening):
+    """Once each, in order, in another thread; the seconds of the thread that waits are not the compiler's events."""
+    double, total = jax.jit(lambda x: 2 * x), jax.jit(lambda x: x.sum())
+    shape = jax.ShapeDtypeStruct((6,), jnp.float32)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    order = []
+
+    def first() -> None:
+        order.append(double.lower(shape).compile().output_shardings)
+
+    def second() -> None:
+        order.append("second")
+        total.lower(jax.ShapeDtypeStruct((6,), jnp.float32, sharding=place)).compile()
+
+    listening.ahead({"first": first, "second": second}, contextlib.nullcontext)
+    assert listening.wait("second")
+    assert not listening.wait("second"), "waited for once"
+    assert order[1] == "second"
+    assert [p.during for p in listening.found] == ["ahead", "ahead"]
+    assert float(total(jax.device_put(double(np.ones(6, np.float32)), place))) == 12
+    assert len(listening.found) == 2, "nothing was compiled again"
+    assert listening.seconds == 0
+
+
+def test_a_job_that_fails_ahead_fails_where_it_is_waited_for():
+    """And so do those after it, which need what it gives."""
+    found = Programs(show=False)
+
+    def fails() -> None:
+        raise ValueError("no such program")
+
+    done = []
+    found.ahead({"score": fails, "update": lambda: done.append(1)}, contextlib.nullcontext)
+    for name in ("update", "score"):
+        with pytest.raises(ValueError, match="no such program"):
+            found.wait(name)
+    assert not done
+    assert not found.wait("another")
 
 
 def test_after_closing_nothing_is_heard(tmp_path):
