@@ -24,7 +24,8 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.tokenizer import BOS, EOS, Tokenizer
 from jaxrlhf.models import transformer
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, step, timing
+from jaxrlhf.training.flops import Pass
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -48,6 +49,7 @@ class Config:
     )
     sampling: stage.Sampling = tasks.ARITHMETIC
     held_out_prompts: int = 500
+    watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -61,12 +63,14 @@ def run(config: Config) -> dict[str, Any]:
         model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
         model = transformer.build(model_config)
         data = pipeline.within(pipeline.batches(rows(pairs, tokenizer), config.batch, config.seed), model_config.vocab_size)
+        data = stage.timed(run.clock, data)
         with jax.set_mesh(mesh):
             placed = sharding.shardings(transformer.param_specs(model_config), mesh)
             params = jax.jit(model.init, out_shardings=placed)(jax.random.key(config.seed))
             update = optimizer.make(config.optimizer, config.steps, params)
             state = run.restore(step.init_state(params, update, jax.random.key(config.seed + 1)))
             train_step = step.make_train_step(objective.make_outputs(model), lm.loss, lm.Config(), update)
+            train_step = run.clock.learner(train_step, Pass(model_config, gradient=True))
             for i in run.steps(run.start, config.steps, "arithmetic", show=("loss/lm",)):
                 row = data[i]
                 width = row["tokens"].shape[1] - 1

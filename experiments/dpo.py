@@ -28,7 +28,7 @@ from jaxrlhf.models import lora
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, step, timing
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -55,6 +55,7 @@ class Config:
     evaluate_every: int = 40  # steps; also before the first and after the last
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
+    watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -69,17 +70,18 @@ def run(config: Config) -> dict[str, Any]:
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy on pairs."""
-    start = task.start
+    task, start = tasks.timed(run.clock, task), task.start
     pairs = preference_data.gather(config, task, mesh, run)
     learned, test = (referenced(config, start, part, pairs.longest) for part in (pairs.train, pairs.held_out))
     data = pipeline.batches(preference_data.arrays(learned), config.batch, config.seed)
-    data = pipeline.within(data, start.config.vocab_size)
+    data = stage.timed(run.clock, pipeline.within(data, start.config.vocab_size))
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
     update = optimizer.make(config.optimizer, config.steps, params)
     tasks.tell_memory(run, config, task, params, update)
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     outputs = objective.make_outputs(start.model, adapters=config.lora)
     train_step = step.make_train_step(outputs, dpo.loss, config.algorithm, update)
+    train_step = run.clock.learner(train_step, *tasks.learning(config, task, params))
     prepare = jax.jit(dpo.prepare, static_argnames="config")
     test, _, counts = prepare(test, (), config=config.algorithm)
     of_pairs = jax.jit(lambda params, frozen, batch: dpo.loss(outputs(params, frozen, batch, None), batch, config.algorithm)[1])

@@ -25,7 +25,8 @@ from jaxrlhf.models import lora
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, step, timing
+from jaxrlhf.training.flops import Pass
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -51,6 +52,7 @@ class Config:
     evaluate_every: int = 40  # steps; also before the first and after the last
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
+    watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -65,26 +67,29 @@ def run(config: Config) -> dict[str, Any]:
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy on single answers."""
-    start = task.start
+    task, start = tasks.timed(run.clock, task), task.start
     pairs = preference_data.gather(config, task, mesh, run)
     reference = rollout.batch_logprobs(start.model, start.params, pairs.train, pairs.longest)
     examples = kto.from_preferences(dataclasses.replace(pairs.train, ref_logprobs=reference))
     data = pipeline.batches(preference_data.arrays(examples), config.batch, config.seed)
-    data = pipeline.within(data, start.config.vocab_size)
+    data = stage.timed(run.clock, pipeline.within(data, start.config.vocab_size))
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
     update = optimizer.make(config.optimizer, config.steps, params)
     tasks.tell_memory(run, config, task, params, update)
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     outputs = objective.make_outputs(start.model, adapters=config.lora)
     train_step = step.make_train_step(outputs, kto.loss, config.algorithm, update)
+    train_step = run.clock.learner(train_step, *tasks.learning(config, task, params))
     prepare, mismatched = jax.jit(kto.prepare, static_argnames="config"), jax.jit(kto.mismatched)
 
     def with_others(batch: kto.Examples, params: Any) -> kto.Examples:
         """The batch with what its reference point is estimated from: each prompt with another one's answer."""
         others = mismatched(batch)
+        run.clock.scored(others, Pass(start.config), Pass(start.config, lora=config.lora))
         own, reference = (rollout.batch_logprobs(start.model, p, others, pairs.longest) for p in (params, start.params))
         return dataclasses.replace(batch, other_ratio=(own - reference).sum(axis=1), other_weight=others.weight)
 
+    with_others = run.clock.timed("score", with_others)
     show = ("policy/kl_mismatched", "reward/desirable", "reward/undesirable")
     for i in run.steps(run.start, config.steps, "kto", show=show):
         current = lora.attach(start.params, state.params, config.lora)

@@ -23,7 +23,7 @@ from jaxrlhf.models import lora
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, step, timing
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -53,6 +53,7 @@ class Config:
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
+    watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -69,27 +70,27 @@ def run(config: Config) -> dict[str, Any]:
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy on its own answers."""
-    start = task.start
+    task, start = tasks.timed(run.clock, task), task.start
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"reference": start.params}
     updates = config.iterations * config.epochs * config.minibatches
     update = optimizer.make(config.optimizer, updates, params)
-    tasks.tell_memory(run, config, task, params, update, n=config.n, generation=config.rollouts.generation)
+    tasks.tell_memory(run, config, task, params, update, n=config.n, options=config.rollouts)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = step.init_state(params, update, keys[0])
     state, begun = run.restore((state, tasks.under_way(config, task, config.n, mesh)))
     outputs = objective.make_outputs(start.model, task.spec, adapters=config.lora)
     run_epochs = step.make_epochs(outputs, dpo.loss, config.algorithm, update, config.epochs, config.minibatches)
+    run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, params), times=config.epochs)
     choose = jax.jit(dpo.from_experience, static_argnames=("n", "soft"))
     prepare, describe = jax.jit(dpo.prepare, static_argnames="config"), jax.jit(rollout.stats)
     options = dataclasses.replace(config.rollouts, reuse_sampler_logprobs=True)  # a pair needs the reference's log-probs alone
+    collect = tasks.collector(run.clock, config, task, frozen, config.n, options)
 
     for i in run.steps(run.start, config.iterations, "online dpo", show=("reward/score", "reward/accuracy")):
         policy = {"policy": lora.attach(start.params, state.params, config.lora)}
         judged = {} if i % config.evaluate_every else task.judge(policy["policy"])[0]
         prompts, key = sharding.shard_batch(task.prompts[i], mesh), jax.random.fold_in(keys[1], i)
-        experience, prompts, begun = rollout.collect(
-            start.model, policy, frozen, prompts, task.spec, key, config.n, i, options, begun
-        )
+        experience, prompts, begun = collect(policy, prompts, key, i, begun)
         score, weight, rewarded = task.score(experience.rollout, prompts)
         kept = shaping.score(score, experience.rollout.finished, config.score)
         pairs = choose(dataclasses.replace(experience, score=kept, weight=weight), n=config.n, soft=config.soft)

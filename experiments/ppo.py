@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import jax
 
-from experiments import pretrain, stage, tasks
+from experiments import ahead, pretrain, stage, tasks
 from jaxrlhf.algorithms import lm, ppo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -24,7 +24,7 @@ from jaxrlhf.models import heads, lora, roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import ensemble, pool
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, step, timing
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -54,6 +54,7 @@ class Config:
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
+    watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -68,14 +69,12 @@ def run(config: Config) -> dict[str, Any]:
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy, whatever the task is."""
-    start, algorithm = task.start, config.algorithm
+    task, start, algorithm = tasks.timed(run.clock, task), task.start, config.algorithm
     params = {"policy": stage.trainable(start, config.lora, mesh, config.seed)} | value_function(config, start, mesh)
     frozen = {"reference": start.params}
     exact, mixed = algorithm.kl_estimator == "exact", algorithm.text_coef > 0
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
-    tasks.tell_memory(
-        run, config, task, params, update, n=1, generation=config.rollouts.generation, average=config.ema_decay is not None
-    )
+    tasks.tell_memory(run, config, task, params, update, n=1, options=config.rollouts, average=config.ema_decay is not None)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = step.init_state(params, update, keys[0], ppo.init(algorithm))
     del params  # which the state has copied: a critic's trunk need not stand in memory twice
@@ -87,20 +86,23 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         start.model, task.spec, entropy=True, values=True, ref_kl=in_loss, text=mixed, trunk="policy", adapters=config.lora
     )
     run_epochs = step.make_epochs(outputs, ppo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
+    run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, state.params, in_loss), times=algorithm.epochs)
     options, texts = dataclasses.replace(config.rollouts, exact_kl=exact), text_batches(config, start) if mixed else None
+    collect = tasks.collector(run.clock, config, task, frozen, 1, options)
     prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
 
     def over_start(params: Any) -> Any:
         return roles.attach(start.params, params, config.lora)
 
+    if texts is None:
+        ahead.start(run.clock, task, over_start(state.params), frozen, state, (prepare, algorithm, run_epochs), 1, options)
+    prepare = run.clock.timed("update", prepare, after="prepare")
     for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
         judged = {} if i % config.evaluate_every else task.judge(over_start(served(state)))[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
         current = over_start(state.params)
-        experience, prompts, begun = rollout.collect(
-            start.model, current, frozen, prompts, task.spec, key, version=i, options=options, begun=begun
-        )
+        experience, prompts, begun = collect(current, prompts, key, i, begun)
         score, weight, rewarded = task.score(experience.rollout, prompts)
         experience = dataclasses.replace(experience, score=score, weight=weight)
         drawn = describe(experience)

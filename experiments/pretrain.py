@@ -25,7 +25,8 @@ from jaxrlhf.data import chitchat, human_sentiment, pipeline
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models import transformer
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, step, timing
+from jaxrlhf.training.flops import Pass
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -47,6 +48,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon", muon_dtype="bfloat16", learning_rate=0.02, adam_learning_rate=4e-3, weight_decay=0.01, clip_norm=None
     )
+    watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def run(config: Config) -> dict[str, Any]:
         model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
         model = transformer.build(model_config)
         data = pipeline.within(dataset(config, tokenizer, chat, reviews), model_config.vocab_size)
+        data = stage.timed(run.clock, data)
         held_out = pipeline.evaluation_rows(tokenizer.encode_batch(texts("test")[:768]), tokenizer, model_config.max_length)
 
         with jax.set_mesh(mesh):
@@ -69,6 +72,7 @@ def run(config: Config) -> dict[str, Any]:
             state = run.restore(step.init_state(params, update, jax.random.key(config.seed + 1)))
             outputs = objective.make_outputs(model, packed=True)
             train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
+            train_step = run.clock.learner(train_step, Pass(model_config, gradient=True))
             for i in run.steps(run.start, config.steps, "pretrain", show=("loss/lm",)):
                 batch = sharding.shard_batch(lm.packed(**data[i]), mesh)
                 state, metrics = train_step(state, None, batch)

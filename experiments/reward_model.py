@@ -38,7 +38,8 @@ from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import ensemble as ensembles
 from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import generate
-from jaxrlhf.training import cli, objective, optimizer, plan, step
+from jaxrlhf.training import cli, objective, optimizer, plan, step, timing
+from jaxrlhf.training.flops import Pass
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -85,6 +86,7 @@ class Config:
     sampling: stage.Sampling = stage.Sampling()
     reference_samples: int = 512
     held_out_texts: int | None = None  # rated texts to measure accuracy on; None: all 2,775
+    watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
     @property
     def several(self) -> ensembles.Config | None:
@@ -149,6 +151,8 @@ def train(run: Run, config: Config, shape: TransformerConfig, params: Any, data:
         adapters=config.lora,
     )
     train_step = step.make_train_step(outputs, reward.loss, config.algorithm, update)
+    train_step = run.clock.learner(train_step, Pass(shape, gradient=True, logits=False, lora=config.lora))
+    data = stage.timed(run.clock, data)
     for i in run.steps(run.start, config.steps, "reward model", show=("reward/accuracy",)):
         batch = reward.Batch(**data[i])
         state, metrics = train_step(state, {"base": base}, batch)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from experiments import stage, tasks
+from experiments import ahead, stage, tasks
 from jaxrlhf.algorithms import rloo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -22,7 +22,7 @@ from jaxrlhf.models import roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, step, timing
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -47,6 +47,7 @@ class Config:
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
+    watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -61,26 +62,29 @@ def run(config: Config) -> dict[str, Any]:
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy, whatever the task is."""
-    start, algorithm = task.start, config.algorithm
+    task, start, algorithm = tasks.timed(run.clock, task), task.start, config.algorithm
     params = {"policy": stage.trainable(start, config.lora, mesh, config.seed)}
     frozen = {"reference": start.params}
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
-    tasks.tell_memory(run, config, task, params, update, n=algorithm.samples, generation=config.rollouts.generation)
+    tasks.tell_memory(run, config, task, params, update, n=algorithm.samples, options=config.rollouts)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = step.init_state(params, update, keys[0], rloo.init(algorithm))
     state, begun = run.restore((state, tasks.under_way(config, task, algorithm.samples, mesh)))
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
     run_epochs = step.make_epochs(outputs, rloo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
+    run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, params), times=algorithm.epochs)
+    collect = tasks.collector(run.clock, config, task, frozen, algorithm.samples, config.rollouts)
     prepare, describe = jax.jit(rloo.prepare, static_argnames="config"), jax.jit(rollout.stats)
+    current = roles.attach(start.params, state.params, config.lora)
+    ahead.start(run.clock, task, current, frozen, state, (prepare, algorithm, run_epochs), algorithm.samples, config.rollouts)
+    prepare = run.clock.timed("update", prepare, after="prepare")
 
     for i in run.steps(run.start, config.iterations, "rloo", show=("reward/score", "policy/kl_ref")):
         current = roles.attach(start.params, state.params, config.lora)
         judged = {} if i % config.evaluate_every else task.judge(current["policy"])[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
-        experience, prompts, begun = rollout.collect(
-            start.model, current, frozen, prompts, task.spec, key, algorithm.samples, i, config.rollouts, begun
-        )
+        experience, prompts, begun = collect(current, prompts, key, i, begun)
         score, weight, rewarded = task.score(experience.rollout, prompts)
         experience = dataclasses.replace(experience, score=score, weight=weight)
         drawn = describe(experience)

@@ -22,8 +22,10 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import chitchat, conversations, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
+from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.lora import LoraConfig
-from jaxrlhf.training import cli, objective, optimizer, plan, step
+from jaxrlhf.training import cli, objective, optimizer, plan, step, timing
+from jaxrlhf.training.flops import Pass
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -43,6 +45,7 @@ class Config:
     held_out: float = 0.05  # of the conversations' turns
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     frozen: stage.Weights = "float32"  # of the frozen start
+    watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon", muon_dtype="bfloat16", learning_rate=0.002, adam_learning_rate=4e-4, warmup_fraction=0.1, clip_norm=None
     )
@@ -65,18 +68,22 @@ def run(config: Config) -> dict[str, Any]:
             params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
             outputs = objective.make_outputs(start.model, adapters=config.lora)
             before = loss(outputs, params, frozen, held_out)
-            params = train(run, config, params, frozen, outputs, batches)
+            params = train(run, config, start.config, params, frozen, outputs, batches)
             after = loss(outputs, params, frozen, held_out)
             stage.save_policy(config.out, start, params, config.lora, config.init)
         return run.done({"nll_per_token": after, "nll_per_token_before": before, "turns_left_out": left_out})
 
 
-def train(run: Run, config: Config, params: Any, frozen: Any, outputs: objective.OutputsFn, batches: Any) -> Any:
+def train(
+    run: Run, config: Config, shape: TransformerConfig, params: Any, frozen: Any, outputs: objective.OutputsFn, batches: Any
+) -> Any:
     """`config.steps` updates of a model, or of its adapter, on `batches[step]` (`lm.Batch`), from where `run` left off."""
     update = optimizer.make(config.optimizer, config.steps, params)
     stage.tell_memory(run, plan.training(params, update) + plan.frozen(frozen or {}))
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
+    train_step = run.clock.learner(train_step, Pass(shape, gradient=True, lora=config.lora))
+    batches = stage.timed(run.clock, batches)
     for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
         batch = batches[i]
         state, metrics = train_step(state, frozen, batch)

@@ -18,18 +18,20 @@ import numpy as np
 
 from experiments import held_out, stage
 from jaxrlhf.core import sharding
-from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
+from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
 from jaxrlhf.data import arithmetic as sums
 from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, policy
-from jaxrlhf.models import roles
+from jaxrlhf.models import heads, roles
+from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import EXACT
 from jaxrlhf.rewards import functions, pool
 from jaxrlhf.sampling import generate, rollout, stragglers
 from jaxrlhf.sampling.stragglers import Begun
-from jaxrlhf.training import plan
+from jaxrlhf.training import flops, plan, timing
+from jaxrlhf.training.flops import Pass
 from jaxrlhf.training.run import Run
 
 Name = Literal["sentiment", "arithmetic"]
@@ -39,7 +41,7 @@ ARITHMETIC = stage.Sampling(temperature=1.0, max_tokens=6, min_tokens=0)
 ARITHMETIC_POLICY = Path("runs/arithmetic/start/model")  # what experiments/arithmetic.py writes
 PROMPT_WIDTH = 8  # of a sum: bos, a space, two digits, plus, two digits, equals
 
-AT_ONCE = generate.Options()
+AT_ONCE = rollout.Options()
 
 Rewards = Mapping[str, functions.RewardFunction | pool.Remote]
 NONE: Rewards = {}
@@ -61,6 +63,9 @@ class Task:
     judge: Callable[[Any], tuple[Figures, list[dict[str, str]]]]
     """(policy params) -> held-out figures, the KL to the reference (`held_out/kl`) among them; answers beside the start's."""
     reward: Any = None  # parameters of the reward model, where one scores
+    scorer: TransformerConfig | None = None  # its shape
+    warm: Callable[[Any], None] | None = None
+    """(policy params): compile every program that `judge` may want, whatever the lengths of the answers."""
 
 
 class Settings(Protocol):
@@ -155,24 +160,31 @@ def tell_memory(
     params: Any,
     update: Any,
     n: int = 0,
-    generation: generate.Options = AT_ONCE,
+    options: rollout.Options = AT_ONCE,
     average: bool = False,
 ) -> None:
     """Print and keep what the run will hold (`stage.tell_memory`), before training is compiled: `params` to be trained by
-    `update`, the frozen start, the reward, and n samples of each prompt, or where n is 0 those of the judgement alone.
+    `update`, the frozen start, the reward, and n samples of each prompt with what scoring them and learning from them take, or
+    where n is 0 those of the judgement alone.
     """
     start, tree = task.start, params if "policy" in params else {"policy": params}
     trained = plan.training(params, update, average)
     kept = plan.frozen({"base and reference" if config.lora.rank else "reference": start.params, "reward": task.reward})
+    width, written = task.prompts[0].tokens.shape[1], task.spec.max_tokens
     policy = roles.attach(start.params, tree, config.lora)["policy"]
     drawn = [(config.held_out_prompts, 1, EXACT)]
     if n:
+        generation = options.generation
         in_slots = 0 < generation.slots < config.batch * n  # each with a prompt of its own
         prompts, samples = (generation.slots, 1) if in_slots else (config.batch, n)
         drawn.append((prompts, samples, generation.cache))
     prompts, samples, cache = max(drawn, key=lambda rows: rows[0] * rows[1])
-    width = task.prompts[0].tokens.shape[1]
     sampled = plan.sampling(start.model, policy, task.spec, (prompts, width), samples, cache)
+    if n:
+        shape = (width + written, written, heads.at_once(jax.default_backend(), start.config.vocab_size))
+        kept += plan.update(learning(config, task, params), rows_at_once(config, n), *shape)
+        kept += plan.scoring(scoring(config, task, params, options), options.rows, *shape)
+        sampled += plan.prefill(start.config, prompts, width)
     stage.tell_memory(run, (*trained, *kept, *sampled))
 
 
@@ -192,6 +204,115 @@ def under_way(config: OnlineSettings, task: Task, n: int, mesh: jax.sharding.Mes
     return sharding.shard_batch(stragglers.begin(first, task.start.model, task.spec, n), mesh)
 
 
+def rows_at_once(config: Any, n: int) -> int:
+    """Rows that a gradient is taken of at a time."""
+    minibatches = getattr(config.algorithm, "minibatches", None) or config.minibatches
+    return config.batch * n // minibatches
+
+
+def timed(clock: timing.Clock, task: Task) -> Task:
+    """The task, whose prompts, scores and judgements count as data, score and evaluate; judgements warmed in a strict run."""
+    judge = task.judge
+    if clock.options.strict and task.warm is not None:
+        judge = after_first(task.warm, task.judge)
+    score, judge = clock.timed("score", task.score), clock.timed("evaluate", judge)
+    return dataclasses.replace(task, prompts=stage.timed(clock, task.prompts), score=score, judge=judge)
+
+
+def after_first(warm: Callable, function: Callable) -> Callable:
+    """`function`, before whose first call `warm` is called with the same."""
+    first = [True]
+
+    def call(*args: Any) -> Any:
+        if first:
+            warm(*args)
+            first.clear()
+        return function(*args)
+
+    return call
+
+
+Collected = tuple[Experience, Prompts, Begun | None]
+
+
+def collector(
+    clock: timing.Clock, config: Settings, task: Task, frozen: Any, n: int, options: rollout.Options
+) -> Callable[[dict[str, Any], Prompts, jax.Array, int, Begun | None], Collected]:
+    """(params, prompts, key, version, begun) -> n answers to each prompt, scored by learner and reference, the prompts that
+    they answer, and what is under way after it (`rollout.collect`): its two halves timed as rollout and score, and their work
+    counted, that of the reward model included.
+    """
+    answer = answering(clock, task, task.spec, n, options.generation)
+    score = clock.timed("score", rollout.experience, after="score")
+
+    def collect(params: dict[str, Any], prompts: Prompts, key: jax.Array, version: int, begun: Begun | None) -> Collected:
+        answers, prompts, begun = answer(params["policy"], prompts, key, version, begun)
+        experience = score(task.start.model, params, frozen, answers, task.spec, options)
+        clock.scored(answers, *scoring(config, task, params, options))
+        return experience, prompts, begun
+
+    return collect
+
+
+def answering(
+    clock: timing.Clock, task: Task, spec: SamplingSpec, n: int = 1, options: generate.Options = AT_ONCE.generation
+) -> Callable[..., tuple[Rollout, Prompts, Begun | None]]:
+    """(policy params, prompts, key, version, begun=None) -> n answers to each prompt by `spec`, timed and counted as rollout;
+    their prompts; and what is under way. In a strict run the first call compiles whatever a later batch may want: that depends
+    on the lengths of its answers.
+    """
+    start = task.start
+
+    def sample(policy: Any, prompts: Prompts, key: jax.Array, version: int, begun: Begun | None) -> Any:
+        if begun is not None:
+            return stragglers.carry_on(start.model, policy, prompts, begun, spec, key, n, version, options)
+        answers, chunks = generate.traced(start.model, policy, prompts, spec, key, n, version, options)
+        return answers, prompts, None, chunks
+
+    def warm(policy: Any, prompts: Prompts, key: jax.Array, version: int, begun: Begun | None) -> None:
+        del version
+        if begun is not None:
+            raise ValueError(
+                "watch.strict with rollouts.stragglers: which programs a batch wants is not known before; set one off"
+            )
+        generate.warm(start.model, policy, prompts, spec, key, n, options)
+
+    sample = clock.timed("rollout", after_first(warm, sample) if clock.options.strict else sample)
+
+    def answer(
+        policy: Any, prompts: Prompts, key: jax.Array, version: int, begun: Begun | None = None
+    ) -> tuple[Rollout, Prompts, Begun | None]:
+        before = 0 if begun is None else int(np.asarray(begun.rollout.response_len).sum())
+        answers, prompts, begun, chunks = sample(policy, prompts, key, version, begun)
+        if timing.is_here(prompts.length):
+            asked, written = np.asarray(prompts.length), np.asarray(answers.response_len)
+            # Of answers under way, the tokens of this batch.
+            left = 0 if begun is None else int(np.asarray(begun.rollout.response_len).sum())
+            new = int(written.sum()) + left - before
+            clock.count.sampled(flops.sampling(start.config, asked, written, n), new, chunks)
+        return answers, prompts, begun
+
+    return answer
+
+
+def scoring(config: Settings, task: Task, params: dict[str, Any], options: rollout.Options) -> tuple[Pass, ...]:
+    """What reads a rollout: the policy unless its own log-probs are taken, the reference, a critic, the reward model."""
+    shape, own = task.start.config, not options.reuse_sampler_logprobs or options.exact_kl
+    passes = (Pass(shape),)  # the reference
+    passes += (Pass(shape, logits=own, lora=config.lora),) * (own or "value" in params)
+    passes += (Pass(shape, logits=False, lora=config.lora),) * ("critic" in params)
+    return passes + (() if task.scorer is None else (Pass(task.scorer, logits=False),))
+
+
+def learning(config: Settings, task: Task, params: Any, reference: bool = False) -> tuple[Pass, ...]:
+    """What an update reads its rows with: the policy, a critic with a trunk of its own, and the reference where the loss
+    has an exact KL."""
+    shape = task.start.config
+    passes = (Pass(shape, gradient=True, lora=config.lora),)
+    passes += (Pass(shape, gradient=True, logits=False, lora=config.lora),) * ("critic" in params)
+    return passes + (Pass(shape),) * reference
+
+
 def sentiment(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh, own: Rewards) -> Task:
     """Continue the first words of a review; the reward model in `config.reward` scores, and what is the user's own."""
     judged = stage.load_reward(config.reward, mesh, first)
@@ -207,7 +328,7 @@ def sentiment(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh, o
     )
     prompts = review_prompts(first.tokenizer, config.batch, config.seed)
     task = learned(setting, first, prompts, held_out.JUDGES, own)
-    return dataclasses.replace(task, reward=judged.params)
+    return dataclasses.replace(task, reward=judged.params, scorer=judged.config)
 
 
 def learned(
@@ -228,7 +349,18 @@ def learned(
         return held_out.flat(held_out.report(after, before, judged_by)), policy.side_by_side(before, after)
 
     prompts = pipeline.within(prompts, start.config.vocab_size)
-    return Task(start, setting.spec, prompts, score, judge)
+    return Task(start, setting.spec, prompts, score, judge, warm=warming(setting, setting.spec))
+
+
+def warming(setting: held_out.Setting, *specs: SamplingSpec) -> Callable[[Any], None]:
+    """`Task.warm` of judgements that answer the setting's prompts by these specs."""
+
+    def warm(params: Any) -> None:
+        prompts = sharding.shard_batch(setting.prompts, setting.mesh)
+        for spec in specs:
+            generate.warm(setting.model, params, prompts, spec, jax.random.key(0))
+
+    return warm
 
 
 def review_prompts(tokenizer: Tokenizer, batch: int, seed: int) -> Any:
@@ -276,7 +408,9 @@ def arithmetic(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh, 
 
     texts = [row["prompt"] for row in rows]
     prompts = pipeline.prompt_batches(pipeline.text_prompts(texts, tokenizer, PROMPT_WIDTH), config.batch, config.seed)
-    return Task(first, spec, pipeline.within(prompts, first.config.vocab_size), score, judge)
+    best = dataclasses.replace(spec, greedy=True, replay=False)
+    prompts = pipeline.within(prompts, first.config.vocab_size)
+    return Task(first, spec, prompts, score, judge, warm=warming(setting, spec, best))
 
 
 def held_out_sums(count: int) -> list[dict[str, Any]]:

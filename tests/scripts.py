@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import pathlib
 import subprocess
@@ -22,3 +24,21 @@ def script(name: str, *flags: object, stdin: str = "", devices: int = 1) -> subp
     return subprocess.run(
         command(name, *flags), cwd=ROOT, env=environment(devices), input=stdin, capture_output=True, text=True, timeout=550
     )
+
+
+def check_clock(out: pathlib.Path, stages: tuple[str, ...], updates: int) -> None:
+    """A run's rows have all stages, whose times add up; each program that follows a rollout or a batch was compiled once."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[:updates]:
+        times = {name[5:]: value for name, value in row.items() if name.startswith("time/")}
+        whole = times.pop("step")
+        assert math.isclose(sum(times.values()), whole, rel_tol=1e-9), (sum(times.values()), whole)
+        assert {stage for stage in stages if times[stage] > 0} == set(stages), times
+        assert row["throughput/tokens_per_s"] > 0
+        assert 0 < row["throughput/padding_efficiency"] <= 1
+        assert 0 < row.get("throughput/rollout_utilisation", 1) <= 1
+        assert row["throughput/model_flops_per_s"] > 0
+    names = [program["name"] for program in json.loads((out / "programs.json").read_text())["programs"]]
+    for name in ("train_step", "prepare", "_experience"):
+        assert names.count(name) <= 1, names
+    assert "train_step" in names

@@ -55,13 +55,21 @@ LATE = {
 
 # Mathematics: no print, no log, no files, no mesh, no arrays and no jit at import. Host code inside these folders is named.
 NUMERIC = {"core", "models", "sampling", "rewards", "algorithms"}
-NUMERIC_FILES = {"training/optimizer.py", "training/objective.py", "training/step.py", "training/plan.py"}
+NUMERIC_FILES = {
+    "training/optimizer.py",
+    "training/objective.py",
+    "training/step.py",
+    "training/plan.py",
+    "training/flops.py",
+    "training/chips.py",
+}
 HOST_FILES = {
     *("models/pretrained.py", "models/hf.py", "models/gguf.py", "models/peft.py"),
     *("rewards/functions.py", "rewards/pool.py"),
 }
 PRINTS = {  # they talk to the person at the terminal
     *("training/run.py", "training/cli.py", "training/ending.py", "training/progress.py", "training/events.py"),
+    "training/programs.py",
     "feedback/labelers.py",
 }
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrlhf.algorithms import ppo
 from jaxrlhf.core import sharding
-from jaxrlhf.core.types import Prompts, SamplingSpec
-from jaxrlhf.models import lora, roles, transformer
+from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec, TrainState
+from jaxrlhf.models import heads, lora, roles, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.model import EXACT
-from jaxrlhf.sampling import decode
-from jaxrlhf.training import optimizer, plan, step
+from jaxrlhf.sampling import decode, rollout
+from jaxrlhf.training import flops, objective, optimizer, plan, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 
 SHAPE = TransformerConfig(64, 32, 2, 4, 2, 8, 48, 32, dtype="bfloat16", tied_head=False)
@@ -136,6 +137,94 @@ def test_shapes_alone_give_the_same():
     assert plan.limit(jax.devices()) is None  # a CPU does not say
 
 
+WIDE = TransformerConfig(512, 128, 4, 4, 4, 32, 384, 64)
+# Of the arrays that XLA keeps at one moment the estimate knows widths, not fusions: what it fits to 5 % at one shape is off by
+# up to 25 % at others. What is exact (the gradient) is compared as such in `test_what_is_trained`.
+ESTIMATED = 0.25
+UPDATES = {
+    "whole": (WIDE, 32, 1),
+    "few rows": (WIDE, 8, 1),
+    "microbatches": (WIDE, 32, 4),
+    "all is kept": (dataclasses.replace(WIDE, remat=False), 16, 1),
+    "gpt2": (dataclasses.replace(WIDE, mlp="gelu", norm="layer"), 32, 1),
+    "wide MLP": (dataclasses.replace(WIDE, mlp_width=768), 16, 1),
+    "deep": (dataclasses.replace(WIDE, layers=12), 16, 1),
+    "few keys": (dataclasses.replace(WIDE, kv_heads=1), 16, 1),
+    "many words": (dataclasses.replace(WIDE, vocab_size=8192), 16, 1),
+}
+SMALL = ("whole", "microbatches")
+
+
+def on_one_device(tree):
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in SMALL else pytest.mark.full) for name in UPDATES])
+def test_an_update_holds_what_the_compiler_gives_it(name):
+    """PPO's own program: arguments to the byte, temporaries as far as an estimate goes."""
+    shape, count, parts = UPDATES[name]
+    width, response = 64, 32
+    model, spec = transformer.build(shape), dataclasses.replace(SPEC, max_tokens=response)
+    value = sharding.abstract(heads.value_specs(shape.width), mesh_of("one"))
+    params = on_one_device({"policy": jax.eval_shape(model.init, jax.random.key(0)), "value": value})
+    update = optimizer.make(ADAMW, 10, params)
+    number, key = jax.eval_shape(lambda: (jnp.int32(0), jax.random.key(0)))
+    opt_state = step.GuardedState(jax.eval_shape(update.init, params), number, number)
+    state = on_one_device(TrainState(number, params, opt_state, (), key))
+    data = drawn(count, width)
+    batch = on_one_device(jax.eval_shape(lambda x: ppo.prepare(x, ppo.init(ppo.Config()), ppo.Config())[0], data))
+    outputs = objective.make_outputs(model, spec, entropy=True, values=True, trunk="policy")
+    program = step.make_train_step(outputs, ppo.loss, ppo.Config(), update, parts)
+    real = plan.compiled(program, state, None, batch)
+    rows = plan.training(params, update, microbatches=parts)
+    always = sum(row.size.device for row in rows if row.when == "always")
+    assert always < real["arguments"] <= always + plan.size(batch).total + 64  # step, key, counts; not what no loss reads
+    logits = heads.at_once("cpu", shape.vocab_size)
+    rows += plan.update((flops.Pass(shape, gradient=True),), count // parts, width, response, logits)
+    told = sum(row.size.device for row in rows if row.when == "update")
+    assert told == pytest.approx(real["temporaries"], rel=ESTIMATED), told / real["temporaries"]
+
+
+@pytest.mark.parametrize("name", ["whole", pytest.param("wide MLP", marks=pytest.mark.full)])
+def test_scoring_holds_what_the_compiler_gives_it(name):
+    shape, count, _ = UPDATES[name]
+    model, spec = transformer.build(shape), dataclasses.replace(SPEC, max_tokens=32)
+    params = on_one_device({"policy": jax.eval_shape(model.init, jax.random.key(0))})
+    given = on_one_device(drawn(count, 64).rollout)
+    real = plan.compiled(rollout._experience, model, spec, rollout.Options(rows=count), params, params["policy"], given)
+    [row] = plan.scoring((flops.Pass(shape),) * 2, count, 64, 32, heads.at_once("cpu", shape.vocab_size))
+    assert row.size.device == pytest.approx(real["temporaries"], rel=ESTIMATED)
+
+
+def drawn(rows: int, width: int, response: int = 32) -> Experience:
+    """An experience's shapes."""
+    whole, each = jax.ShapeDtypeStruct((rows, width), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    numbers, one = jax.ShapeDtypeStruct((rows, response), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.float32)
+    ended = jax.ShapeDtypeStruct((rows,), bool)
+    found = Rollout(whole, each, each, ended, each, each, each, numbers, numbers)
+    return Experience(found, numbers, numbers, numbers, one, one, one)
+
+
+def test_activations_are_split_as_rows_and_heads_are():
+    """Eight devices: states over data and fsdp, a layer's heads and MLP over tensor too."""
+    passes = (flops.Pass(WIDE, gradient=True),)
+    [kept, working] = plan.update(passes, 32, 64, 32, 2**20)
+    with jax.set_mesh(mesh_of("eight")):
+        [kept_there, working_there] = plan.update(passes, 32, 64, 32, 2**20)
+    assert kept_there.size == plan.Size(kept.size.total, kept.size.total // 4)
+    assert working.size.total / 8 < working_there.size.device < working.size.total / 4
+
+
+def test_microbatches_halve_activations_and_hold_a_second_gradient():
+    shapes = sharding.abstract(transformer.param_specs(SHAPE), mesh_of("one"))
+    update = optimizer.make(ADAMW, 10, shapes)
+    gradients = [found(plan.training(shapes, update, microbatches=parts), "policy", "gradient") for parts in (1, 2)]
+    assert gradients[1] == (2 * gradients[0][0], 2 * gradients[0][1])
+    kept = [plan.update((flops.Pass(WIDE, gradient=True),), rows, 64, 32, 2**20)[0].size.total for rows in (32, 16)]
+    assert kept[0] == 2 * kept[1] == 4 * 32 * 64 * WIDE.width * WIDE.layers
+
+
 ROWS = (
     plan.Row("policy", "parameters", "always", plan.Size(4 << 30, 1 << 30)),
     plan.Row("policy", "gradient", "update", plan.Size(2 << 30, 1 << 29)),
@@ -162,6 +251,7 @@ def test_the_table_and_a_run_that_cannot_fit():
     plan.check(ROWS, None)
     plan.check(ROWS, 2 << 30)
     with pytest.raises(
-        ValueError, match=r"take 1.75 GiB a device, of 1.00 GiB .*largest: policy parameters 1.00 GiB.*lora.rank"
+        ValueError,
+        match=r"takes 1.75 GiB a device, 768.2 MiB more than the 1.00 GiB .*largest: policy parameters 1.00 GiB.*lora.rank",
     ):
         plan.check(ROWS, plan.limit(devices))

@@ -6,7 +6,7 @@ import json
 import pathlib
 
 import pytest
-from scripts import script
+from scripts import check_clock, script
 
 from jaxrlhf.data import arithmetic, sources, tfds_preferences
 
@@ -44,6 +44,7 @@ def learned(name: str, start: pathlib.Path, out: pathlib.Path, *flags: object) -
     assert abs(result["curve"][0]["held_out/kl"]) < 1e-5
     assert abs(result["curve"][-1]["held_out/kl"]) > 1e-5
     assert len(result["samples"]) == 12
+    check_clock(out, ("data", "update"), updates=2)
     return result, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

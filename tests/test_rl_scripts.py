@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from scripts import ROOT, environment, script
+from scripts import ROOT, check_clock, environment, script
 
 from experiments import grpo
 from jaxrlhf.sampling import generate, rollout
@@ -50,7 +50,7 @@ def check(out: pathlib.Path, start: pathlib.Path) -> list[dict]:
     ("name", "flags"),
     [
         pytest.param("ppo", ("--batch", 32), marks=pytest.mark.full),  # plain pytest runs it below, with options
-        ("grpo", ("--batch", 8)),
+        ("grpo", ("--batch", 8, "--watch.strict")),
         pytest.param("rloo", ("--batch", 8), marks=pytest.mark.full),  # and this as the fork
         ("reinforce", ("--batch", 32, "--algorithm.baseline", "greedy", "--algorithm.no-whiten-advantages")),
         ("raft", ("--batch", 8)),
@@ -61,6 +61,7 @@ def test_an_algorithm_learns_sums(start, tmp_path, name, flags):
     done = script(name, "--preset", "arithmetic", "--policy", start / "model", "--out", tmp_path / name, *SMALL, *flags)
     assert done.returncode == 0, done.stderr
     rows = check(tmp_path / name, start)
+    check_clock(tmp_path / name, ("data", "rollout", "score", "update", "evaluate", "other"), updates=2)
     assert rows[0]["rollout/sampler_gap_max"] < 1e-4
     if name != "raft":
         assert rows[0]["importance/max"] == pytest.approx(1, abs=1e-4)

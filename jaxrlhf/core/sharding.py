@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # sequences
@@ -119,7 +119,7 @@ def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
 
 
-def shardings(specs: Any, mesh: Mesh) -> Any:
+def shardings(specs: Any, mesh: Mesh | AbstractMesh) -> Any:
     """`NamedSharding` of each spec; an axis of `WHOLE_IF_UNEVEN` that the mesh does not divide is not split (`undivided`).
 
     Raises:
@@ -151,15 +151,16 @@ def undivided(specs: Any, mesh: Mesh) -> list[str]:
     return found
 
 
-def _split(axis: str | None, mesh: Mesh) -> tuple[tuple[str, ...], int]:
+def _split(axis: str | None, mesh: Mesh | AbstractMesh) -> tuple[tuple[str, ...], int]:
     """The mesh axes that split a logical axis, and into how many parts."""
     names = () if axis is None else RULES[axis]
     names = (names,) if isinstance(names, str) else names or ()
     return names, math.prod(mesh.shape[name] for name in names)
 
 
-def abstract(specs: Any, mesh: Mesh, dtype: Any = jnp.float32) -> Any:
-    """Shapes, types and shardings without values: what a checkpoint is restored into, what a program is compiled for."""
+def abstract(specs: Any, mesh: Mesh | AbstractMesh, dtype: Any = jnp.float32) -> Any:
+    """Shapes, types and shardings without values: what a checkpoint is restored into, what a program is compiled for, or over
+    an abstract mesh what a run on devices that are not here is planned with."""
     leaves = jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype), specs, is_leaf=_is_spec)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), leaves, shardings(specs, mesh))
 

@@ -187,13 +187,16 @@ def _policy(model, params, hidden, position, spec, seen):
     return policy_logits(logits, jnp.broadcast_to(position, logits.shape[:-1]), spec, before)
 
 
+def at_once(backend: str, vocab: int) -> int:
+    """How many logits a block has: few enough for the cache of a CPU, but of tokens enough for its products to be worth reading
+    the head once more; on an accelerator, few against its memory, many against its cores."""
+    return max(2**20, FEWEST * vocab) if backend == "cpu" else 2**26
+
+
 def _by_positions(function: Callable[[tuple], Any], arrays: tuple, vocab: int, block: int) -> Any:
     """`function((*arrays, position [r]))` of arrays [B, R, ...] or None, for blocks of R so that few logits exist at a time."""
     b, r = arrays[0].shape[:2]
-    # Few enough logits for the cache of a CPU, but rows enough for its products to be worth reading the head once more; on an
-    # accelerator, few against its memory, many against its cores.
-    tokens = max(2**20 // vocab, FEWEST) if jax.default_backend() == "cpu" else 2**26 // vocab
-    blocks = -(-r // (block or max(1, tokens // b)))
+    blocks = -(-r // (block or max(1, at_once(jax.default_backend(), vocab) // (b * vocab))))
     block = -(-r // blocks)
     if blocks == 1:
         return function((*arrays, jnp.arange(r)))

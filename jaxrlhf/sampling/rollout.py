@@ -110,6 +110,9 @@ def _experience(model, spec, options, params, reference, rollout) -> Experience:
     )
 
 
+experience_program = _experience  # (model, spec, options, params, reference, rollout), to be lowered ahead of its first call
+
+
 def score_rollout(
     model: Model, policy: Any, rollout: Rollout, spec: SamplingSpec, rows: int = 32
 ) -> tuple[Float[Array, "b r"], Float[Array, "b r"]]:

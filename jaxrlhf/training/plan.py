@@ -1,9 +1,9 @@
 """Bytes before a run: what training and sampling will hold, by role, from shapes and shardings alone.
 
 A tree's leaves are arrays, or `jax.ShapeDtypeStruct`s for a model that is not there (`sharding.abstract`): nothing here puts
-anything on a device. Counted is what is known without compiling: parameters, gradients, the optimizer's moments, frozen models,
-the weights that are sampled with, caches. What a program needs beside its arguments (activations, logits) the compiler alone
-knows: `compiled`.
+anything on a device. Parameters, gradients, the optimizer's moments, frozen models, the weights that are sampled with and
+caches are counted exactly; activations and logits are estimated (`update`, `scoring`, `prefill`), since what a program needs
+beside its arguments the compiler alone knows: `compiled`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,13 @@ import optax
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import SamplingSpec
+from jaxrlhf.models.config import GATED, TransformerConfig
 from jaxrlhf.models.model import EXACT, CacheConfig, Model, decode_changes
 from jaxrlhf.training import step
+from jaxrlhf.training.flops import Pass
 
-When = Literal["always", "sampling", "update"]
+When = Literal["always", "sampling", "scoring", "update"]
+TOGETHER = get_args(When)[1:]  # of the rest, one after another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +59,11 @@ def _leaf(x: Any, place: jax.sharding.Sharding | None = None) -> Size:
     return Size(math.prod(shape) * width, math.prod(place.shard_shape(shape) if place else shape) * width)
 
 
-def training(params: dict[str, Any], optimizer: optax.GradientTransformation, average: bool = False) -> tuple[Row, ...]:
+def training(
+    params: dict[str, Any], optimizer: optax.GradientTransformation, average: bool = False, microbatches: int = 1
+) -> tuple[Row, ...]:
     """What an update holds of each role of `params` ({"policy": ..., "critic": ...}; a model alone is the policy): parameters,
-    moments, the gradient, and with `average` an average of the parameters.
+    moments, the gradient (of several microbatches their sum and that of one), and with `average` an average of the parameters.
     """
     roles = params if "policy" in params or "trunk" in params else {"policy": params}
     state = jax.eval_shape(optimizer.init, params)
@@ -70,7 +75,10 @@ def training(params: dict[str, Any], optimizer: optax.GradientTransformation, av
     rows = []
     for role, tree in roles.items():
         own = size(tree)
-        rows += [Row(role, "parameters", "always", own), Row(role, "gradient", "update", own)]
+        rows += [
+            Row(role, "parameters", "always", own),
+            Row(role, "gradient", "update", own + own if microbatches > 1 else own),
+        ]
         rows += [Row(role, "moments", "always", moments[role])]
         rows += [Row(role, "average", "always", own)] if average else []
     return tuple(rows)
@@ -130,10 +138,87 @@ def _rows_size(tree: Any) -> Size:
     return total
 
 
+# Arrays of a layer that stand at once, of widths D, H E (queries), K E (keys) and F, float32: fitted to what XLA gives our
+# programs on a CPU (`tests/test_plan.py` compares them with it). A gated MLP has three arrays of width F, another one has two.
+_LEARNING = {"width": 10, "query": 3, "key": 1, "gated": 7, "mlp": 4}
+_READING = {"width": 4, "query": 0, "key": 0, "gated": 3, "mlp": 2}
+_LOGITS = {True: 3, False: 2}  # arrays of a block of logits, with the gradient and without
+
+
+def update(passes: Sequence[Pass], rows: int, width: int, predicted: int, block: int) -> tuple[Row, ...]:
+    """What a gradient of `rows` rows of `width` tokens at a time holds beside itself: what the forward pass keeps for the
+    backward pass, by remat one state a layer and else all of it, and the layer at work, or a block of logits, of which there
+    are `predicted` a row (`heads.token_logprobs`). Call it under the mesh of the run.
+    """
+    saved, working = Size(), Size()
+    for one in passes:
+        layer = _layer(one.shape, rows, width, _LEARNING)
+        if one.gradient:
+            kept = _states(rows, width, one.shape.width) if one.shape.remat else layer
+            saved += Size(one.shape.layers * kept.total, one.shape.layers * kept.device)
+        logits = _logits(one.shape, rows, predicted, block, True) if one.logits else Size()
+        working = max(working, layer + _scores(one.shape, rows, width, 2), logits, key=lambda size: size.device)
+    found = [
+        Row("activations", "kept for the backward pass", "update", saved),
+        Row("activations", "at work", "update", working),
+    ]
+    return tuple(found)
+
+
+def scoring(passes: Sequence[Pass], rows: int, width: int, predicted: int, block: int) -> tuple[Row, ...]:
+    """What reading `rows` rows at a time holds, one model after another. Call it under the mesh of the run."""
+    working = Size()
+    for one in passes:
+        layer = _layer(one.shape, rows, width, _READING)
+        logits = _logits(one.shape, rows, predicted, block, False) if one.logits else Size()
+        working = max(working, layer + _scores(one.shape, rows, width, 1), logits, key=lambda size: size.device)
+    return (Row("activations", "at work", "scoring", working),)
+
+
+def prefill(shape: TransformerConfig, prompts: int, width: int) -> tuple[Row, ...]:
+    """What reading prompts holds beside the cache, all of them at once. Call it under the mesh of the run."""
+    layer = _layer(shape, prompts, width, _READING) + _scores(shape, prompts, width, 1)
+    return (Row("activations", "reading prompts", "sampling", layer),)
+
+
+def _layer(shape: TransformerConfig, rows: int, width: int, arrays: dict[str, int]) -> Size:
+    """Arrays of one layer's states; those of heads and MLP are split over `tensor` too."""
+    mlp = arrays["gated" if shape.mlp in GATED else "mlp"] * shape.mlp_width * max(1, shape.experts_per_token)
+    query, key = arrays["query"] * shape.heads * shape.head_width, arrays["key"] * shape.kv_heads * shape.head_width
+    return _states(rows, width, arrays["width"] * shape.width) + _states(rows, width, mlp + query + key, _ways("tensor"))
+
+
+def _scores(shape: TransformerConfig, rows: int, width: int, arrays: int) -> Size:
+    """Attention's scores [B, H, T, T]."""
+    return _states(rows, width, arrays * shape.heads * width, _ways("tensor"))
+
+
+def _logits(shape: TransformerConfig, rows: int, predicted: int, block: int, gradient: bool) -> Size:
+    """A block of logits, of as many positions as fit into `block` elements, and what is computed of them."""
+    positions = min(predicted, max(1, block // (rows * shape.vocab_size)))
+    return _states(rows, positions, _LOGITS[gradient] * shape.vocab_size, _ways("tensor"))
+
+
+def _states(rows: int, width: int, channels: int, ways: int = 1) -> Size:
+    total = 4 * rows * width * channels
+    return Size(total, total // (_ways("data") * _ways("fsdp") * ways))
+
+
+def _ways(axis: str) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
+
+
 def peak(rows: Sequence[Row]) -> Size:
-    """The most that stands at once: what is always there, and of sampling and update the larger."""
-    sums = {when: sum((row.size for row in rows if row.when == when), Size()) for when in ("always", "sampling", "update")}
-    return sums["always"] + max(sums["sampling"], sums["update"], key=lambda size: size.device)
+    """The most that stands at once: what is always there, and the largest of what stands while sampling, scoring, ..."""
+    sums = stages(rows)
+    return max(sums.values(), key=lambda size: size.device)
+
+
+def stages(rows: Sequence[Row]) -> dict[When, Size]:
+    """What stands in each stage, with what always does."""
+    sums = {when: sum((row.size for row in rows if row.when == when), Size()) for when in get_args(When)}
+    return {when: sums["always"] + sums[when] for when in TOGETHER}
 
 
 def compiled(program: Any, *args: Any) -> dict[str, int]:
@@ -167,7 +252,7 @@ def table(rows: Sequence[Row], limit: int | None = None) -> str:
 
 
 def check(rows: Sequence[Row], limit: int | None) -> None:
-    """Refuse a run whose arrays alone a device cannot hold.
+    """Refuse a run that a device cannot hold.
 
     Raises:
         ValueError: with the numbers, the largest rows and what would help.
@@ -178,9 +263,9 @@ def check(rows: Sequence[Row], limit: int | None) -> None:
     largest = sorted(rows, key=lambda row: row.size.device, reverse=True)[:3]
     named = ", ".join(f"{row.role} {row.kind} {told(row.size.device)}" for row in largest)
     raise ValueError(
-        f"the arrays of this run take {told(most.device)} a device, of {told(limit)} that it has, before any activation "
+        f"this run takes {told(most.device)} a device, {told(most.device - limit)} more than the {told(limit)} that it has "
         f"(largest: {named}): train adapters (--lora.rank 16), split the parameters over devices (--mesh.fsdp), or take fewer "
-        "rows at a time (--batch)"
+        "rows at a time (--microbatches, --batch)"
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxrlhf
-from jaxrlhf.training import directory, events, session
+from jaxrlhf.training import directory, events, session, timing
 from jaxrlhf.training.ending import Ending
 from jaxrlhf.training.guards import IN_A_ROW, Guard, dump
 from jaxrlhf.training.metrics import Metrics, write_atomic
@@ -31,8 +31,10 @@ from jaxrlhf.training.progress import Progress
 class Run:
     """A run in its own directory. Made by `Run.open`, used as a context manager."""
 
-    def __init__(self, out: Path, lock: int, save_seconds: int | float, tensorboard: bool):
+    def __init__(self, out: Path, lock: int, save_seconds: int | float, tensorboard: bool, watch: timing.Options | None = None):
         self.out = out
+        self.clock = timing.Clock(watch or timing.Options(), out)
+        self._watched = watch is not None
         self.start = 0  # number of steps already done, set by `restore`
         self.result: dict[str, Any] | None = directory.read_json(out / "result.json")  # of a run that is done, else None
         self._mark = directory.read_json(out / directory.MARK) or {"seconds": 0.0, "cpu_seconds": 0.0}
@@ -59,9 +61,12 @@ class Run:
         config: Any,
         save_seconds: int | float = 30,
         tensorboard: bool = True,
-        free: tuple[str, ...] = ("out", "mesh"),
+        free: tuple[str, ...] = ("out", "mesh", "watch"),
     ) -> Run:
         """Take the directory `out`: a new or empty one, or that of a run with the same settings but those in `free`.
+
+        Where the settings have a `watch` (`timing.Options`), its clock hears of every program that jax compiles, and rows have
+        its figures.
 
         Raises:
             ValueError: it belongs to something else, to a run with other settings or to one that is running, or cannot
@@ -75,7 +80,8 @@ class Run:
             try:
                 directory.settle_config(out, config, free)
                 asked = session.current().save_seconds
-                return cls(out, lock, save_seconds if asked is None else asked, tensorboard)
+                seconds = save_seconds if asked is None else asked
+                return cls(out, lock, seconds, tensorboard, getattr(config, "watch", None))
             except BaseException:
                 os.close(lock)
                 raise
@@ -84,10 +90,14 @@ class Run:
 
     def __enter__(self) -> Run:
         self._ending.listen()
+        if self._watched:
+            self.clock.programs.open()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
+            if self._watched:
+                self.clock.programs.close()
             if not self._ending.at_once:
                 self._finish_saving()
         except (OSError, ValueError) as unsaved:
@@ -152,7 +162,7 @@ class Run:
         self._describe()
         progress = Progress(name, start, total) if sys.stderr.isatty() else None
         try:
-            for step in self._ending.steps(start, total):
+            for step in self.clock.steps(self._ending.steps(start, total), total):
                 if progress is not None:
                     last = self._metrics.last if self._metrics else {}
                     progress.show(step, {k: last[k] for k in show if k in last})
@@ -162,7 +172,8 @@ class Run:
                 progress.end()
 
     def log(self, step: int, metrics: dict[str, Any], batch: Any = None) -> None:
-        """Append a row to metrics.jsonl and to TensorBoard. Device scalars are fetched one step later.
+        """Append a row to metrics.jsonl and to TensorBoard, with the clock's figures where it is watched. Device scalars are
+        fetched one step later.
 
         `batch` is what the step learned from: it is written down if it stops the run.
 
@@ -170,14 +181,14 @@ class Run:
             ValueError: three updates in a row were left out because a gradient was not finite, or under `--stop-on-alarm`
                 the loss jumped or the KL ran away.
         """
-        self._log().log(step, metrics)
+        self._log().log(step, metrics | (self.clock.row() if self._watched else {}))
         self._watch()
         self._batch = batch
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl so far."""
+        """All rows of metrics.jsonl so far, without the clock's figures: what the run found, the same on any machine."""
         self._log().flush()
-        return read_metrics(self.out)
+        return [{k: v for k, v in row.items() if not k.startswith(timing.FIGURES)} for row in read_metrics(self.out)]
 
     def maybe_save(self, step: int, state: Any, last: bool = False) -> None:
         """After step `step`: save when it is time, when `last`, or when a signal or the clock asks the run to end.
@@ -192,7 +203,8 @@ class Run:
         if ready:
             self._finish_saving()
         if last or ending or (ready and time.monotonic() - self._saved_at >= self._save_seconds):
-            self._save(step, state)
+            with self.clock.within("save"):
+                self._save(step, state)
         if ending:
             self._finish_saving()
             self._events.write("asked to end", step=step + 1, reason=self._ending.reason)
