@@ -25,6 +25,7 @@ from jaxrlhf.models import lora
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -47,6 +48,7 @@ class Config:
         name="adamw", learning_rate=2e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
     sampling: stage.Sampling = stage.Sampling()  # of held-out answers, and of own answers in the arithmetic task
+    microbatches: Microbatches = Microbatches()  # of a batch; with `tokens` rows of about equal length
     evaluate_every: int = 40  # steps; also before the first and after the last
     held_out_prompts: int = 384
 
@@ -73,7 +75,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     tasks.tell_memory(run, config, task, params, update)
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     outputs = objective.make_outputs(start.model, adapters=config.lora)
-    train_step = step.make_train_step(outputs, kto.loss, config.algorithm, update)
+    train_step = step.make_train_step(outputs, kto.loss, config.algorithm, update, config.microbatches)
     prepare, mismatched = jax.jit(kto.prepare, static_argnames="config"), jax.jit(kto.mismatched)
 
     def with_others(batch: kto.Examples, params: Any) -> kto.Examples:
@@ -84,7 +86,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
 
     show = ("policy/kl_mismatched", "reward/desirable", "reward/undesirable")
     for i in run.steps(run.start, config.steps, "kto", show=show):
-        current = lora.attach(start.params, state.params, config.lora)
+        current = lora.attach(start.params, step.served(state), config.lora)
         judged = {} if i % config.evaluate_every else task.judge(current)[0]
         batch = with_others(sharding.shard_batch(kto.Examples(**data[i]), mesh), current)
         batch, algorithm, stats = prepare(batch, state.algorithm, config=config.algorithm)
@@ -92,9 +94,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         run.log(i, judged | stats | metrics)
         run.maybe_save(i, state)
     run.maybe_save(config.steps - 1, state, last=True)
-    judged, samples = task.judge(lora.attach(start.params, state.params, config.lora))
+    judged, samples = task.judge(lora.attach(start.params, step.served(state), config.lora))
     run.log(config.steps, judged)
-    stage.save_policy(config.out, start, state.params, config.lora, config.policy)
+    stage.save_policy(config.out, start, step.served(state), config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     told = {"answers": len(examples.weight), "too_long": pairs.too_long}
     return run.done({"curve": curve, "data": told, "samples": samples})

@@ -24,6 +24,7 @@ from jaxrlhf.models import roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.sampling import generate, rollout
 from jaxrlhf.training import cli, objective, optimizer, step
+from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -45,6 +46,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
+    microbatches: Microbatches = Microbatches()  # of a minibatch; with `tokens` rows of about equal length
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
 
@@ -69,13 +71,18 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = run.restore(step.init_state(params, update, keys[0], reinforce.init(algorithm)))
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
-    run_epochs = step.make_epochs(outputs, reinforce.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
+    run_epochs = step.make_epochs(
+        outputs, reinforce.loss, algorithm, update, algorithm.epochs, algorithm.minibatches, config.microbatches
+    )
     prepare, describe = jax.jit(reinforce.prepare, static_argnames="config"), jax.jit(rollout.stats)
     best = dataclasses.replace(task.spec, greedy=True, replay=False)
 
+    def over_start(params: Any) -> Any:
+        return roles.attach(start.params, params, config.lora)
+
     for i in run.steps(run.start, config.iterations, "reinforce", show=("reward/score", "policy/kl_ref")):
-        current = roles.attach(start.params, state.params, config.lora)
-        judged = {} if i % config.evaluate_every else task.judge(current["policy"])[0]
+        current = over_start(state.params)
+        judged = {} if i % config.evaluate_every else task.judge(over_start(step.served(state))["policy"])[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
         experience = rollout.collect(
@@ -95,9 +102,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         run.log(i, judged | rewarded | drawn | stats | metrics)
         run.maybe_save(i, state)
     run.maybe_save(config.iterations - 1, state, last=True)
-    judged, samples = task.judge(roles.attach(start.params, state.params, config.lora)["policy"])
+    judged, samples = task.judge(over_start(step.served(state))["policy"])
     run.log(config.iterations, judged)
-    stage.save_policy(config.out, start, state.params["policy"], config.lora, config.policy)
+    stage.save_policy(config.out, start, step.served(state)["policy"], config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     return run.done({"curve": curve, "samples": samples})
 

@@ -79,7 +79,7 @@ def train(run: Run, config: Config, params: Any, frozen: Any, outputs: objective
         state, metrics = train_step(state, frozen, batches[i])
         run.log(i, metrics)
         run.maybe_save(i, state)
-    return state.params
+    return step.served(state)
 
 
 def dataset(config: Config, tokenizer: Tokenizer) -> tuple[Any, dict[str, np.ndarray], int]:

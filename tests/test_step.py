@@ -20,7 +20,7 @@ from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.training import objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 
-CONFIG = TransformerConfig(22, 8, 2, 2, 2, 4, 16, 12, remat=False)
+CONFIG = TransformerConfig(22, 8, 2, 2, 2, 4, 16, 12, remat="none")
 MODEL = transformer.build(CONFIG)
 SPECS = {"policy": transformer.param_specs(CONFIG), "value": heads.value_specs(8)}
 SPEC = SamplingSpec(0.8, 6, (2,), min_tokens=2, forbidden=(0, 1))

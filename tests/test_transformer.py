@@ -17,11 +17,11 @@ from jaxrlhf.models import attention, heads, transformer
 from jaxrlhf.models.config import TransformerConfig
 
 LLAMA = TransformerConfig(
-    vocab_size=40, width=24, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=32, max_length=20, remat=False
+    vocab_size=40, width=24, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=32, max_length=20, remat="none"
 )
 GPT = dataclasses.replace(LLAMA, kv_heads=4, norm="layer", positions="learned", mlp="gelu", tied_head=False, norm_epsilon=1e-5)
 KINDS = pytest.mark.parametrize("config", [LLAMA, GPT], ids=["llama", "gpt"])
-NARROW = dataclasses.replace(LLAMA, dtype="bfloat16", remat=True)
+NARROW = dataclasses.replace(LLAMA, dtype="bfloat16", remat="layers")
 
 
 @functools.cache
@@ -235,7 +235,7 @@ def rows_of(prompts, length, responses, n):
 @pytest.mark.parametrize(("config", "n"), [(LLAMA, 3), (LLAMA, 1), (GPT, 2), (NARROW, 3)], ids=str)
 def test_sampled_logits_equal_teacher_forced_ones(config, n):
     prompts, length = tokens(4, 6), np.array([6, 1, 4, 2])
-    responses, params = tokens(4 * n, 5, seed=9), parameters(dataclasses.replace(config, dtype="float32", remat=False))
+    responses, params = tokens(4 * n, 5, seed=9), parameters(dataclasses.replace(config, dtype="float32", remat="none"))
     prompts = np.where(np.arange(6) < length[:, None], prompts, 10**6)  # what stands after a prompt is never read
     logits = np.asarray(jitted(config)(params, rows_of(prompts, length, responses, n)))
     forced = np.stack([logits[i, length[i // n] - 1 :][:5] for i in range(4 * n)])
@@ -267,7 +267,7 @@ def test_rows_longer_than_the_context_are_refused():
 # ------------------------------------------------------------------------------------- switches that are a matter of speed
 
 
-@pytest.mark.parametrize("switches", [{"remat": True}, {"scan": False}, {"scan": False, "remat": True}], ids=str)
+@pytest.mark.parametrize("switches", [{"remat": "layers"}, {"scan": False}, {"scan": False, "remat": "layers"}], ids=str)
 def test_scan_and_remat_change_nothing(switches):
     results = [gradient(c)(parameters(LLAMA), tokens()) for c in (LLAMA, dataclasses.replace(LLAMA, **switches))]
     assert_close(*results, 2e-6)  # float32 sums in another order
