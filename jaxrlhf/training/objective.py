@@ -39,7 +39,8 @@ def make_outputs(
     `response_len`, and `segments` or none; where it holds sets of N responses, [B] is [B,N] throughout, outputs included.
 
     Log-probs, entropies, values and `ref_kl` (against `frozen["reference"]`) are those of the R response tokens, R the width of
-    `batch.mask`: of the policy that `spec` describes, or without `spec` of the plain softmax; with `spec.replay` log-probs and entropies are renormalised over the sets in `batch.kept`. `text` adds plain log-probs of
+    `batch.mask`: of the policy that `spec` describes, or without `spec` of the plain softmax; with `spec.replay` log-probs and
+    entropies are renormalised over the sets in `batch.kept`. `text` adds plain log-probs of
     the packed rows in `batch.text` (an `lm.Batch` of as many rows). `packed`: every prompt is one token and R = T - 1
     (`lm.packed`), so states are read in place, not gathered. Dropout is on where `dropout` and a key are.
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, Lion, Adafactor, schedule-free AdamW, or Muon for the weight matrices of the layers beside Adam for everything else."""
+    """AdamW, Lion, Adafactor, schedule-free AdamW, or Muon for the matrices of the layers beside Adam for everything else."""
 
     name: Literal["adamw", "muon", "lion", "adafactor", "schedule_free"] = "adamw"
     # Of everything, under muon of the weight matrices. Lion wants a third to a tenth of AdamW's; Adafactor's is relative to the
