@@ -202,6 +202,21 @@ def of_members(update: optax.GradientTransformation) -> optax.GradientTransforma
     )
 
 
+def times(update: optax.GradientTransformation, factor: Any) -> optax.GradientTransformation:
+    """The optimizer with its learning rate times `factor`, which may be traced: under vmap each run has its own.
+
+    Not under schedule_free, whose updates are differences of averages.
+    """
+    import jax
+    import optax
+
+    def advance(updates, state, params=None):
+        updates, state = update.update(updates, state, params)
+        return jax.tree.map(lambda u: factor * u, updates), state
+
+    return optax.GradientTransformation(update.init, advance)
+
+
 def label(params: Any, name: str = "adamw") -> Any:
     """For each leaf who updates it: `muon`, `matrix` (with decay), `plain` (without), `head` (without, times head_scale); under
     adafactor also `stacked ...`, leaf by layer."""
