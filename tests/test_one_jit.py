@@ -70,22 +70,22 @@ def test_one_program_and_many_runs_train_what_the_script_trains(base, tmp_path, 
     monkeypatch.setattr(jax, "devices", lambda *args: jax.local_devices()[:1])  # as on a machine with one device
     start = load_file(base.policy / "params.safetensors")
     # A setting that is not the base's own.
-    algorithm = dataclasses.replace(base.algorithm, kl_coef=0.3)
+    algorithm = dataclasses.replace(base.algorithm, kl_coef=2.0)
     changed = dataclasses.replace(base.optimizer, learning_rate=2e-4)
     stagewise.run(dataclasses.replace(base, out=tmp_path / "ppo", seed=3, algorithm=algorithm, optimizer=changed))
     want = policy(tmp_path / "ppo")
-    one_jit.run(one_jit.Config(base, tmp_path / "one", seeds=(3,), learning_rates=(2e-4,), kl_coefs=(0.3,)))
+    one_jit.run(one_jit.Config(base, tmp_path / "one", seeds=(3,), learning_rates=(2e-4,), kl_coefs=(2.0,)))
     assert_same(policy(tmp_path / "one" / "0"), want, start)
-    one_jit.run(one_jit.Config(base, tmp_path / "several", seeds=(2, 3), learning_rates=(7e-4, 2e-4), kl_coefs=(0.3, 0.01)))
+    one_jit.run(one_jit.Config(base, tmp_path / "several", seeds=(2, 3), learning_rates=(7e-4, 2e-4), kl_coefs=(2.0, 0.01)))
     rows = json.loads((tmp_path / "several" / "result.json").read_text())["settings"]
     found = [(row["seed"], row["learning_rate"], row["kl_coef"]) for row in rows]
-    assert found == [(s, r, c) for s in (2, 3) for r in (7e-4, 2e-4) for c in (0.3, 0.01)]
+    assert found == [(s, r, c) for s in (2, 3) for r in (7e-4, 2e-4) for c in (2.0, 0.01)]
     for n, setting in enumerate(found):
         own = policy(tmp_path / "several" / str(n))
-        if setting == (3, 2e-4, 0.3):
+        if setting == (3, 2e-4, 2.0):
             assert_same(own, want, start)
         else:
-            assert max(np.abs(own[name] - want[name]).max() for name in want) > 1e-5  # each its own
+            assert max(np.abs(own[name] - want[name]).max() for name in want) > 5e-6  # each its own
 
 
 def test_the_rule_on_tokens_is_the_rule_on_texts(tokenizer):

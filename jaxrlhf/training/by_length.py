@@ -55,7 +55,7 @@ def parts(lengths: np.ndarray, responses: np.ndarray, widths: tuple[int, int], t
         ValueError: the rows are no multiple of these devices.
     """
     gradient.check_split(len(lengths), 1, "microbatches")
-    ways, order = gradient.devices(), np.argsort(-lengths, kind="stable").astype(np.int32)
+    ways, order = sharding.ways(), np.argsort(-lengths, kind="stable").astype(np.int32)
 
     def rounded(longest: int, most: int) -> int:
         return min(most, max(1, -(-longest // split.multiple)) * split.multiple)

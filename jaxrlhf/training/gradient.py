@@ -164,12 +164,6 @@ def padding(batch: Any) -> Metrics:
     return {"train/padding_efficiency": real.astype(jnp.float32) / batch.tokens.size}
 
 
-def devices() -> int:
-    """How many devices share the rows of a batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-
-
 def check_split(rows: int, parts: int, name: str) -> None:
     """Refuse a batch that does not divide.
 
@@ -178,7 +172,7 @@ def check_split(rows: int, parts: int, name: str) -> None:
     """
     if rows % parts:
         raise ValueError(f"a batch of {rows} rows cannot be split into {name}={parts} equal parts: choose a divisor of {rows}")
-    if rows // parts % (ways := devices()):
+    if rows // parts % (ways := sharding.ways()):
         raise ValueError(
             f"{name}={parts} parts of {rows // parts} rows cannot be shared by data x fsdp = {ways} devices: "
             f"choose fewer parts, or a batch whose parts are a multiple of {ways}"
