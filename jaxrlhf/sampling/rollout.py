@@ -133,7 +133,8 @@ def _score_rollout(model, spec, rows, policy, rollout):
 def stats(experience: Experience) -> dict[str, Float[Array, ""]]:
     """Length, share finished, and the gap between the learner's log-probs and the sampler's (nats a token, mean and largest).
 
-    Where the sampler's log-probs are reused the gap is that of the rows that were checked. It is rounding: more of it than 1e-4 in float32 says that sampler and scorer read different rows or rules.
+    Where the sampler's log-probs are reused the gap is that of the rows that were checked. It is rounding: more of it than
+    1e-4 in float32 says that sampler and scorer read different rows or rules.
     """
     rollout = experience.rollout
     mask = masking.response_mask(rollout.response_len, rollout.logprobs.shape[1], rollout.written)
