@@ -56,6 +56,7 @@ LATE = {
 # Mathematics: no print, no log, no files, no mesh, no arrays and no jit at import. Host code inside these folders is named.
 NUMERIC = {"core", "models", "sampling", "rewards", "algorithms"}
 NUMERIC_FILES = {"training/optimizer.py", "training/objective.py", "training/step.py", "training/plan.py"}
+NUMERIC_FILES |= {"training/gradient.py", "training/by_length.py"}
 HOST_FILES = {
     *("models/pretrained.py", "models/hf.py", "models/gguf.py", "models/peft.py"),
     *("rewards/functions.py", "rewards/pool.py"),
@@ -65,6 +66,7 @@ PRINTS = {"training/run.py", "training/cli.py", "feedback/labelers.py"}  # they 
 # Where programs are compiled. A jit anywhere else hides a second compilation inside a first.
 JITS = {
     "training/step.py",
+    "training/by_length.py",
     "sampling/decode.py",
     "sampling/rollout.py",
     "models/roles.py",

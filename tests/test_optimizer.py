@@ -321,3 +321,16 @@ def test_settings_that_contradict_are_refused():
         OptimizerConfig(moment_dtype="bfloat16", b2=0.999)
     with pytest.raises(ValueError, match="name='adafactor'"):
         OptimizerConfig(name="adafactor", moment_dtype="bfloat16")
+
+
+def test_a_rate_may_be_traced_and_differ_among_runs():
+    params, update = tree(0), optimizer.make(constant("adamw", learning_rate=0.01, weight_decay=0.1), 10, tree(0))
+
+    def first(factor):
+        made = optimizer.times(update, factor)
+        return made.update(tree(1), made.init(params), params)[0]
+
+    both = jax.jit(jax.vmap(first))(jnp.array([1.0, 0.25]))
+    want = updates(constant("adamw", learning_rate=0.01, weight_decay=0.1), 1)[0]
+    for name, factor in ((0, 1.0), (1, 0.25)):
+        jax.tree.map(lambda x, y, n=name, f=factor: np.testing.assert_allclose(x[n], f * y, rtol=1e-5, atol=1e-9), both, want)

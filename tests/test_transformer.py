@@ -267,10 +267,41 @@ def test_rows_longer_than_the_context_are_refused():
 # ------------------------------------------------------------------------------------- switches that are a matter of speed
 
 
-@pytest.mark.parametrize("switches", [{"remat": "layers"}, {"scan": False}, {"scan": False, "remat": "layers"}], ids=str)
+@pytest.mark.parametrize(
+    "switches",
+    [{"remat": "layers"}, {"remat": "dots"}, {"remat": "attention"}, {"scan": False}, {"scan": False, "remat": "layers"}],
+    ids=str,
+)
 def test_scan_and_remat_change_nothing(switches):
     results = [gradient(c)(parameters(LLAMA), tokens()) for c in (LLAMA, dataclasses.replace(LLAMA, **switches))]
     assert_close(*results, 2e-6)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_what_is_stored_follows_the_choice(experts):
+    """Bytes of temporaries of a gradient, of a dense model and of a mixture; loss and gradient are the same."""
+    shape = TransformerConfig(40, 32, 3, 4, 4, 8, 96, 64, experts=experts, experts_per_token=min(experts, 2))
+    stored, found = [], []
+    params, rows = transformer.build(shape).init(jax.random.key(0)), jnp.asarray(tokens(4, 64))
+    for remat in ("none", "dots", "attention", "layers"):
+        model = transformer.build(dataclasses.replace(shape, remat=remat))
+        program = jax.jit(jax.value_and_grad(lambda p, model=model: jnp.square(model.hidden(p, rows)).sum()))
+        compiled = program.lower(params).compile()
+        stored.append(compiled.memory_analysis().temp_size_in_bytes)
+        found.append(jax.device_get(compiled(params)))
+    assert stored == sorted(stored, reverse=True)
+    assert stored[0] > 1.3 * stored[1] > 1.3 * 1.2 * stored[2]
+    assert stored[2] > stored[3]
+    for loss, slope in found[1:]:
+        np.testing.assert_allclose(loss, found[0][0], rtol=1e-6)
+        assert_close(slope, found[0][1], 1e-5)
+
+
+def test_a_model_saved_before_remat_had_names_is_read():
+    assert dataclasses.replace(LLAMA, remat=True).remat == "layers"
+    assert dataclasses.replace(LLAMA, remat=False).remat == "none"
+    with pytest.raises(ValueError, match="remat='full' must be one of none, dots, attention, layers"):
+        dataclasses.replace(LLAMA, remat="full")
 
 
 def test_narrow_products_are_near_wide_ones_and_their_gradients_too():
