@@ -57,9 +57,10 @@ def main() -> None:
             jax.ShapeDtypeStruct((settings.rows, settings.length), jnp.int32),
         )
         there = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-        options = {"xla_gpu_autotune_level": "0"} if settings.target == "h100" else None
+        options: Any = {"xla_gpu_autotune_level": "0"} if settings.target == "h100" else None
         compiled = program.lower(*there).compile(options)
-        results[choice] = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
+        memory: Any = compiled.memory_analysis()
+        results[choice] = {"temporary_bytes": memory.temp_size_in_bytes}
         print(choice, f"{results[choice]['temporary_bytes'] / 2**20:,.0f} MiB", flush=True)
         if settings.target == "here":
             params = model.init(jax.random.key(0))

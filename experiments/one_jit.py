@@ -171,7 +171,8 @@ def iteration(config: stagewise.Config, task: tasks.Task, update: Any, reward: R
         experience = rollout.experience(start.model, current, frozen, drawn, spec, options)
         score = reward(frozen["reward"], drawn, prompts)
         usable = jnp.isfinite(score)
-        experience = experience.replace(score=jnp.where(usable, score, 0.0), weight=usable.astype(jnp.float32))
+        weight = usable.astype(jnp.float32)
+        experience = dataclasses.replace(experience, score=jnp.where(usable, score, 0.0), weight=weight)
         batch, kept, stats = ppo.prepare(experience, state.algorithm, algorithm)
         epochs = step.epochs_of(
             outputs,
