@@ -20,14 +20,14 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 
-from experiments import one_jit, tasks
-from experiments import ppo as script
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.types import Prompts, SamplingSpec
 from jaxrlhf.models import heads, transformer
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.sampling import rollout
+from jaxrlhf.models.model import EXACT
+from jaxrlhf.sampling import decode, rollout
+from jaxrlhf.sampling.decode import Shape
 from jaxrlhf.training import objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 
@@ -41,9 +41,9 @@ def main() -> None:
     """Compare and time; one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=MODELS, default="small")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=8)
-    parser.add_argument("--response", type=int, default=24)
+    parser.add_argument("--response", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path)
@@ -53,10 +53,9 @@ def main() -> None:
     spec = SamplingSpec(1.0, settings.response, ())
     start = jax.jit(model.init)(jax.random.key(0))
     value = sharding.init_params(heads.value_specs(model_config.width), jax.random.key(1))
-    params, frozen = {"policy": start, "value": value}, {"reference": start, "reward": None}
+    params, frozen = {"policy": start, "value": value}, {"reference": start}
     algorithm = ppo.Config(kl_coef=0.05, epochs=2, minibatches=2)
     update = optimizer.make(OptimizerConfig(epsilon=1e-3), 1000, params)
-    config = script.Config(algorithm=algorithm, batch=settings.batch)
     keys = jax.random.split(jax.random.key(2))
 
     def fresh() -> Any:
@@ -64,10 +63,11 @@ def main() -> None:
 
     several = [fresh() for _ in range(settings.seeds)]
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *several)
-    one = one_jit.iteration(config, task_of(model, model_config, spec, start), update, even)
-    held = {"stages": fresh(), "one program": jax.tree.map(lambda x: x[None], fresh()), "side by side": stacked}
+    one = iteration(model, spec, algorithm, update)
+    held = {"stages": fresh(), "one program": fresh(), "side by side": stacked}
     stages = make_stages(model, spec, algorithm, update)
-    alone, together = one_jit.compiled(one, 1), one_jit.compiled(one, settings.seeds)
+    together = jax.jit(jax.vmap(one, in_axes=(0, None, 0, 0, None)), donate_argnums=0)
+    alone = jax.jit(one, donate_argnums=0)
     given = prompts(settings, model_config.vocab_size)
     number = dict.fromkeys(held, 0)
 
@@ -77,24 +77,22 @@ def main() -> None:
         number["stages"] += 1
         return metrics
 
-    def by(name, program, count):
-        many = jax.tree.map(lambda x: np.stack([np.asarray(x)] * count), given)
-        own_keys = jnp.stack([keys[1]] if count == 1 else list(jax.random.split(keys[1], count)))
-
+    def by(name, program, given, key):
         def run():
-            held[name], metrics = program(held[name], frozen, many, own_keys, number[name], jnp.ones(count))
+            held[name], metrics = program(held[name], frozen, given, key, number[name])
             number[name] += 1
             return metrics
 
         return run
 
-    cases = {"stages": by_stages, "one program": by("one program", alone, 1)}
+    cases = {"stages": by_stages, "one program": by("one program", alone, given, keys[1])}
     for _ in range(3):
         for case in cases.values():
             case()
-    off = compare(held["stages"].params, jax.tree.map(lambda x: x[0], held["one program"].params), params)
+    off = compare(held["stages"].params, held["one program"].params, params)
     if settings.preset == "small":
-        cases["side by side"] = by("side by side", together, settings.seeds)
+        many = jax.tree.map(lambda x: jnp.stack([x] * settings.seeds), given)
+        cases["side by side"] = by("side by side", together, many, jax.random.split(keys[1], settings.seeds))
     results = measure.alternate(cases, settings.repeats)
     document = measure.head("one_jit", vars(settings)) | {
         "model": dataclasses.asdict(model_config) | {"parameters": sum(x.size for x in jax.tree.leaves(start))},
@@ -124,9 +122,8 @@ def compare(found: Any, want: Any, first: Any) -> dict[str, float]:
     return {"moved": moved, "apart": apart}
 
 
-def even(params: Any, drawn: Any, prompts: Any) -> jax.Array:
+def even(drawn: Any) -> jax.Array:
     """The share of a response's tokens that are even."""
-    del params, prompts
     width = drawn.logprobs.shape[1]
     tokens = heads.response_tokens(drawn.tokens, drawn.prompt_len, width)
     mask = masking.length_mask(drawn.response_len, width)
@@ -142,7 +139,7 @@ def make_stages(model: Any, spec: SamplingSpec, algorithm: ppo.Config, update: A
 
     def run(state, frozen, given, key, number):
         experience = rollout.collect(model, state.params, frozen, given, spec, key, version=number)
-        found = score(None, experience.rollout, given)
+        found = score(experience.rollout)
         experience = dataclasses.replace(experience, score=found, weight=jnp.ones(found.shape))
         drawn = describe(experience)
         batch, kept, stats = prepare(experience, state.algorithm, config=algorithm)
@@ -152,11 +149,25 @@ def make_stages(model: Any, spec: SamplingSpec, algorithm: ppo.Config, update: A
     return run
 
 
-def task_of(model: Any, config: TransformerConfig, spec: SamplingSpec, start: Any) -> tasks.Task:
-    """As much of a task as an iteration reads."""
-    trained: Any = type("Start", (), {"model": model, "params": start, "config": config})
-    unused: Any = None
-    return tasks.Task(trained, spec, unused, unused, unused)
+def iteration(model: Any, spec: SamplingSpec, algorithm: ppo.Config, update: Any) -> Any:
+    """The same as one pure function, as experiments/one_jit.py composes it."""
+    outputs = objective.make_outputs(model, spec, entropy=True, values=True, trunk="policy")
+    epochs = step.epochs_of(outputs, ppo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
+    shape = Shape(1, spec.max_tokens, EXACT)
+
+    def run(state, frozen, given, key, number):
+        own = jax.random.fold_in(key, number)
+        drawn = decode.whole(model, spec, shape, state.params["policy"], given, own, number)
+        experience = rollout.experience(model, state.params, frozen, drawn, spec)
+        found = even(drawn)
+        experience = dataclasses.replace(experience, score=found, weight=jnp.ones(found.shape))
+        batch, kept, stats = ppo.prepare(experience, state.algorithm, algorithm)
+        fold = jax.random.fold_in(state.key, state.step)
+        params, opt_state, metrics = epochs(state.params, state.opt_state, fold, frozen, batch)
+        state = dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, algorithm=kept)
+        return state, rollout.stats(experience) | stats | metrics
+
+    return run
 
 
 def prompts(settings: Any, vocab: int) -> Prompts:
