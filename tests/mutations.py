@@ -799,7 +799,7 @@ MUTATIONS = (
     Mutation(
         "moments-counted-whole-on-each-device",
         "training/plan.py",
-        "_leaf(leaf, None if owner is None else placed[owner])",
+        "_leaf(leaf, None if owner is None else step.moment_sharding(leaf, known[owner]))",
         "_leaf(leaf)",
         "test_plan.py::test_what_is_trained[whole-eight]",
     ),
