@@ -24,6 +24,7 @@ from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step, timing
+from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -50,6 +51,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
+    microbatches: Microbatches = Microbatches()  # of a minibatch; with `tokens` rows of about equal length
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
@@ -79,7 +81,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     state = step.init_state(params, update, keys[0])
     state, begun = run.restore((state, tasks.under_way(config, task, config.n, mesh)))
     outputs = objective.make_outputs(start.model, task.spec, adapters=config.lora)
-    run_epochs = step.make_epochs(outputs, dpo.loss, config.algorithm, update, config.epochs, config.minibatches)
+    run_epochs = step.make_epochs(
+        outputs, dpo.loss, config.algorithm, update, config.epochs, config.minibatches, config.microbatches
+    )
     run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, params), times=config.epochs)
     choose = jax.jit(dpo.from_experience, static_argnames=("n", "soft"))
     prepare, describe = jax.jit(dpo.prepare, static_argnames="config"), jax.jit(rollout.stats)
@@ -88,7 +92,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
 
     for i in run.steps(run.start, config.iterations, "online dpo", show=("reward/score", "reward/accuracy")):
         policy = {"policy": lora.attach(start.params, state.params, config.lora)}
-        judged = {} if i % config.evaluate_every else task.judge(policy["policy"])[0]
+        judged = {} if i % config.evaluate_every else task.judge(lora.attach(start.params, step.served(state), config.lora))[0]
         prompts, key = sharding.shard_batch(task.prompts[i], mesh), jax.random.fold_in(keys[1], i)
         experience, prompts, begun = collect(policy, prompts, key, i, begun)
         score, weight, rewarded = task.score(experience.rollout, prompts)
@@ -99,9 +103,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         run.log(i, judged | {"reward/score": score.mean()} | rewarded | describe(experience) | stats | metrics, batch)
         run.maybe_save(i, (state, begun))
     run.maybe_save(config.iterations - 1, (state, begun), last=True)
-    judged, samples = task.judge(lora.attach(start.params, state.params, config.lora))
+    judged, samples = task.judge(lora.attach(start.params, step.served(state), config.lora))
     run.log(config.iterations, judged)
-    stage.save_policy(config.out, start, state.params, config.lora, config.policy)
+    stage.save_policy(config.out, start, step.served(state), config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     return run.done({"curve": curve, "samples": samples})
 

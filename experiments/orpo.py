@@ -26,6 +26,7 @@ from jaxrlhf.models import lora
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
 from jaxrlhf.training import cli, objective, optimizer, step, timing
+from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -48,6 +49,7 @@ class Config:
         name="adamw", learning_rate=2e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
     sampling: stage.Sampling = stage.Sampling()  # of held-out answers, and of own answers in the arithmetic task
+    microbatches: Microbatches = Microbatches()  # of a batch; with `tokens` rows of about equal length
     evaluate_every: int = 40  # steps; also before the first and after the last
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
@@ -75,20 +77,20 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     tasks.tell_memory(run, config, task, params, update)
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     outputs = objective.make_outputs(start.model, adapters=config.lora)
-    train_step = step.make_train_step(outputs, orpo.loss, config.algorithm, update)
+    train_step = step.make_train_step(outputs, orpo.loss, config.algorithm, update, config.microbatches)
     train_step = run.clock.learner(train_step, *tasks.learning(config, task, params))
     prepare = jax.jit(orpo.prepare, static_argnames="config")
     for i in run.steps(run.start, config.steps, "orpo", show=("loss/lm", "reward/accuracy")):
-        judged = {} if i % config.evaluate_every else task.judge(lora.attach(start.params, state.params, config.lora))[0]
+        judged = {} if i % config.evaluate_every else task.judge(lora.attach(start.params, step.served(state), config.lora))[0]
         batch = sharding.shard_batch(Preferences(**data[i]), mesh)
         batch, algorithm, stats = prepare(batch, state.algorithm, config=config.algorithm)
         state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
         run.log(i, judged | stats | metrics, batch)
         run.maybe_save(i, state)
     run.maybe_save(config.steps - 1, state, last=True)
-    judged, samples = task.judge(lora.attach(start.params, state.params, config.lora))
+    judged, samples = task.judge(lora.attach(start.params, step.served(state), config.lora))
     run.log(config.steps, judged)
-    stage.save_policy(config.out, start, state.params, config.lora, config.policy)
+    stage.save_policy(config.out, start, step.served(state), config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     told = {"train": len(pairs.train.weight), "too_long": pairs.too_long}
     return run.done({"curve": curve, "pairs": told, "samples": samples})

@@ -25,6 +25,7 @@ from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import ensemble, pool
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step, timing
+from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -51,6 +52,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
+    microbatches: Microbatches = Microbatches()  # of a minibatch; with `tokens` rows of about equal length
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
@@ -85,7 +87,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     outputs = objective.make_outputs(
         start.model, task.spec, entropy=True, values=True, ref_kl=in_loss, text=mixed, trunk="policy", adapters=config.lora
     )
-    run_epochs = step.make_epochs(outputs, ppo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
+    run_epochs = step.make_epochs(
+        outputs, ppo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches, config.microbatches
+    )
     run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, state.params, in_loss), times=algorithm.epochs)
     options, texts = dataclasses.replace(config.rollouts, exact_kl=exact), text_batches(config, start) if mixed else None
     collect = tasks.collector(run.clock, config, task, frozen, 1, options)
@@ -145,7 +149,7 @@ def text_batches(config: Config, start: stage.Trained) -> Any:
 
 def served(state: Any) -> Any:
     """The policy, or its adapter, as it is judged and saved: the average of its weights where there is one."""
-    return (state.params if state.ema is None else state.ema)["policy"]
+    return step.served(state)["policy"]
 
 
 ARITHMETIC = Config(

@@ -78,8 +78,9 @@ def run(config: Config) -> dict[str, Any]:
                 state, metrics = train_step(state, None, batch)
                 run.log(i, metrics, batch)
                 run.maybe_save(i, state)
-            nll, bits = bits_per_character(outputs, state.params, held_out)
-        stage.save(config.out / "model", "policy", jax.device_get(state.params), model_config, tokenizer)
+            trained = step.served(state)
+            nll, bits = bits_per_character(outputs, trained, held_out)
+        stage.save(config.out / "model", "policy", jax.device_get(trained), model_config, tokenizer)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         return run.done({"nll_per_token": nll, "bits_per_character": bits, "parameters": parameters})
 

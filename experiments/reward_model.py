@@ -158,7 +158,7 @@ def train(run: Run, config: Config, shape: TransformerConfig, params: Any, data:
         state, metrics = train_step(state, {"base": base}, batch)
         run.log(i, {name: x.mean() if x.ndim else x for name, x in metrics.items()}, batch)  # the members' mean
         run.maybe_save(i, state)
-    return state.params
+    return step.served(state)
 
 
 def single(params: Any, kind: ensembles.Of | None) -> Any:

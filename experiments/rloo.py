@@ -23,6 +23,7 @@ from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step, timing
+from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
 
@@ -44,6 +45,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
+    microbatches: Microbatches = Microbatches()  # of a minibatch; with `tokens` rows of about equal length
     evaluate_every: int = 6  # iterations; also before the first and after the last
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
@@ -71,7 +73,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     state = step.init_state(params, update, keys[0], rloo.init(algorithm))
     state, begun = run.restore((state, tasks.under_way(config, task, algorithm.samples, mesh)))
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
-    run_epochs = step.make_epochs(outputs, rloo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
+    run_epochs = step.make_epochs(
+        outputs, rloo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches, config.microbatches
+    )
     run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, params), times=algorithm.epochs)
     collect = tasks.collector(run.clock, config, task, frozen, algorithm.samples, config.rollouts)
     prepare, describe = jax.jit(rloo.prepare, static_argnames="config"), jax.jit(rollout.stats)
@@ -79,9 +83,12 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     ahead.start(run.clock, task, current, frozen, state, (prepare, algorithm, run_epochs), algorithm.samples, config.rollouts)
     prepare = run.clock.timed("update", prepare, after="prepare")
 
+    def over_start(params: Any) -> Any:
+        return roles.attach(start.params, params, config.lora)
+
     for i in run.steps(run.start, config.iterations, "rloo", show=("reward/score", "policy/kl_ref")):
-        current = roles.attach(start.params, state.params, config.lora)
-        judged = {} if i % config.evaluate_every else task.judge(current["policy"])[0]
+        current = over_start(state.params)
+        judged = {} if i % config.evaluate_every else task.judge(over_start(step.served(state))["policy"])[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)
         key = jax.random.fold_in(keys[1], i)
         experience, prompts, begun = collect(current, prompts, key, i, begun)
@@ -93,9 +100,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         run.log(i, judged | rewarded | drawn | stats | metrics, batch)
         run.maybe_save(i, (state, begun))
     run.maybe_save(config.iterations - 1, (state, begun), last=True)
-    judged, samples = task.judge(roles.attach(start.params, state.params, config.lora)["policy"])
+    judged, samples = task.judge(over_start(step.served(state))["policy"])
     run.log(config.iterations, judged)
-    stage.save_policy(config.out, start, state.params["policy"], config.lora, config.policy)
+    stage.save_policy(config.out, start, step.served(state)["policy"], config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     return run.done({"curve": curve, "samples": samples})
 

@@ -89,7 +89,7 @@ def train(
         state, metrics = train_step(state, frozen, batch)
         run.log(i, metrics, batch)
         run.maybe_save(i, state)
-    return state.params
+    return step.served(state)
 
 
 def dataset(config: Config, tokenizer: Tokenizer, run: Run | None = None) -> tuple[Any, dict[str, np.ndarray], int]:

@@ -209,7 +209,7 @@ def memory(config: Config, shape: TransformerConfig, microbatches: int, chip: Ch
         rows += tuple(dataclasses.replace(row, kind="gradient of a part") for row in rows if row.kind == "gradient")
     at_once = config.rows // config.minibatches // microbatches
     with jax.sharding.use_abstract_mesh(abstract_mesh(config)):
-        width, block = config.prompt + config.response, block_of(chip)
+        width, block = config.prompt + config.response, block_of(chip, shape)
         rows += plan.update(learning(config, shape), at_once, width, config.response, block)
     return compiled(config, shape, microbatches, rows) if config.compile_programs else rows
 

@@ -18,7 +18,7 @@ from jaxrlhf.models.config import TransformerConfig
 
 LLAMA = TransformerConfig(
     vocab_size=40, width=24, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=32, max_length=24, tied_head=False,
-    remat=False,
+    remat="none",
 )  # fmt: skip
 GPT = dataclasses.replace(LLAMA, kv_heads=4, norm="layer", positions="learned", mlp="gelu", tied_head=True)
 CONFIG = lora.LoraConfig(rank=3, alpha=6.0)

@@ -15,7 +15,7 @@ from jaxrlhf.models.config import TransformerConfig
 ROWS, PROMPT, WIDTH, VOCAB = 8, 3, 6, 22
 T = PROMPT + WIDTH
 EMPTY, EXCLUDED, IDENTICAL, TIE, REVERSED = 1, 2, 3, 4, 5  # rows of their own kind
-MODEL = transformer.build(TransformerConfig(VOCAB, 8, 1, 2, 2, 4, 16, 12, remat=False))
+MODEL = transformer.build(TransformerConfig(VOCAB, 8, 1, 2, 2, 4, 16, 12, remat="none"))
 
 
 def preferences(seed: int, soft: bool = True) -> Preferences:

@@ -72,7 +72,7 @@ def test_what_stands_past_the_end_changes_nothing():
 
 def test_devices_change_nothing():
     given = pairs(4)
-    config = TransformerConfig(cases.VOCAB, 8, 1, 2, 2, 4, 16, 12, remat=False)
+    config = TransformerConfig(cases.VOCAB, 8, 1, 2, 2, 4, 16, 12, remat="none")
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     placed = jax.device_put(PARAMS, sharding.shardings(transformer.param_specs(config), mesh))
     with jax.set_mesh(mesh):

@@ -23,7 +23,7 @@ from jaxrlhf.rewards import model as rewards
 from jaxrlhf.training import objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 
-CONFIG = TransformerConfig(23, 8, 1, 2, 2, 4, 16, 12, remat=False)
+CONFIG = TransformerConfig(23, 8, 1, 2, 2, 4, 16, 12, remat="none")
 MODEL = transformer.build(CONFIG)
 M, SETS, TEXTS, WIDTH = 3, 4, 5, 10
 KEY = jax.random.key(3)

@@ -27,12 +27,12 @@ MIXTRAL = TransformerConfig(
     head_width=6,
     mlp_width=16,
     max_length=20,
-    remat=False,
+    remat="none",
     experts=6,
     experts_per_token=2,
 )
 QWEN = dataclasses.replace(MIXTRAL, qk_norm=True, experts=5, experts_per_token=3, renormalise_experts=False, tied_head=False)
-NARROW = dataclasses.replace(MIXTRAL, dtype="bfloat16", remat=True)
+NARROW = dataclasses.replace(MIXTRAL, dtype="bfloat16", remat="layers")
 KINDS = pytest.mark.parametrize("config", [MIXTRAL, QWEN], ids=["mixtral", "qwen"])
 FEW = pytest.mark.parametrize("config", [QWEN, pytest.param(MIXTRAL, marks=pytest.mark.full)], ids=["qwen", "mixtral"])
 FORMS = pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "ragged"])
@@ -270,7 +270,7 @@ def test_the_transformer_on_eight_devices(config):
 
 
 def parameters(config):
-    return whole.parameters(dataclasses.replace(config, dtype="float32", remat=False))
+    return whole.parameters(dataclasses.replace(config, dtype="float32", remat="none"))
 
 
 @KINDS
@@ -284,7 +284,7 @@ def test_logits_equal_numpy_in_float64(config):
     np.testing.assert_allclose(whole.jitted(plain)(params, rows), np.stack(expected), atol=2e-5)
     if config is QWEN:  # the same code as of the other
         return
-    loop = dataclasses.replace(plain, scan=False, remat=True)
+    loop = dataclasses.replace(plain, scan=False, remat="layers")
     np.testing.assert_allclose(whole.jitted(loop)(params, rows), np.stack(expected), atol=2e-5)
 
 

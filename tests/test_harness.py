@@ -25,7 +25,7 @@ from jaxrlhf.sampling import rollout
 
 TEXTS = ["the film was good, and the end of it was better.", "a bad film: long, loud and sad."]
 SHAPE = TransformerConfig(
-    vocab_size=320, width=24, layers=2, heads=2, kv_heads=2, head_width=12, mlp_width=32, max_length=40, remat=False
+    vocab_size=320, width=24, layers=2, heads=2, kv_heads=2, head_width=12, mlp_width=32, max_length=40, remat="none"
 )
 
 

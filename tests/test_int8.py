@@ -128,7 +128,7 @@ def test_a_look_up_reads_whole_rows_and_gives_the_table_no_gradient():
     assert not slope.any()
 
 
-@pytest.mark.parametrize("switches", [{"remat": True}, {"scan": False}], ids=str)
+@pytest.mark.parametrize("switches", [{"remat": "layers"}, {"scan": False}], ids=str)
 def test_scan_and_remat_change_nothing(switches):
     shapes = (dataclasses.replace(LLAMA, **switches), LLAMA)
     found, expected = (gradient_of(shape)(adapter_of(LLAMA, CONFIG), narrow_of(LLAMA)) for shape in shapes)
@@ -148,7 +148,7 @@ def gradient_of(shape):
 
 def test_no_program_holds_all_layers_wide():
     """Neither the forward nor the backward pass over stacked layers; of float weights, the same search finds them."""
-    shape = dataclasses.replace(LLAMA, dtype="bfloat16", remat=True)
+    shape = dataclasses.replace(LLAMA, dtype="bfloat16", remat="layers")
     stacks = re.compile(rf"(?:f32|bf16)\[{shape.layers},(?:24,24|24,12|24,32|32,24)\]")
     for base, least, most in ((narrow_of(LLAMA), 0, 0), (base_of(LLAMA), 1, 99)):
         text = gradient_of(shape).lower(adapter_of(LLAMA, CONFIG), base).compile().as_text()

@@ -63,6 +63,7 @@ NUMERIC_FILES = {
     "training/flops.py",
     "training/chips.py",
 }
+NUMERIC_FILES |= {"training/gradient.py", "training/by_length.py"}
 HOST_FILES = {
     *("models/pretrained.py", "models/hf.py", "models/gguf.py", "models/peft.py"),
     *("rewards/functions.py", "rewards/pool.py"),
@@ -76,6 +77,7 @@ PRINTS = {  # they talk to the person at the terminal
 # Where programs are compiled. A jit anywhere else hides a second compilation inside a first.
 JITS = {
     "training/step.py",
+    "training/by_length.py",
     "sampling/decode.py",
     "sampling/rollout.py",
     "sampling/stragglers.py",

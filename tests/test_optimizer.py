@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.training import optimizer
+from jaxrlhf.training import step as train
 from jaxrlhf.training.optimizer import OptimizerConfig
 
 
@@ -177,3 +179,158 @@ def test_bad_settings_are_refused():
 def test_settings_import_nothing_heavy():
     code = "import sys, jaxrlhf.training.optimizer, jaxrlhf.training.cli; print({'jax', 'optax'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def at(t, path):
+    for key in path:
+        t = t[key]
+    return np.asarray(t, np.float64)
+
+
+PATHS = (("policy", "layers", "up"), ("policy", "embed"), ("policy", "norm"), ("value", "weight"))
+
+
+def test_lion_is_the_papers():
+    """Chen et al. 2023, program 1: the sign of an interpolation, and a momentum with another share."""
+    found = updates(constant("lion", learning_rate=0.01, weight_decay=0.1, b1=0.8, b2=0.9, head_scale=2.0))
+    for path in PATHS:
+        momentum, rate = 0.0, 0.02 if path[0] == "value" else 0.01
+        for i in range(3):
+            g = at(tree(i + 1), path)
+            step = np.sign(0.8 * momentum + 0.2 * g)
+            momentum = 0.9 * momentum + 0.1 * g
+            decay = 0.1 * at(tree(0), path) if path[-1] in ("up", "embed") else 0.0
+            np.testing.assert_allclose(at(found[i], path), -rate * (step + decay), rtol=1e-5, atol=1e-9)
+
+
+def adafactor(gradients: list[np.ndarray], param: np.ndarray, rate: float, factored: bool) -> list[np.ndarray]:
+    """Of one matrix or vector. Source: Shazeer and Stern 2018, algorithms 4 and 5, beta2_t = 1 - t^-0.8, d = 1."""
+    rows = columns = moment = 0.0
+    found = []
+    for t, g in enumerate(gradients, 1):
+        beta, square = 1 - t**-0.8, g * g + 1e-30
+        if factored:
+            rows = beta * rows + (1 - beta) * square.mean(1)
+            columns = beta * columns + (1 - beta) * square.mean(0)
+            u = g / np.sqrt(np.outer(rows, columns) / rows.mean())
+        else:
+            moment = beta * moment + (1 - beta) * square
+            u = g / np.sqrt(moment)
+        u = u / max(1.0, np.sqrt((u * u).mean()))
+        found.append(-rate * max(1e-3, np.sqrt((param * param).mean())) * u)
+    return found
+
+
+def test_adafactor_is_the_papers_for_each_matrix_of_a_stack_by_itself():
+    """Matrices of 128 a side are factored, smaller ones and vectors are not. The second layer is a hundred times as large."""
+    rng = np.random.default_rng(0)
+    size = np.array([1.0, 100.0])
+    shapes = {"embed": (130, 128), "layers": {"up": (2, 128, 160), "thin": (2, 3, 160), "norm": (2, 5)}, "norm": (5,)}
+
+    def draw() -> dict:
+        drawn = jax.tree.map(lambda s: rng.normal(size=s), shapes, is_leaf=lambda x: isinstance(x, tuple))
+        layers = {name: x * size.reshape(2, *[1] * (x.ndim - 1)) for name, x in drawn["layers"].items()}
+        return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), drawn | {"layers": layers})
+
+    params, gradients = draw(), [draw() for _ in range(3)]
+    made = optimizer.make(constant("adafactor", learning_rate=0.01), 10, params)
+    state, found = made.init(params), []
+    for gradient in gradients:
+        update, state = jax.jit(made.update)(gradient, state, params)
+        found.append(update)
+    for path, factored in ((("embed",), True), (("norm",), False)):
+        want = adafactor([at(g, path) for g in gradients], at(params, path), 0.01, factored)
+        for i in range(3):
+            np.testing.assert_allclose(at(found[i], path), want[i], rtol=1e-4, atol=1e-8)
+    for name, factored in (("up", True), ("thin", False), ("norm", False)):
+        for layer in range(2):
+            path = ("layers", name)
+            want = adafactor([at(g, path)[layer] for g in gradients], at(params, path)[layer], 0.01, factored)
+            for i in range(3):
+                np.testing.assert_allclose(at(found[i], path)[layer], want[i], rtol=1e-4, atol=1e-8)
+    sizes = sum(x.size for x in jax.tree.leaves(state))
+    assert sizes < 130 + 128 + 2 * (128 + 160) + 2 * 3 * 160 + 2 * 5 + 5 + 60  # rows and columns of what is factored
+
+
+def test_schedule_free_is_the_papers_and_promises_the_average():
+    """Defazio et al. 2024, algorithm 1, in terms of x, y and z; y is what trains, x what is judged and saved."""
+    config = OptimizerConfig(
+        name="schedule_free", learning_rate=0.02, schedule="constant", warmup_fraction=0.3, clip_norm=None, b1=0.8, b2=0.9,
+        weight_decay=0.1, epsilon=1e-3,
+    )  # fmt: skip
+    params = tree(0)
+    made = optimizer.make(config, 10, params)
+    state = train.init_state(params, made, jax.random.key(0))
+    advance = jax.jit(made.update)
+    trained = params
+    for t in range(5):
+        update, inner = advance(tree(t + 1), state.opt_state.inner, trained)
+        trained = jax.tree.map(jnp.add, trained, update)
+        state = state.replace(params=trained, opt_state=state.opt_state.replace(inner=inner))
+    averaged = train.served(state)
+    for path in PATHS[:3]:
+        z = x = at(params, path)
+        moment = weights = 0.0
+        for t in range(1, 6):
+            y = 0.2 * z + 0.8 * x
+            g = at(tree(t), path)
+            moment = 0.9 * moment + 0.1 * g * g
+            rate = 0.02 * min(1.0, t / 3) * np.sqrt(1 - 0.9**t)
+            # Algorithm 1 divides by sqrt(v) + epsilon, its rate holding the bias correction; Adam's epsilon stands beside the
+            # corrected sqrt(v / (1 - b2^t)), as in optax and in PyTorch's AdamW.
+            step_ = np.sqrt(1 - 0.9**t) ** -1 * rate * g / (np.sqrt(moment / (1 - 0.9**t)) + 1e-3)
+            decay = 0.1 * 0.02 * min(1.0, t / 3) * y if path[-1] in ("up", "embed") else 0.0
+            z = z - step_ - decay
+            weights += rate**2
+            x = (1 - rate**2 / weights) * x + rate**2 / weights * z
+        np.testing.assert_allclose(at(trained, path), 0.2 * z + 0.8 * x, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(at(averaged, path), x, rtol=1e-5, atol=1e-6)
+        assert np.abs(at(averaged, path) - at(trained, path)).max() > 1e-3
+
+
+def test_what_is_served_without_an_average_is_what_trains():
+    params = tree(0)
+    state = train.init_state(params, optimizer.make(constant("adamw"), 10, params), jax.random.key(0))
+    assert train.served(state) is state.params
+    state = train.update_ema(state, 0.5)
+    assert train.served(state) is state.ema
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon", "schedule_free"])
+def test_narrow_moments_go_where_wide_ones_go(name):
+    config = constant(name, learning_rate=0.01, epsilon=1e-3, b2=0.95)
+    narrow = dataclasses.replace(config, moment_dtype="bfloat16")
+    params = tree(0)
+    states = [jax.eval_shape(optimizer.make(each, 10, params).init, params) for each in (config, narrow)]
+    wide_bytes, narrow_bytes = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) for state in states)
+    labels = jax.tree.map(lambda x, label: (x.size if x.ndim > 1 else 0, label), params, optimizer.label(params, name))
+    moments = {"adamw": 2, "lion": 1, "muon": 2, "schedule_free": 1}[name]
+    found = jax.tree.leaves(labels, is_leaf=lambda x: isinstance(x, tuple))
+    assert wide_bytes - narrow_bytes == 2 * sum(size * (1 if label == "muon" else moments) for size, label in found)
+    found, want = updates(narrow, 4), updates(config, 4)
+    for a, b in zip(found, want, strict=True):
+        a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (a, b))
+        assert a @ b > 0.99 * np.linalg.norm(a) * np.linalg.norm(b)
+        assert np.isfinite(a).all()
+
+
+def test_settings_that_contradict_are_refused():
+    with pytest.raises(ValueError, match=r"schedule='cosine', b1=0\.9: schedule_free averages"):
+        OptimizerConfig(name="schedule_free")
+    with pytest.raises(ValueError, match=r"name='adamw', b2=0\.999: bfloat16 has 8 bits"):
+        OptimizerConfig(moment_dtype="bfloat16", b2=0.999)
+    with pytest.raises(ValueError, match="name='adafactor'"):
+        OptimizerConfig(name="adafactor", moment_dtype="bfloat16")
+
+
+def test_a_rate_may_be_traced_and_differ_among_runs():
+    params, update = tree(0), optimizer.make(constant("adamw", learning_rate=0.01, weight_decay=0.1), 10, tree(0))
+
+    def first(factor):
+        made = optimizer.times(update, factor)
+        return made.update(tree(1), made.init(params), params)[0]
+
+    both = jax.jit(jax.vmap(first))(jnp.array([1.0, 0.25]))
+    want = updates(constant("adamw", learning_rate=0.01, weight_decay=0.1), 1)[0]
+    for name, factor in ((0, 1.0), (1, 0.25)):
+        jax.tree.map(lambda x, y, n=name, f=factor: np.testing.assert_allclose(x[n], f * y, rtol=1e-5, atol=1e-9), both, want)

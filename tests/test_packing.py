@@ -19,7 +19,7 @@ from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.training import objective
 
 PLAIN = TransformerConfig(
-    vocab_size=40, width=24, layers=2, heads=4, kv_heads=4, head_width=6, mlp_width=32, max_length=24, remat=False
+    vocab_size=40, width=24, layers=2, heads=4, kv_heads=4, head_width=6, mlp_width=32, max_length=24, remat="none"
 )
 EVERY = {"kv_heads": 2, "windows": (3, 0), "attention_cap": 1.5, "attention_scale": 0.7}
 PATHS = {
@@ -35,7 +35,7 @@ PATHS = {
     "two-ropes": {"windows": (3, 0), "rope_local_theta": 100.0, "qk_norm": True},
     "parallel": {"parallel": True, "rotary_width": 4},
     "all": EVERY,
-    "all-unrolled": EVERY | {"scan": False, "remat": True},
+    "all-unrolled": EVERY | {"scan": False, "remat": "layers"},
     "all-learned": EVERY | {"positions": "learned", "scan": False},
 }
 LENGTHS = ((5, 1, 7, 3), (9, 6), (1, 2, 12))  # of the texts in each row; the rest of 16 places is padding

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxrlhf.core import sharding
-from jaxrlhf.core.types import Experience, Prompts, SamplingSpec
+from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
 from jaxrlhf.models import transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.sampling import rollout
@@ -132,7 +135,9 @@ def test_entropy_is_that_of_the_constrained_distribution(params, collected):
 
 def test_reused_logprobs_are_the_samplers(params, frozen, collected):
     reused = rollout.experience(MODEL, params, frozen, collected.rollout, SPEC, rollout.Options(reuse_sampler_logprobs=True))
-    np.testing.assert_array_equal(reused.logprobs, collected.rollout.logprobs)
+    own = ~np.asarray(reused.checked)
+    assert own.sum() == 24 - 8
+    np.testing.assert_array_equal(reused.logprobs[own], collected.rollout.logprobs[own])
     np.testing.assert_allclose(reused.values, collected.values, atol=2e-5)
     np.testing.assert_allclose(reused.ref_logprobs, collected.ref_logprobs, atol=5e-5)
 
@@ -190,3 +195,47 @@ def test_one_program_for_each_shape_and_spec(params, frozen, collected):
     for _ in range(2):
         rollout.experience(MODEL, params, frozen, collected.rollout.replace(version=jnp.zeros(24, jnp.int32)), SPEC)
     assert rollout._experience._cache_size() <= before + 1
+
+
+def products(params, frozen, options: rollout.Options, rows: int) -> tuple[int, int]:
+    """Passes through a whole trunk for `rows` rows, and products with the head, in the compiled scoring program."""
+    one_layer = transformer.build(dataclasses.replace(CONFIG, scan=False))
+    drawn = rollout_of(rows)
+    program = rollout._experience.lower(one_layer, SPEC, options, params, frozen["reference"], drawn).compile().as_text()
+    ups = len(re.findall(rf"f32\[{rows * 13},24\]\S* dot\(", program))  # gate and up, of one layer
+    assert ups % 2 == 0
+    return ups // 2, len(re.findall(rf"f32\[{rows * 8},{VOCAB}\]\S* dot\(", program))
+
+
+def rollout_of(rows: int) -> Rollout:
+    zeros, logprobs = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, 8))
+    tokens = jnp.ones((rows, 13), jnp.int32)
+    return Rollout(tokens, zeros + 5, zeros + 3, zeros > 0, zeros, zeros, zeros, logprobs, logprobs)
+
+
+def test_roles_are_scored_in_as_few_passes_as_they_have_trunks(params, frozen):
+    policy, rows = params["policy"], 24
+    critic = {"policy": policy, "critic": {"trunk": language_model(2), "head": params["value"]}}
+    reused = rollout.Options(reuse_sampler_logprobs=True)
+    assert products(params, frozen, rollout.Options(), rows) == (2, 2)  # policy with its value, reference; both read tokens
+    assert products(critic, frozen, rollout.Options(), rows) == (3, 2)
+    assert products({"policy": policy}, frozen, reused, rows) == (1, 1)  # the reference alone, but for the rows checked
+    assert products(params, frozen, reused, rows) == (2, 1)  # the values need the policy's states, not its logits
+    assert products(params, frozen, rollout.Options(exact_kl=True), rows) == (2, 2)  # the logits serve both
+
+
+def test_reused_logprobs_are_checked_on_some_rows(params, frozen, collected):
+    """Of a sampler that is off by 0.25 at every token, the rows checked tell; they learn from the learner's own."""
+    drawn = collected.rollout
+    off = drawn.replace(logprobs=drawn.logprobs + 0.25)
+    options = rollout.Options(reuse_sampler_logprobs=True, checked=5)
+    found = rollout.experience(MODEL, params, frozen, off, SPEC, options)
+    assert found.checked.sum() == 5
+    assert np.diff(np.flatnonzero(found.checked)).tolist() == [4] * 4  # spread over the batch
+    mask = np.asarray(found.checked)
+    np.testing.assert_allclose(found.logprobs[mask], collected.logprobs[mask], atol=1e-5)
+    np.testing.assert_array_equal(found.logprobs[~mask], off.logprobs[~mask])
+    stats = rollout.stats(found)
+    assert float(stats["rollout/sampler_gap"]) == pytest.approx(0.25, abs=1e-4)
+    assert float(stats["rollout/sampler_gap_max"]) == pytest.approx(0.25, abs=1e-3)
+    assert rollout.stats(collected)["rollout/sampler_gap"] < 1e-4

@@ -17,11 +17,11 @@ from jaxrlhf.models import attention, heads, transformer
 from jaxrlhf.models.config import TransformerConfig
 
 LLAMA = TransformerConfig(
-    vocab_size=40, width=24, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=32, max_length=20, remat=False
+    vocab_size=40, width=24, layers=2, heads=4, kv_heads=2, head_width=6, mlp_width=32, max_length=20, remat="none"
 )
 GPT = dataclasses.replace(LLAMA, kv_heads=4, norm="layer", positions="learned", mlp="gelu", tied_head=False, norm_epsilon=1e-5)
 KINDS = pytest.mark.parametrize("config", [LLAMA, GPT], ids=["llama", "gpt"])
-NARROW = dataclasses.replace(LLAMA, dtype="bfloat16", remat=True)
+NARROW = dataclasses.replace(LLAMA, dtype="bfloat16", remat="layers")
 
 
 @functools.cache
@@ -235,7 +235,7 @@ def rows_of(prompts, length, responses, n):
 @pytest.mark.parametrize(("config", "n"), [(LLAMA, 3), (LLAMA, 1), (GPT, 2), (NARROW, 3)], ids=str)
 def test_sampled_logits_equal_teacher_forced_ones(config, n):
     prompts, length = tokens(4, 6), np.array([6, 1, 4, 2])
-    responses, params = tokens(4 * n, 5, seed=9), parameters(dataclasses.replace(config, dtype="float32", remat=False))
+    responses, params = tokens(4 * n, 5, seed=9), parameters(dataclasses.replace(config, dtype="float32", remat="none"))
     prompts = np.where(np.arange(6) < length[:, None], prompts, 10**6)  # what stands after a prompt is never read
     logits = np.asarray(jitted(config)(params, rows_of(prompts, length, responses, n)))
     forced = np.stack([logits[i, length[i // n] - 1 :][:5] for i in range(4 * n)])
@@ -267,10 +267,45 @@ def test_rows_longer_than_the_context_are_refused():
 # ------------------------------------------------------------------------------------- switches that are a matter of speed
 
 
-@pytest.mark.parametrize("switches", [{"remat": True}, {"scan": False}, {"scan": False, "remat": True}], ids=str)
+@pytest.mark.parametrize(
+    "switches",
+    [{"remat": "layers"}, {"remat": "dots"}, {"remat": "attention"}, {"scan": False}, {"scan": False, "remat": "layers"}],
+    ids=str,
+)
 def test_scan_and_remat_change_nothing(switches):
     results = [gradient(c)(parameters(LLAMA), tokens()) for c in (LLAMA, dataclasses.replace(LLAMA, **switches))]
     assert_close(*results, 2e-6)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_what_is_stored_follows_the_choice(experts):
+    """Bytes of temporaries of a gradient, of a dense model and of a mixture; loss and gradient are the same."""
+    shape = TransformerConfig(40, 32, 3, 4, 4, 8, 96, 64, experts=experts, experts_per_token=min(experts, 2))
+    stored, found = [], []
+    params, rows = transformer.build(shape).init(jax.random.key(0)), jnp.asarray(tokens(4, 64))
+    for remat in ("none", "dots", "attention", "layers"):
+        model = transformer.build(dataclasses.replace(shape, remat=remat))
+
+        def loss(params, model=model):
+            return jnp.square(model.logits(params, model.hidden(params, rows))).mean()
+
+        program = jax.jit(jax.value_and_grad(loss))
+        compiled = program.lower(params).compile()
+        stored.append(compiled.memory_analysis().temp_size_in_bytes)
+        found.append(jax.device_get(compiled(params)))
+    assert stored == sorted(stored, reverse=True)
+    assert stored[0] > 1.3 * stored[1] > 1.3 * 1.2 * stored[2]
+    assert stored[2] > stored[3]
+    for loss, slope in found[1:]:
+        np.testing.assert_allclose(loss, found[0][0], rtol=1e-6)
+        assert_close(slope, found[0][1], 1e-5)
+
+
+def test_a_model_saved_before_remat_had_names_is_read():
+    assert dataclasses.replace(LLAMA, remat=True).remat == "layers"
+    assert dataclasses.replace(LLAMA, remat=False).remat == "none"
+    with pytest.raises(ValueError, match="remat='full' must be one of none, dots, attention, layers"):
+        dataclasses.replace(LLAMA, remat="full")
 
 
 def test_narrow_products_are_near_wide_ones_and_their_gradients_too():

@@ -145,6 +145,9 @@ class Experience:
     weight: Array  # [B], 0 excludes the row
     ref_kl: Array | None = None  # [B, R], KL(learner || reference) of the whole distribution at each response token
     baseline: Array | None = None  # [B], score of the prompt's greedy response (ReMax)
+    checked: Array | None = (
+        None  # [B] bool, rows whose log-probs the learner computed, the others' are the sampler's; None: all
+    )
 
 
 @struct.dataclass

@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 Implementation = Literal["xla", "cudnn"]
@@ -87,7 +88,9 @@ def _core_forward(cap, query, key, value, visible):
     weights = jnp.exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     mixed = jnp.matmul(weights, value, preferred_element_type=jnp.float32) / total
-    return mixed, (query, key, value, visible, top + jnp.log(total), mixed)
+    # Named, so that a backward pass that stores them need not mix again.
+    mixed, logsum = (checkpoint_name(x, "attention") for x in (mixed, top + jnp.log(total)))
+    return mixed, (query, key, value, visible, logsum, mixed)
 
 
 def _core_backward(cap, residual, g):

@@ -7,6 +7,11 @@ from typing import Literal
 
 GATED = ("swiglu", "geglu")
 
+Remat = Literal["none", "dots", "attention", "layers"]
+"""What of each layer the backward pass finds stored, from most to least memory: `none` is computed again, all is stored; of
+`dots` the results of weight products and of attention are stored, and what lies between them (norms, gates, rotations) is
+computed again; of `attention` its result alone; of `layers` nothing but what went in."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
@@ -28,7 +33,7 @@ class TransformerConfig:
     tied_head: bool = True  # logits from the embedding table
     dtype: Literal["float32", "bfloat16"] = "float32"  # operands of weight products; sums and all else are float32
     scan: bool = True  # one compiled layer run in a loop, in place of L copies of it; a matter of speed only
-    remat: bool = True  # recompute activations in the backward pass instead of storing them; a matter of speed only
+    remat: Remat = "layers"  # what the backward pass computes again in place of storing it; a matter of speed and memory only
     dropout: float = 0.0  # on the residual branches, to the next 1/256; only where a dropout key is passed
     experts: int = 0  # of each layer's MLP, `mlp_width` wide each (`models/experts.py`); 0: one MLP that all tokens share
     experts_per_token: int = 0
@@ -56,6 +61,8 @@ class TransformerConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "windows", tuple(self.windows))  # JSON has lists only
+        if isinstance(self.remat, bool):  # models that were saved before there were names
+            object.__setattr__(self, "remat", "layers" if self.remat else "none")
         for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "mlp_width", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -98,4 +105,5 @@ _CHOICES = {
     "mlp": ("swiglu", "gelu", "gelu_exact", "geglu"),
     "rope_scaling": ("none", "linear", "llama3"),
     "dtype": ("float32", "bfloat16"),
+    "remat": ("none", "dots", "attention", "layers"),
 }

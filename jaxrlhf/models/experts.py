@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrlhf.core import sharding
@@ -108,7 +109,11 @@ def _mlp(config, weights, x, blocks):
     places = _places(chosen.reshape(-1), config.experts, size)
     # Every place is written and read once: said, because else the gradient would add, on a GPU in a new order each time.
     rows = jnp.zeros((places.total, x.shape[-1])).at[places.of].set(jnp.repeat(tokens, k, axis=0), unique_indices=True)
-    product = functools.partial(_in_blocks if blocks else _ragged, jnp.dtype(config.dtype), groups=places.groups)
+
+    def product(rows, weights):  # named for `TransformerConfig.remat`
+        form = _in_blocks if blocks else _ragged
+        return checkpoint_name(form(jnp.dtype(config.dtype), rows, weights, places.groups), "product")
+
     inner = gated(config, product(rows, weights["gate"]), product(rows, weights["up"]))
     out = product(inner, weights["down"]).at[places.of].get(unique_indices=True).reshape(*chosen.shape, -1)
     return (weight[..., None] * out).sum(1).reshape(x.shape)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -57,7 +58,8 @@ def product(
     else:
         shape = weight.shape
         result = _matmul(jnp.dtype(dtype), flipped, rows, weight)
-    return result.reshape(*x.shape[:-1], shape[0 if flipped else 1])
+    # Named for `TransformerConfig.remat`.
+    return checkpoint_name(result, "product").reshape(*x.shape[:-1], shape[0 if flipped else 1])
 
 
 def look_up(table: Float[Array, "v d"] | Quantised, ids: Int[Array, "*s"]) -> Float[Array, "*s d"]:

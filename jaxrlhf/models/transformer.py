@@ -26,6 +26,13 @@ from jaxrlhf.models.model import EXACT, CacheConfig, Model
 Params = Any
 Cache = Any
 
+# What the backward pass finds stored of a layer, by the names that `products.product`, `experts.mlp` and attention give.
+_STORED = {
+    "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "layers": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 def param_specs(config: TransformerConfig) -> Params:
     """Shape, logical axes and initialiser of every parameter."""
@@ -130,9 +137,9 @@ def hidden(
         weights, key, window = xs
         return _layer(config, weights, x, rotations, segments, key, window)[0], None
 
-    if config.remat:
+    if config.remat != "none":
         # prevent_cse guards a recomputation that XLA could merge with the forward pass; inside a scan it cannot.
-        layer = jax.checkpoint(layer, prevent_cse=not config.scan)
+        layer = jax.checkpoint(layer, prevent_cse=not config.scan, policy=_STORED[config.remat])
     keys = None if dropout_key is None or not config.dropout else jax.random.split(dropout_key, config.layers)
     x = _embed(config, params, tokens, position)
     if config.scan:

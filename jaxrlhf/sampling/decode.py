@@ -392,3 +392,20 @@ def _collected(done: Written | None, row: Int[Array, " b"], written: Written) ->
 def by_row(tree: Any) -> Any:
     """Split every array of rows over the devices; so it has the same sharding, and a program the same input, at each chunk."""
     return jax.tree.map(lambda x: sharding.constrain(x, "batch", *(None,) * (x.ndim - 1)) if x.ndim else x, tree)
+
+
+def whole(
+    model: Model,
+    spec: SamplingSpec,
+    shape: Shape,
+    params: Any,
+    prompts: Prompts,
+    key: PRNGKeyArray,
+    version: Int[Array, ""] | int,
+) -> Rollout:
+    """What `generate.generate` gives, as one pure function for programs that compose it with more: no host looks at rows in
+    between, so all of them take W steps, and nothing is checked. Without stop strings."""
+    weights = model.decode_params(params)
+    state = start(model, spec, shape, spec.max_tokens, weights, prompts, key, None)
+    state, _ = advance(model, spec, shape.width, weights, state)
+    return finish(spec, shape.n, prompts, None, state.rows, version)

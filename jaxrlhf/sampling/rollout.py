@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt32
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-from jaxrlhf.core import masking
+from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
 from jaxrlhf.models import heads, roles
 from jaxrlhf.models.model import Model
@@ -23,7 +23,11 @@ from jaxrlhf.sampling.stragglers import Begun
 class Options:
     """How a rollout is made and scored."""
 
-    reuse_sampler_logprobs: bool = False  # take the sampler's own log-probs for the learner's, which saves a pass
+    # Take the sampler's own log-probs for the learner's, which saves the old policy's pass, but for some rows, whose gap is
+    # logged. PPO's ratio is then learner / sampler: at the first update not 1 but off by that gap, rounding in float32, more
+    # with a narrow cache or in bfloat16, and the clip takes it for a change of the policy.
+    reuse_sampler_logprobs: bool = False
+    checked: int = 8  # rows that the learner reads all the same, at least; they learn from its own log-probs
     exact_kl: bool = False  # also the KL to the reference of the whole distribution at each token
     rows: int = 32  # scored at a time, a matter of memory and speed only
     generation: generate.Options = generate.Options()
@@ -87,7 +91,7 @@ def _experience(model, spec, options, params, reference, rollout) -> Experience:
         hidden: Any = None  # of the policy; not computed where the sampler's log-probs do
         if not options.reuse_sampler_logprobs or options.exact_kl:
             hidden = model.hidden(params["policy"], part.tokens)
-        logprobs = own
+        logprobs = own  # unless the learner computes them
         if not options.reuse_sampler_logprobs:
             logprobs = _logprobs(model, params["policy"], hidden, part, width, spec, kept=part.kept)[0]
         values = _values(*roles.value_states(model, params, part.tokens, hidden), part) if critic else (None, None)
@@ -97,7 +101,13 @@ def _experience(model, spec, options, params, reference, rollout) -> Experience:
         return logprobs, *values, ref_logprobs, ref_kl
 
     logprobs, values, bootstrap, ref_logprobs, ref_kl = _by_rows(score, (rollout, own), options.rows)
-    count = rollout.tokens.shape[0]
+    count, checked = rollout.tokens.shape[0], None
+    if options.reuse_sampler_logprobs:
+        some = _spread(count, options.checked)
+        part = jax.tree.map(lambda x: x[some], rollout)
+        hidden = model.hidden(params["policy"], part.tokens)
+        learner = _logprobs(model, params["policy"], hidden, part, width, spec, kept=part.kept)[0]
+        logprobs, checked = logprobs.at[some].set(learner), jnp.zeros(count, bool).at[some].set(True)
     return Experience(
         rollout=rollout,
         logprobs=logprobs,
@@ -107,10 +117,18 @@ def _experience(model, spec, options, params, reference, rollout) -> Experience:
         score=jnp.zeros(count),
         weight=jnp.ones(count),
         ref_kl=ref_kl,
+        checked=checked,
     )
 
 
 experience_program = _experience  # (model, spec, options, params, reference, rollout), to be lowered ahead of its first call
+
+
+def _spread(count: int, least: int) -> Int[Array, " k"]:
+    """At least so many of `count` rows, evenly spread, as many on each device."""
+    ways = sharding.ways()
+    few = min(count, -(-max(least, 1) // ways) * ways)
+    return jnp.arange(few) * (count // few)
 
 
 def score_rollout(
@@ -131,11 +149,14 @@ def _score_rollout(model, spec, rows, policy, rollout):
 def stats(experience: Experience) -> dict[str, Float[Array, ""]]:
     """Length, share finished, and the gap between the learner's log-probs and the sampler's (nats a token, mean and largest).
 
-    The gap is rounding: more of it than 1e-4 in float32 says that sampler and scorer read different rows or rules. Answers that
-    were begun under older weights (`stragglers`) have more; `rollout/age` is by how many iterations they are older, on average.
+    Where the sampler's log-probs are reused the gap is that of the rows that were checked. It is rounding: more of it than
+    1e-4 in float32 says that sampler and scorer read different rows or rules. Answers that were begun under older weights
+    (`stragglers`) have more; `rollout/age` is by how many iterations they are older, on average.
     """
     rollout = experience.rollout
     mask = masking.response_mask(rollout.response_len, rollout.logprobs.shape[1], rollout.written)
+    if experience.checked is not None:
+        mask = mask & experience.checked[:, None]
     own = rollout.logprobs if rollout.kept is None else rollout.sampled_logprobs
     gap = masking.masked(jnp.abs(experience.logprobs - own), mask)
     return {

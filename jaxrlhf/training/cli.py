@@ -209,6 +209,7 @@ def main(
         about = (about or sys.modules["__main__"].__doc__ or "").strip()
         config = parse(cls, argv, presets, f"{about}\n\n{SESSION}", model)
         keep_programs()
+        keep_memory()
         with session.use(asked):
             run(config)
             if session.current().from_step is not None:
@@ -251,6 +252,25 @@ def keep_programs() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that its programs have used, unless MALLOC_... variables say how.
+
+    A program on a CPU asks for its temporaries anew at each call. By default glibc gives blocks this large back to the system
+    when they are freed, and gets them as pages that the kernel must clear: up to a quarter of the processor time of a train
+    step (docs/training.md). Elsewhere than on glibc this does nothing.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ) or not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    # malloc.h: M_MMAP_MAX -4, M_TRIM_THRESHOLD -1, M_TOP_PAD -2, M_ARENA_MAX -8 (the arenas of other threads are too small).
+    for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
+        mallopt(option, value)
 
 
 def _ours(error: BaseException) -> bool:

@@ -38,9 +38,9 @@ def make_outputs(
     (`models/roles.py`, read where `values`) or `head` (read where `scores`). The batch has `tokens` [B,T], `prompt_len`,
     `response_len`, and `segments` or none; where it holds sets of N responses, [B] is [B,N] throughout, outputs included.
 
-    Log-probs, entropies, values and `ref_kl` (against `frozen["reference"]`) are those of the R response tokens: of the
-    policy that `spec` describes, R = spec.max_tokens, or without `spec` of the plain softmax, R = the width of `batch.mask`;
-    with `spec.replay` log-probs and entropies are renormalised over the sets in `batch.kept`. `text` adds plain log-probs of
+    Log-probs, entropies, values and `ref_kl` (against `frozen["reference"]`) are those of the R response tokens, R the width of
+    `batch.mask`: of the policy that `spec` describes, or without `spec` of the plain softmax; with `spec.replay` log-probs and
+    entropies are renormalised over the sets in `batch.kept`. `text` adds plain log-probs of
     the packed rows in `batch.text` (an `lm.Batch` of as many rows). `packed`: every prompt is one token and R = T - 1
     (`lm.packed`), so states are read in place, not gathered. Dropout is on where `dropout` and a key are.
 
@@ -71,7 +71,7 @@ def make_outputs(
         params = over_base(params, frozen)
         rows = _rows(batch, spec)
         hidden = run(params, rows.tokens, rows.segments, key)
-        width = batch.mask.shape[-1] if spec is None else spec.max_tokens
+        width = batch.mask.shape[-1]
         predicted, states = _shifted(rows.tokens, hidden, width) if packed else _gathered(rows, hidden, width)
         found: dict[str, Any] = {}
         seen = heads.seen_from(rows.tokens, rows.prompt_len, model.vocab_size, spec)

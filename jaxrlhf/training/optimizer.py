@@ -14,19 +14,22 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon for the weight matrices of the layers beside Adam for everything else."""
+    """AdamW, Lion, Adafactor, schedule-free AdamW, or Muon for the matrices of the layers beside Adam for everything else."""
 
-    name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 3e-4  # of the weight matrices under muon, of everything under adamw
+    name: Literal["adamw", "muon", "lion", "adafactor", "schedule_free"] = "adamw"
+    # Of everything, under muon of the weight matrices. Lion wants a third to a tenth of AdamW's; Adafactor's is relative to the
+    # size of each weight (1e-2 to 1e-3); schedule-free AdamW's may be larger than AdamW's.
+    learning_rate: float = 3e-4
     adam_learning_rate: float = 4e-3  # under muon: embeddings, norms, biases and heads
     head_scale: float = 1.0  # learning rate of the trees `value` and `head` (scalar heads), times this
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # schedule_free has none: constant
     warmup_fraction: float = 0.05  # of all steps, rising linearly
     final_fraction: float = 0.05  # of the learning rate, at the last step
     weight_decay: float = 0.0  # on weight matrices alone
     clip_norm: float | None = 1.0  # of the whole gradient; None: no clipping
-    b1: float = 0.9
-    b2: float = 0.95
+    b1: float = 0.9  # under schedule_free the share of the average in the point where gradients are taken
+    b2: float = 0.95  # lion's authors take 0.99
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # in which moments are kept; all is computed in float32
     epsilon: float = 1e-8
     epsilon_style: Literal["corrected", "tensorflow"] = "corrected"  # tensorflow: outside Adam's bias correction
     momentum: float = 0.95  # muon's
@@ -42,6 +45,16 @@ class OptimizerConfig:
         for name in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer {name}={getattr(self, name)} must be in [0, 1)")
+        if self.name == "schedule_free" and not (self.b1 > 0 and self.schedule == "constant"):
+            raise ValueError(
+                f"optimizer schedule='{self.schedule}', b1={self.b1}: schedule_free averages in place of a schedule, so set "
+                "schedule='constant', and b1 > 0, the share of the average where gradients are taken"
+            )
+        if self.moment_dtype == "bfloat16" and (self.name == "adafactor" or (self.b2 > 0.98 and self.name != "lion")):
+            raise ValueError(
+                f"optimizer moment_dtype='bfloat16' with name='{self.name}', b2={self.b2}: bfloat16 has 8 bits, so a moment "
+                "that changes by less than 1/256 at a time stands still; set b2 <= 0.98, or float32 (adafactor's are small)"
+            )
         for name in ("weight_decay", "head_scale"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer {name}={getattr(self, name)} must be >= 0")
@@ -76,42 +89,102 @@ def schedule(config: OptimizerConfig, total_steps: int, peak: int | float) -> Ca
 def make(config: OptimizerConfig, total_steps: int, params: Any) -> optax.GradientTransformation:
     """The optimizer for `params`, whose leaves' names and ranks decide who updates them. `total_steps`: optimizer updates.
 
+    Under schedule_free the parameters that train are not those to judge and save: `step.served`.
+
     Source: Muon: Jordan et al. 2024 (kellerjordan.github.io/posts/muon): Nesterov momentum, five Newton-Schulz steps, each
     layer of a stacked weight by itself, times sqrt(max(1, out / in)); as `optax.contrib.muon` where `muon_dtype` is float32.
-    AdamW: Loshchilov and Hutter 2019, with the decay times the learning rate.
+    AdamW: Loshchilov and Hutter 2019, with the decay times the learning rate, as in all of them. Lion: Chen et al. 2023
+    (arXiv 2302.06675), program 1. Adafactor: Shazeer and Stern 2018 (arXiv 1804.04235), algorithm 4, each matrix by itself.
+    Schedule-free AdamW: Defazio et al. 2024 (arXiv 2405.15682), algorithm 1. Moments in bfloat16: DeepSeek-AI 2024
+    (arXiv 2412.19437), section 3.3.3.
 
     Raises:
         ValueError: no steps, or muon without a weight matrix to use it on.
     """
     import optax
+    import optax.contrib
 
     if total_steps < 1:
         raise ValueError(f"total_steps={total_steps} must be >= 1: the schedule is spread over them")
     labels = label(params, config.name)
-    if config.name == "muon" and "muon" not in set(_leaves(labels)):
+    used = set(_leaves(labels))
+    if config.name == "muon" and "muon" not in used:
         raise ValueError(
             "optimizer name='muon' found no weight matrix [L, in, out] under a key 'layers': use name='adamw' for this model"
         )
-    adam_rate = config.learning_rate if config.name == "adamw" else config.adam_learning_rate
+    peak = config.adam_learning_rate if config.name == "muon" else config.learning_rate
 
-    def adam(decay: float, peak: float) -> optax.GradientTransformation:
-        rate = schedule(config, total_steps, peak)
-        if config.epsilon_style == "tensorflow":
-            scale = _tensorflow_adam(config.b1, config.b2, config.epsilon)
-            return optax.chain(scale, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate))
-        return optax.adamw(rate, config.b1, config.b2, config.epsilon, weight_decay=decay)
+    def own(decay: float, scale: float = 1.0) -> optax.GradientTransformation:
+        rate = schedule(config, total_steps, peak * scale)
+        direction = _direction(config)
+        return optax.chain(direction, optax.add_decayed_weights(decay), optax.scale_by_learning_rate(rate))
 
     # head_scale 0 would freeze a head: then the rate is 0, which a schedule can say as well as any other.
-    update = optax.partition(
-        {
-            "muon": _muon(config, schedule(config, total_steps, config.learning_rate)),
-            "matrix": adam(config.weight_decay, adam_rate),
-            "plain": adam(0.0, adam_rate),
-            "head": adam(0.0, adam_rate * config.head_scale),
-        },
-        labels,
-    )
+    parts = {"matrix": own(config.weight_decay), "plain": own(0.0), "head": own(0.0, config.head_scale)}
+    if config.name == "muon":
+        parts["muon"] = _muon(config, schedule(config, total_steps, config.learning_rate))
+    if config.name == "adafactor":
+        # A stack as one would share its clipping and its size among layers.
+        parts |= {"stacked matrix": of_members(parts["matrix"]), "stacked plain": of_members(parts["plain"])}
+        parts["stacked experts"] = of_members(parts["stacked matrix"])
+    update = optax.partition({name: part for name, part in parts.items() if name in used}, labels)
+    if config.name == "schedule_free":
+        update = _schedule_free(config, update, schedule(config, total_steps, peak))
     return update if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
+    """What is stepped along, before decay and learning rate."""
+    import optax
+
+    if config.name == "adafactor":
+        # Algorithm 4 has d = 1, epsilon 1e-30 and 1e-3; it factors every matrix, optax those of at least 128 a side.
+        factored = optax.scale_by_factored_rms()
+        return optax.chain(factored, optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms(1e-3))
+    if config.name == "lion":
+        return _narrow(config, optax.scale_by_lion(config.b1, config.b2))
+    b1 = 0.0 if config.name == "schedule_free" else config.b1  # which averages parameters in place of gradients
+    if config.epsilon_style == "tensorflow":
+        return _narrow(config, _tensorflow_adam(b1, config.b2, config.epsilon))
+    if not b1:
+        return _narrow(config, optax.scale_by_rms(config.b2, config.epsilon, eps_in_sqrt=False, bias_correction=True))
+    return _narrow(config, optax.scale_by_adam(b1, config.b2, config.epsilon))
+
+
+def _narrow(config: OptimizerConfig, update: optax.GradientTransformation) -> optax.GradientTransformation:
+    """With the moments of matrices kept in `moment_dtype`, and computed in float32."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    if config.moment_dtype == "float32":
+        return update
+
+    def cast(state, old, new):
+        return jax.tree.map(lambda x: x.astype(new) if x.dtype == old and x.ndim > 1 else x, state)
+
+    def init(params):
+        return cast(update.init(params), jnp.float32, jnp.bfloat16)
+
+    def advance(updates, state, params=None):
+        updates, state = update.update(updates, cast(state, jnp.bfloat16, jnp.float32), params)
+        return updates, cast(state, jnp.float32, jnp.bfloat16)
+
+    return optax.GradientTransformation(init, advance)
+
+
+def _schedule_free(
+    config: OptimizerConfig, update: optax.GradientTransformation, rate: Callable
+) -> optax.GradientTransformation:
+    """Updates that move z, where parameters are y = (1 - b1) z + b1 x and x is the average of all z, weighted by the squared
+    learning rate, Adam's bias correction included."""
+    import jax.numpy as jnp
+    import optax.contrib
+
+    def weight(count):  # optax counts from 1
+        return rate(count - 1) * jnp.sqrt(1.0 - config.b2**count)
+
+    return optax.contrib.schedule_free(update, weight, config.b1)
 
 
 def of_members(update: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -129,8 +202,24 @@ def of_members(update: optax.GradientTransformation) -> optax.GradientTransforma
     )
 
 
+def times(update: optax.GradientTransformation, factor: Any) -> optax.GradientTransformation:
+    """The optimizer with its learning rate times `factor`, which may be traced: under vmap each run has its own.
+
+    Not under schedule_free, whose updates are differences of averages.
+    """
+    import jax
+    import optax
+
+    def advance(updates, state, params=None):
+        updates, state = update.update(updates, state, params)
+        return jax.tree.map(lambda u: factor * u, updates), state
+
+    return optax.GradientTransformation(update.init, advance)
+
+
 def label(params: Any, name: str = "adamw") -> Any:
-    """For each leaf who updates it: `muon`, `matrix` (Adam with decay), `plain` (Adam), `head` (Adam times head_scale)."""
+    """For each leaf who updates it: `muon`, `matrix` (with decay), `plain` (without), `head` (without, times head_scale); under
+    adafactor also `stacked ...`, leaf by layer."""
     import jax
 
     from jaxrlhf.core.sharding import path_name
@@ -140,11 +229,12 @@ def label(params: Any, name: str = "adamw") -> Any:
         if (names[0] in ("value", "head") or names[:2] == ["critic", "head"]) and leaf.ndim < 2:
             return "head"
         stacked = "layers" in names[:-1]
-        if leaf.ndim - stacked < 2:
-            return "plain"
-        if name == "adamw":
-            return "matrix"
-        return "muon" if stacked else "plain"
+        matrix = leaf.ndim - stacked >= 2
+        if name == "muon":
+            return "muon" if stacked and matrix else "plain"
+        if name == "adafactor" and stacked:
+            return "stacked experts" if leaf.ndim > 3 else "stacked matrix" if matrix else "stacked plain"
+        return "matrix" if matrix else "plain"
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -201,7 +291,7 @@ def _muon(config: OptimizerConfig, rate: Callable) -> optax.GradientTransformati
             optax.trace(config.momentum, nesterov=True), optax.stateless(lambda updates, _: orthogonal(updates))
         )
     return optax.chain(
-        direction,
+        _narrow(config, direction),
         optax.stateless(lambda updates, _: by_shape(updates)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(rate),

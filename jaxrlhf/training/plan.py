@@ -67,11 +67,11 @@ def training(
     """
     roles = params if "policy" in params or "trunk" in params else {"policy": params}
     state = jax.eval_shape(optimizer.init, params)
-    placed = {path: x.sharding for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    known = dict(jax.tree_util.tree_leaves_with_path(params))
     moments = dict.fromkeys(roles, Size())
     for owner, leaf in zip(step.owners(state, params), jax.tree.leaves(state), strict=True):
         role = owner[0].key if owner is not None and roles is params else next(iter(roles))  # counts go with the first role
-        moments[role] += _leaf(leaf, None if owner is None else placed[owner])
+        moments[role] += _leaf(leaf, None if owner is None else step.moment_sharding(leaf, known[owner]))
     rows = []
     for role, tree in roles.items():
         own = size(tree)

@@ -9,28 +9,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from flax import struct
+import optax.contrib
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrlhf.core import sharding
-from jaxrlhf.core.types import Outputs, Term, TrainState
+from jaxrlhf.core.types import TrainState
 from jaxrlhf.models import int8
+from jaxrlhf.training import by_length, gradient
+from jaxrlhf.training.by_length import Microbatches
+from jaxrlhf.training.gradient import GuardedState, LossFn, Metrics
 from jaxrlhf.training.objective import OutputsFn
 
-LossFn = Callable[[Outputs, Any, Any], tuple[dict[str, Term], dict[str, Term]]]
-Metrics = dict[str, jax.Array]
-Seen = tuple[dict[str, Term], dict[str, Term]]  # loss terms, metrics
 StepFn = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
-
-
-@struct.dataclass
-class GuardedState:
-    """An optimizer's state, and how many updates were left out because a gradient was not finite."""
-
-    inner: Any
-    skipped: jax.Array  # [] int32, in all
-    in_a_row: jax.Array  # [] int32, the last ones
+Split = int | Microbatches  # of the rows of an update: so many equal parts, or as `by_length.Microbatches` says
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array, algorithm: Any = ()) -> TrainState:
@@ -56,22 +49,41 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Ar
 
 def owners(opt_state: Any, params: Any) -> list[tuple | None]:
     """For each leaf of an optimizer's state the path of the parameter that it is kept for, whose path ends its own; or None."""
-    by_path = {tuple(map(str, path)): (path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    known = {tuple(map(str, path)): path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
 
-    def one(path, leaf):
+    def one(path):
         names = tuple(map(str, path))
-        ends = (by_path.get(names[i:], (None, None)) for i in range(len(names)))
-        return next((owner for owner, shape in ends if owner is not None and shape == leaf.shape), None)
+        return next((known[names[i:]] for i in range(len(names)) if names[i:] in known), None)
 
-    return [one(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)]
+    return [one(path) for path, _ in jax.tree_util.tree_leaves_with_path(opt_state)]
 
 
 def state_shardings(opt_state: Any, params: Any) -> Any:
-    """A sharding for each leaf of an optimizer's state: that of its parameter, else replicated."""
-    placed = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    """A sharding for each leaf of an optimizer's state: as its parameter is split (`moment_sharding`), else replicated."""
+    leaves, known = jax.tree.leaves(opt_state), dict(jax.tree_util.tree_leaves_with_path(params))
     everywhere = _replicated(params)
-    found = [everywhere if owner is None else placed[owner] for owner in owners(opt_state, params)]
+    found = [
+        everywhere if owner is None else moment_sharding(leaf, known[owner]) or everywhere
+        for owner, leaf in zip(owners(opt_state, params), leaves, strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(opt_state), found)
+
+
+def moment_sharding(moment: Any, param: Any) -> jax.sharding.Sharding | None:
+    """Of a moment of a parameter: its own; of a factored one, which is a mean over one axis, that of the axes that are left.
+
+    None: of another shape, a placeholder say; it is small, and stands whole on every device.
+    """
+    place = param.sharding
+    if moment.shape == param.shape:
+        return place
+    # Of a square matrix either axis may be the one missing; both are split evenly, so that only who sends to whom differs.
+    missing = [i for i in range(param.ndim) if param.shape[:i] + param.shape[i + 1 :] == moment.shape]
+    if not missing or not isinstance(place, NamedSharding):
+        return None
+    spec = [*place.spec, *[None] * (param.ndim - len(place.spec))]
+    del spec[missing[-1]]
+    return NamedSharding(place.mesh, PartitionSpec(*spec))
 
 
 def _replicated(params: Any) -> jax.sharding.Sharding:
@@ -80,7 +92,11 @@ def _replicated(params: Any) -> jax.sharding.Sharding:
 
 
 def make_train_step(
-    outputs_fn: OutputsFn, loss_fn: LossFn, config: Any, optimizer: optax.GradientTransformation, microbatches: int = 1
+    outputs_fn: OutputsFn,
+    loss_fn: LossFn,
+    config: Any,
+    optimizer: optax.GradientTransformation,
+    microbatches: Split = 1,
 ) -> StepFn:
     """A jitted (state, frozen, batch) -> (state, metrics): one optimizer update on the whole batch.
 
@@ -89,11 +105,14 @@ def make_train_step(
     Minimises the sum over the loss's terms of coefficient * SUM / COUNT, where SUM and COUNT are taken over all rows,
     however they are split into microbatches and over devices.
     """
-    update = _make_update(outputs_fn, loss_fn, config, optimizer, microbatches)
+    split = _split(microbatches)
+    if split.tokens:
+        return _by_length(outputs_fn, loss_fn, config, optimizer, split)
 
     def train_step(params, opt_state, key, frozen, batch):
-        params, opt_state, seen, report = update(params, opt_state, frozen, batch, key)
-        return params, opt_state, _metrics(seen, report)
+        found, seen = gradient.of_batch(outputs_fn, loss_fn, config, split.parts, (params, frozen, batch, key))
+        params, opt_state, report = gradient.update_from(optimizer, params, opt_state, found, seen)
+        return params, opt_state, gradient.metrics_of(seen, report | gradient.padding(batch))
 
     return _jit(train_step)
 
@@ -105,35 +124,97 @@ def make_epochs(
     optimizer: optax.GradientTransformation,
     epochs: int,
     minibatches: int,
-    microbatches: int = 1,
+    microbatches: Split = 1,
 ) -> StepFn:
     """A jitted (state, frozen, batch) -> (state, metrics) of epochs x minibatches updates in one scan; donates as above.
 
     Each epoch deals the rows into minibatches by a new permutation from fold_in(state.key, state.step). `state.step` counts
-    calls; metrics are means over all updates (sums over sums of counts).
+    calls; metrics are means over all updates (sums over sums of counts). Microbatches sorted by length are programs of their
+    own, dispatched one after the other, in place of the scan; the minibatches are the same.
     """
-    update = _make_update(outputs_fn, loss_fn, config, optimizer, microbatches)
+    split = _split(microbatches)
+    if split.tokens:
+        return _by_length(outputs_fn, loss_fn, config, optimizer, split, (epochs, minibatches))
+    return _jit(epochs_of(outputs_fn, loss_fn, config, optimizer, epochs, minibatches, split.parts))
+
+
+def epochs_of(
+    outputs_fn: OutputsFn,
+    loss_fn: LossFn,
+    config: Any,
+    optimizer: optax.GradientTransformation,
+    epochs: int,
+    minibatches: int,
+    microbatches: int = 1,
+) -> Callable[..., tuple[Any, Any, Metrics]]:
+    """What `make_epochs` compiles, a pure (params, opt_state, key, frozen, batch) -> (params, opt_state, metrics), for programs
+    that compose it with more; `key` is fold_in(state.key, state.step)."""
 
     def train_epochs(params, opt_state, key, frozen, batch):
         rows = jax.tree.leaves(batch)[0].shape[0]
-        _check_split(rows, minibatches, "minibatches")
-        order_key, update_key = jax.random.split(key)
-        orders = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(order_key, epochs))
+        gradient.check_split(rows, minibatches, "minibatches")
+        indices, update_key = _dealt(key, rows, epochs, minibatches)
 
         def body(carry, xs):
             params, opt_state = carry
             index, i = xs
             part = jax.tree.map(lambda x: sharding.constrain(x[index], "batch", *[None] * (x.ndim - 1)), batch)
-            params, opt_state, *out = update(params, opt_state, frozen, part, jax.random.fold_in(update_key, i))
-            return (params, opt_state), out
+            data = (params, frozen, part, jax.random.fold_in(update_key, i))
+            found, seen = gradient.of_batch(outputs_fn, loss_fn, config, microbatches, data)
+            params, opt_state, report = gradient.update_from(optimizer, params, opt_state, found, seen)
+            return (params, opt_state), (seen, report)
 
-        indices = orders.reshape(epochs * minibatches, rows // minibatches)
         xs = (indices, jnp.arange(epochs * minibatches))
         (params, opt_state), (seen, report) = jax.lax.scan(body, (params, opt_state), xs)
-        report = {name: x.mean(0) if x.dtype == jnp.float32 else x[-1] for name, x in report.items()}
-        return params, opt_state, _metrics(_pooled(seen), report)
+        return params, opt_state, gradient.over_updates(seen, report) | gradient.padding(batch)
 
-    return _jit(train_epochs)
+    return train_epochs
+
+
+def _dealt(key: jax.Array, rows: int, epochs: int, minibatches: int) -> tuple[jax.Array, jax.Array]:
+    """Rows [epochs * minibatches, rows of a minibatch], each once an epoch; and the key of the updates."""
+    order_key, update_key = jax.random.split(key)
+    orders = jax.vmap(lambda k: jax.random.permutation(k, rows))(jax.random.split(order_key, epochs))
+    return orders.reshape(epochs * minibatches, rows // minibatches), update_key
+
+
+def _split(microbatches: Split) -> Microbatches:
+    return microbatches if isinstance(microbatches, Microbatches) else Microbatches(microbatches)
+
+
+def _by_length(
+    outputs_fn: OutputsFn,
+    loss_fn: LossFn,
+    config: Any,
+    optimizer: optax.GradientTransformation,
+    split: Microbatches,
+    times: tuple[int, int] | None = None,
+) -> StepFn:
+    """A step whose host loop adds parts of rows sorted by length: one update, or epochs x minibatches of them."""
+    compiled: dict[Any, by_length.Programs] = {}
+    fold = jax.jit(jax.random.fold_in)
+    dealt = jax.jit(_dealt, static_argnums=(1, 2, 3))
+
+    def steps(key: jax.Array, rows: int):
+        if times is None:
+            yield np.arange(rows, dtype=np.int32), key
+            return
+        gradient.check_split(rows, times[1], "minibatches")
+        indices, update_key = dealt(key, rows, *times)
+        for i, index in enumerate(np.asarray(indices)):
+            yield index, fold(update_key, i)
+
+    def call(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        placed = jax.tree.map(lambda x: x.sharding, (state.params, state.opt_state))
+        same = tuple(jax.tree.leaves(placed))
+        if same not in compiled:
+            compiled[same] = by_length.programs(outputs_fn, loss_fn, config, optimizer, placed)
+        every = steps(fold(state.key, state.step), jax.tree.leaves(batch)[0].shape[0])
+        params, opt_state, metrics = by_length.run(compiled[same], split, state, frozen, batch, every)
+        return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+    call.programs = lambda: sum(each.compiled() for each in compiled.values())
+    return call
 
 
 def update_ema(state: TrainState, decay: int | float) -> TrainState:
@@ -152,6 +233,28 @@ def update_ema(state: TrainState, decay: int | float) -> TrainState:
 @functools.partial(jax.jit, donate_argnames="average")
 def _average(average: Any, params: Any, decay: int | float | jax.Array) -> Any:
     return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, average, params)
+
+
+def served(state: TrainState) -> Any:
+    """The parameters that are judged, saved and served: the running average where there is one (`update_ema`), else what the
+    optimizer says, else those that train.
+
+    Schedule-free AdamW takes its gradients at y, which is what `state.params` hold, and promises its loss at the average x.
+    Rollouts are drawn from y: PPO's ratio compares the policy that learns with the one that sampled, which at the first update
+    must be the same. Source: Defazio et al. 2024 (arXiv 2405.15682), equations 3 to 5: x = (y - (1 - b1) z) / b1.
+    """
+    if state.ema is not None:
+        return state.ema
+    kind = optax.contrib.ScheduleFreeState
+    leaves = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, kind))
+    found = next((x for x in leaves if isinstance(x, kind)), None)
+    return state.params if found is None else _averaged(state.params, found.z, found.b1)
+
+
+@jax.jit
+def _averaged(params: Any, z: Any, b1: jax.Array) -> Any:
+    b1 = b1.reshape(-1)[0]  # of an ensemble one a member, all alike
+    return jax.tree.map(lambda y, z: (y - (1.0 - b1) * z) / b1, params, z)
 
 
 def _jit(fn: Callable) -> StepFn:
@@ -187,113 +290,3 @@ def _jit(fn: Callable) -> StepFn:
     call.lower = lower
     call.programs = lambda: sum(jit._cache_size() for jit in jitted.values())
     return call
-
-
-def _make_update(outputs_fn: OutputsFn, loss_fn: LossFn, config: Any, optimizer, microbatches: int) -> Callable:
-    """(params, opt_state, frozen, batch, key) -> (params, opt_state, terms and metrics summed over rows, report)."""
-
-    def update(params, opt_state, frozen, batch, key):
-        gradient, seen = _gradient(outputs_fn, loss_fn, config, microbatches, (params, frozen, batch, key))
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(norm) & jnp.isfinite(_total(seen[0]))
-        updates, inner = optimizer.update(gradient, opt_state.inner, params)
-
-        def keep(new, old):
-            return jnp.where(finite, new, old)
-
-        opt_state = GuardedState(
-            inner=jax.tree.map(keep, inner, opt_state.inner),
-            skipped=opt_state.skipped + ~finite,
-            in_a_row=jnp.where(finite, 0, opt_state.in_a_row + 1),
-        )
-        params = jax.tree.map(lambda p, u: keep(p + u.astype(p.dtype), p), params, updates)
-        report = {
-            "optimizer/grad_norm": norm,
-            "optimizer/skipped": opt_state.skipped,
-            "optimizer/skipped_in_a_row": opt_state.in_a_row,
-        }
-        return params, opt_state, seen, report
-
-    return update
-
-
-def _gradient(outputs_fn, loss_fn, config, microbatches: int, data: tuple) -> tuple[Any, Seen]:
-    """The gradient of the whole-batch loss, and its terms and metrics summed over all rows; float32."""
-    params, frozen, batch, key = data
-
-    def part_loss(params, part, part_key, counts):
-        """This part's share of the loss: its SUMs over the whole batch's COUNTs."""
-        terms, metrics = loss_fn(outputs_fn(params, frozen, part, part_key), part, config)
-        counts = {name: term.count for name, term in terms.items()} if counts is None else counts
-        total = _total({name: term._replace(count=counts[name]) for name, term in terms.items()})
-        return total, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (terms, metrics))
-
-    grad = jax.value_and_grad(part_loss, has_aux=True)
-    if microbatches == 1:
-        (_, seen), gradient = grad(params, batch, key, None)
-        return gradient, seen
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    _check_split(rows, microbatches, "microbatches")
-    # Microbatch m takes rows m, m + M, ...: every device gives its own share to each.
-    parts = jax.tree.map(lambda x: _strided(x, microbatches), batch)
-    counts = _counts(outputs_fn, loss_fn, config, (params, frozen, parts, key))
-
-    def body(total, xs):
-        part, i = xs
-        (_, seen), gradient = grad(params, part, jax.random.fold_in(key, i), counts)
-        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, gradient), seen
-
-    zero = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-    gradient, seen = jax.lax.scan(body, zero, (parts, jnp.arange(microbatches)))
-    return gradient, _pooled(seen)
-
-
-def _strided(x: jax.Array, parts: int) -> jax.Array:
-    x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-    return sharding.constrain(x, None, "batch", *[None] * (x.ndim - 2))
-
-
-def _counts(outputs_fn, loss_fn, config, data: tuple) -> dict[str, jax.Array]:
-    """COUNT of each loss term over all microbatches. Counts depend on the batch only, so no model is run: its outputs are 0."""
-    params, frozen, parts, key = data
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(outputs_fn, params, frozen, first, key)
-    dummy = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def of_part(part):
-        return {name: jnp.asarray(term.count, jnp.float32) for name, term in loss_fn(dummy, part, config)[0].items()}
-
-    return jax.tree.map(lambda x: x.sum(0), jax.lax.map(of_part, parts))
-
-
-def _pooled(seen: Seen) -> Seen:
-    """Terms stacked over parts of a batch, as those of the whole."""
-    return jax.tree.map(
-        lambda t: Term(t.sum.sum(0), t.count.sum(0), t.coefficient[0]), seen, is_leaf=lambda x: isinstance(x, Term)
-    )
-
-
-def _mean(term: Term) -> jax.Array:
-    # Where there is nothing to learn from, the sum is 0 too, and 0 / 0 would poison the rest.
-    return term.sum / jnp.where(term.count > 0, term.count, 1.0)
-
-
-def _total(terms: dict[str, Term]) -> jax.Array:
-    return jnp.stack([term.coefficient * _mean(term) for term in terms.values()]).sum()
-
-
-def _metrics(seen: Seen, report: Metrics) -> Metrics:
-    terms, metrics = seen
-    return {"loss/total": _total(terms), **{name: _mean(term) for name, term in (terms | metrics).items()}, **report}
-
-
-def _check_split(rows: int, parts: int, name: str) -> None:
-    if rows % parts:
-        raise ValueError(f"a batch of {rows} rows cannot be split into {name}={parts} equal parts: choose a divisor of {rows}")
-    mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows // parts % ways:
-        raise ValueError(
-            f"{name}={parts} parts of {rows // parts} rows cannot be shared by data x fsdp = {ways} devices: "
-            f"choose fewer parts, or a batch whose parts are a multiple of {ways}"
-        )
