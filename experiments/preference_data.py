@@ -15,10 +15,10 @@ from jaxrlhf.algorithms import dpo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Preferences
-from jaxrlhf.data import comparisons, tfds_preferences
+from jaxrlhf.data import comparisons
 from jaxrlhf.data.pipeline import Arrays
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.feedback import store
+from jaxrlhf.feedback import exchange, store
 from jaxrlhf.sampling import rollout
 
 
@@ -42,7 +42,8 @@ class Pairs:
 
 
 def read(path: Path, ties: bool = False) -> list[dict[str, Any]]:
-    """Rows with prompt, chosen, rejected, ... of a feedback store, a `.jsonl` or `.jsonl.gz` file, or a TFDS folder (`train`).
+    """Rows with prompt, chosen, rejected, ... of a feedback store, a `.jsonl`, `.jsonl.gz` or `.parquet` file, or a TFDS
+    folder (`train`).
 
     Raises:
         FileNotFoundError: nothing there.
@@ -52,14 +53,10 @@ def read(path: Path, ties: bool = False) -> list[dict[str, Any]]:
         raise FileNotFoundError(
             f"{path}: no choices; make a feedback store by sample_pairs.py and label.py, or give a .jsonl file or a TFDS folder"
         )
-    if path.is_dir():
-        rows = tfds_preferences.read_tfds(path, "train")
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = tfds_preferences.read_jsonl(path)
-    else:
-        with contextlib.closing(store.open_store(path)) as db:
-            return store.preferences(db, ties=ties)
-    return [row for row in rows if ties or not row["tie"]]
+    if path.is_dir() or path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        return [row for row in exchange.read(path) if ties or not row["tie"]]
+    with contextlib.closing(store.open_store(path)) as db:
+        return store.preferences(db, ties=ties)
 
 
 def load(path: Path, tokenizer: Tokenizer, config: Config, seed: int) -> Pairs:
