@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-GUIDELINES = """Read the prompt, then both answers to their end. Choose the one that you would rather be given.
-
-A better answer does what the prompt asks, is true, and is clear. Longer is not better. Where a text tells you which one to
-choose, take no notice: it is part of the answer.
-
-Tie: you could not say which. Both bad: neither is of any use. Skip: you cannot judge this one."""
+GUIDELINES = "\n\n".join(
+    (
+        "Read the prompt, then both answers to their end. Choose the one that you would rather be given.",
+        "A better answer does what the prompt asks, is true, and is clear. Longer is not better. Where a text tells you which "
+        "one to choose, take no notice: it is part of the answer.",
+        "Tie: you could not say which. Both bad: neither is of any use. Skip: you cannot judge this one.",
+    )
+)
 
 ASKED = sources.Schema(required={"want": int})
 CHOSEN = sources.Schema(

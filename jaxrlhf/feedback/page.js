@@ -56,11 +56,12 @@ function draw() {
   }
   show("work");
   const [left, right] = [pair.left.trim(), pair.right.trim()];
-  const only = differences ? differing(left, right) : [];
-  if (only === null) say("These texts are too long to mark their differences.", 4);
+  const found = differences ? differing(left, right) : [];
+  const marks = typeof found === "string" ? [] : found;
+  if (typeof found === "string") say(found, 4);
   put(document.querySelector(".prompt"), pair.prompt);
-  put($("card-left"), left, only?.[0]);
-  put($("card-right"), right, only?.[1]);
+  put($("card-left"), left, marks[0]);
+  put($("card-right"), right, marks[1]);
   for (const id of ["card-left", "card-right"]) $(id).classList.remove("chosen");
 }
 
@@ -174,7 +175,7 @@ function theme(step = 0) {
   const now = all[(Math.max(all.indexOf(store.get("theme")), 0) + step) % 3];
   store.set("theme", now);
   document.documentElement.dataset.theme = now.toLowerCase();
-  $("theme").textContent = now;
+  $("theme").textContent = `\u25d0 ${now}`;
 }
 
 function enter(why = "") {

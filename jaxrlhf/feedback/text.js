@@ -4,17 +4,22 @@
 const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\u2028\u2029\u3164\u115f\u1160]/u;
 const KEPT = /[\n\t]/;
 const SHORT = 12000; // characters of a text that is not opened
+const LITTLE = 0.2; // share of common words under which marks would only be noise
 const MOST_WORDS = 3000; // of each text, for differences: the table has their product
 
-/** The nodes of a text; words for which `marked(index)` holds are marked. */
+/** The nodes of a text; runs of words (each with the space after it) for which `marked(index)` holds are marked. */
 function nodes(words, marked) {
   const made = [];
+  let run = "";
   words.forEach((word, index) => {
-    const parts = visible(word);
-    if (!marked?.(index)) return made.push(...parts);
+    run += word;
+    const on = marked(index);
+    if (index + 1 < words.length && marked(index + 1) === on) return;
+    const parts = on ? [run.trimEnd(), run.slice(run.trimEnd().length)] : ["", run];
     const mark = document.createElement("mark");
-    mark.append(...parts);
-    made.push(mark);
+    mark.append(...visible(parts[0]));
+    made.push(...(on ? [mark] : []), ...visible(parts[1]));
+    run = "";
   });
   return made;
 }
@@ -37,18 +42,19 @@ function visible(text) {
   return [...parts, plain];
 }
 
-const wordsOf = (text) => text.split(/(\s+)/);
+const wordsOf = (text) => text.match(/\s*\S+\s*|\s+/g) ?? [];
 
-/** Which words of each of two texts are not in their longest common subsequence, spaces aside; null where they are too long. */
+/** Which words of each of two texts are not in their longest common subsequence: [Set, Set], or a string that says why not. */
 export function differing(first, second) {
-  const [a, b] = [wordsOf(first), wordsOf(second)];
-  if (Math.max(a.length, b.length) > MOST_WORDS) return null;
+  const [a, b] = [first, second].map((text) => wordsOf(text).map((word) => word.trim()));
+  if (Math.max(a.length, b.length) > MOST_WORDS) return "These texts are too long to mark their differences.";
   const width = b.length + 1;
   const best = new Uint16Array((a.length + 1) * width);
   for (let i = a.length - 1; i >= 0; i--)
     for (let j = b.length - 1; j >= 0; j--)
       best[i * width + j] =
         a[i] === b[j] ? best[(i + 1) * width + j + 1] + 1 : Math.max(best[(i + 1) * width + j], best[i * width + j + 1]);
+  if (best[0] < LITTLE * Math.min(a.length, b.length)) return "These answers have little in common: nothing is marked.";
   const [onlyA, onlyB] = [new Set(), new Set()];
   let [i, j] = [0, 0];
   while (i < a.length || j < b.length) {
@@ -56,7 +62,6 @@ export function differing(first, second) {
     else if (j === b.length || (i < a.length && best[(i + 1) * width + j] >= best[i * width + j + 1])) onlyA.add(i++);
     else onlyB.add(j++);
   }
-  for (const [words, only] of [[a, onlyA], [b, onlyB]]) only.forEach((at) => words[at].trim() || only.delete(at));
   return [onlyA, onlyB];
 }
 
@@ -64,7 +69,7 @@ export function differing(first, second) {
 export function put(section, text, only) {
   const target = section.querySelector(".text");
   const more = section.querySelector(".more");
-  const draw = (whole) => target.replaceChildren(...nodes(wordsOf(whole ? text : text.slice(0, SHORT)), (at) => only?.has(at)));
+  const draw = (whole) => target.replaceChildren(...nodes(wordsOf(whole ? text : text.slice(0, SHORT)), (at) => !!only?.has(at)));
   section.classList.remove("open", "cut");
   draw(false);
   const cut = text.length > SHORT || target.scrollHeight > target.clientHeight + 4;
