@@ -23,10 +23,10 @@ import pytest
 from labelling import Client, derived_is_true, labels_of_pairs, make_store, server_process, together
 from scripts import ROOT, command, environment, script
 
+from jaxrlhf.feedback import accounts, app, assignments, gate, limits, store, writer
+
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
-
-from jaxrlhf.feedback import accounts, app, assignments, gate, limits, store, writer
 
 
 @pytest.fixture

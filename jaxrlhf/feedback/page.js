@@ -55,7 +55,7 @@ function draw() {
     return;
   }
   show("work");
-  const [left, right] = [pair.left.trim(), pair.right.trim()];
+  const [left, right] = [pair.left, pair.right].map((text) => text.replace(/^[ \n]+|[ \n]+$/g, "")); // trim() would drop U+FEFF
   const found = differences ? differing(left, right) : [];
   const marks = typeof found === "string" ? [] : found;
   if (typeof found === "string") say(found, 4);
@@ -200,9 +200,7 @@ async function begin(given) {
   $("open-figures").hidden = person.role !== "admin";
   if (store.get("read") !== person.guidelines) $("guidelines").showModal(); // once, and again when they have changed
   store.set("read", person.guidelines);
-  await send(); // what an earlier visit could not send
-  await refill();
-  if (!queue[0]) draw();
+  send(); // what an earlier visit could not send; then pairs are asked for
 }
 
 $("guidelines").addEventListener("close", () => (shownAt = performance.now())); // reading them is no time taken
