@@ -121,3 +121,20 @@ def test_gold_answers_come_from_rows_too(tmp_path):
         first, second = store.pairs(db)
         assert (first.response_a, known[first.id]) == (" a wrong one", "b")
         assert known[second.id] == "tie"
+
+
+def test_the_script_reads_writes_and_marks_gold(rows, tmp_path):
+    from experiments import choices
+
+    exchange.write(tmp_path / "all.parquet", rows)
+    sources.write_jsonl(tmp_path / "gold.jsonl", [{"prompt": "p", "chosen": " right", "rejected": " wrong"}])
+    place = tmp_path / "new.sqlite"
+    done = choices.run(choices.Config(store=place, read=tmp_path / "all.parquet", gold=tmp_path / "gold.jsonl"))
+    assert done == {"read": len(rows), "gold": 1}
+    done = choices.run(choices.Config(store=place, write=tmp_path / "again.jsonl", upto=3))
+    assert (done["written"], done["upto"]) == (3, len(rows))
+    assert [row["sequence"] for row in exchange.read(tmp_path / "again.jsonl")] == [1, 2, 3]
+    with pytest.raises(ValueError, match="nothing to do"):
+        choices.run(choices.Config(store=place))
+    with pytest.raises(FileNotFoundError, match="no feedback store"):
+        choices.run(choices.Config(store=tmp_path / "none.sqlite", write=tmp_path / "x.jsonl"))

@@ -198,6 +198,10 @@ def _figures_and_export(root) -> None:
     status, body, _ = root.ask("GET", "/api/summary")
     assert (status, body["labels"], body["wanted"]) == (200, 1, 12)
     assert {each["name"]: each["choices"] for each in body["labelers"]} == {"person 0": 1, "person 1": 0, "root": 0}
+    assert body["together"] is None, "nobody judged the same pair"
+    first, second = body["ratings"]
+    assert first["rating"] > second["rating"]
+    assert first["comparisons"] == second["comparisons"] == 1
     status, text, headers = root.ask("GET", "/api/choices.jsonl")
     assert status == 200
     assert "attachment" in headers["Content-Disposition"]

@@ -62,7 +62,13 @@ export function differing(first, second) {
     else if (j === b.length || (i < a.length && best[(i + 1) * width + j] >= best[i * width + j + 1])) onlyA.add(i++);
     else onlyB.add(j++);
   }
-  return [onlyA, onlyB];
+  return [joined(onlyA, a.length), joined(onlyB, b.length)];
+}
+
+/** A single common word between two marked ones is there by chance: marked too, or the text is speckled. */
+function joined(only, length) {
+  const both = (at) => only.has(at - 1) && only.has(at + 1);
+  return new Set([...Array(length).keys()].filter((at) => only.has(at) || both(at)));
 }
 
 /** Put a text into `.text` of a section, cut where it is long, with a button that opens it. */
