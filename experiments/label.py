@@ -117,8 +117,8 @@ def serve(config: Config) -> None:
 def links(config: Config, address: str) -> None:
     """Print where each person begins: a new token once, else that it was given before."""
     with contextlib.closing(store.open_store(config.store)) as db:
-        roles: dict[str, accounts.Role] = dict.fromkeys(people(config), "labeler") | dict.fromkeys(config.admins, "admin")
-        for name, role in roles.items():
+        every: list[tuple[str, accounts.Role]] = [(name, "labeler") for name in people(config)]
+        for name, role in [*every, *((name, "admin") for name in config.admins)]:
             token = accounts.create(db, name, role, renew=name in config.renew)
             known = f"{address}/  (with the link printed before; --renew {name} makes a new one)"
             print(f"{name}: {known if token is None else f'{address}/#token={token}'}", flush=True)

@@ -97,6 +97,10 @@ def test_a_skip_leaves_the_place_to_others(db):
     assert _ids(assignments.give(db, "bob", rules, 1)) == [made[0].id]
     assert assignments.progress(db, "ann", rules)[:2] == (1, 0)
     assert assignments.progress(db, "bob", rules)[:2] == (0, 1)
+    _choose(db, made[0].id, "bob", rules)
+    assert assignments.take_back(db, "ann", rules) is not None
+    assert labels_of_pairs(db) == [1], "a skip taken back is no label less"
+    assert derived_is_true(db)
 
 
 def test_nobody_chooses_on_a_pair_that_they_were_not_given(db):

@@ -334,13 +334,14 @@ def test_jobs_of_one_commit_fail_alone(path):
         hold = threading.Event()
         writing.submit(lambda db: hold.wait())
         ids = [pair.id for pair in store.pairs(db)]
-        jobs = [
-            writing.submit(lambda db, pair=pair: store.record(db, [store.Choice(pair, "ann", "left", "a")]))
-            for pair in (ids[0], "unknown", ids[1])
-        ]
+
+        def chosen(*pairs: str):
+            return writing.submit(lambda db: [store.record(db, [store.Choice(pair, "ann", "left", "a")]) for pair in pairs])
+
+        jobs = [chosen(ids[0]), chosen(ids[1], "unknown"), chosen(ids[2])]
         hold.set()
         assert [job.exception() is None for job in jobs] == [True, False, True]
-        assert [choice.pair for choice in store.choices(db)] == ids[:2]
+        assert [choice.pair for choice in store.choices(db)] == [ids[0], ids[2]]
 
 
 def test_nobody_is_answered_before_the_commit(path):
