@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from jaxrlhf.data.pipeline import Arrays
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.feedback import exchange, store
 from jaxrlhf.sampling import rollout
+from jaxrlhf.training.metrics import write_atomic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +44,12 @@ class Pairs:
     longest: int  # tokens of a response: R
 
 
-def read(path: Path, ties: bool = False) -> list[dict[str, Any]]:
+def read(path: Path, ties: bool = False, out: Path | None = None) -> list[dict[str, Any]]:
     """Rows with prompt, chosen, rejected, ... of a feedback store, a `.jsonl`, `.jsonl.gz` or `.parquet` file, or a TFDS
     folder (`train`).
+
+    A store may grow while a run learns from it. In the run folder `out` the number of its last event is kept (choices.json)
+    when the run first reads, and what was chosen later is left to the next run: one that goes on learns from the same rows.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -56,16 +62,24 @@ def read(path: Path, ties: bool = False) -> list[dict[str, Any]]:
     if path.is_dir() or path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         return [row for row in exchange.read(path) if ties or not row["tie"]]
     with contextlib.closing(store.open_store(path)) as db:
-        return store.preferences(db, ties=ties)
+        return store.preferences(db, None if out is None else _upto(db, out), ties=ties)
 
 
-def load(path: Path, tokenizer: Tokenizer, config: Config, seed: int) -> Pairs:
-    """Token rows of the choices at `path`; ties are kept.
+def _upto(db: sqlite3.Connection, out: Path) -> int:
+    """The last event that the run in `out` learns from."""
+    kept = out / "choices.json"
+    if not kept.is_file():
+        write_atomic(kept, json.dumps({"upto": store.last_sequence(db)}) + "\n")
+    return json.loads(kept.read_text(encoding="utf-8"))["upto"]
+
+
+def load(path: Path, tokenizer: Tokenizer, config: Config, seed: int, out: Path | None = None) -> Pairs:
+    """Token rows of the choices at `path`, for a run in `out`; ties are kept.
 
     Raises:
         ValueError: too few choices to hold some out, or as `read`.
     """
-    rows = read(path, ties=True)
+    rows = read(path, ties=True, out=out)
     fitting = comparisons.fitting(rows, tokenizer, config.width)
     if not fitting:
         raise ValueError(f"{path}: none of {len(rows)} choices has room in width={config.width}: label more, or widen it")
@@ -136,4 +150,4 @@ def gather(config: Any, task: tasks.Task, mesh: jax.sharding.Mesh) -> Pairs:
         return judged(config.pairs, task, mesh, config.seed)
     if path is None:
         path = simulated(config.pairs, config.policy, config.out, config.seed, config.mesh)
-    return load(path, task.start.tokenizer, config.pairs, config.seed)
+    return load(path, task.start.tokenizer, config.pairs, config.seed, config.out)

@@ -50,7 +50,7 @@ class Config:
     init: Path = Path("runs/demo/pretrain/model")  # language model whose trunk is the start
     refresh: Path | None = None  # a reward model to start from instead; of one that is an adapter, `init` is the base
     reference: Path = Path("runs/demo/sft/model")  # policy on whose samples the score gets mean 0 and deviation 1
-    choices: Path | None = None  # choices between answers: feedback store, .jsonl file or TFDS folder
+    choices: Path | None = None  # choices between answers: feedback store, .jsonl or .parquet file or TFDS folder
     out: Path = Path("runs/demo/reward_model")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
@@ -257,7 +257,7 @@ def of_members(several: ensembles.Config, sets: Callable[[int], Any], seed: int)
 
 def chosen_pairs(config: Config, choices: Path, tokenizer: Tokenizer) -> tuple[Any, list[dict[str, Any]]]:
     """The choices to learn from, and those held out."""
-    found = preference_data.read(choices, ties=config.algorithm.ties != "half")
+    found = preference_data.read(choices, ties=config.algorithm.ties != "half", out=config.out)
     rows = comparisons.fitting(found, tokenizer, config.width)
     if len(rows) < config.pairs:
         raise ValueError(f"{choices}: {len(rows)} choices, but a set takes {config.pairs}: make more with label.py")

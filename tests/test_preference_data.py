@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -38,17 +39,32 @@ def places(tmp_path):
             db,
             [store.Choice(p.id, "ann", "tie" if row.get("tie") else "left", "a") for p, row in zip(pairs, ROWS, strict=True)],
         )
-    return {"jsonl": tmp_path / "pairs.jsonl", "tfds": folder, "store": tmp_path / "feedback.sqlite"}
+    tfds_preferences.write_parquet(tmp_path / "pairs.parquet", ROWS)
+    places = {"jsonl": tmp_path / "pairs.jsonl", "parquet": tmp_path / "pairs.parquet", "tfds": folder}
+    return places | {"store": tmp_path / "feedback.sqlite"}
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("kind", ["jsonl", "tfds", "store"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tfds", "store"])
 def test_every_kind_of_source_gives_the_same_rows(places, kind, ties):
     found = preference_data.read(places[kind], ties)
     expected = [row for row in ROWS if ties or not row.get("tie")]
     assert [(row["prompt"], row["chosen"], row["rejected"], row["tie"]) for row in found] == [
         (row["prompt"], row["chosen"], row["rejected"], row.get("tie", False)) for row in expected
     ]
+
+
+def test_a_run_that_goes_on_learns_from_the_rows_that_it_began_with(places, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    before = preference_data.read(places["store"], True, out)
+    assert json.loads((out / "choices.json").read_text()) == {"upto": 3}
+    with contextlib.closing(store.open_store(places["store"])) as db:
+        store.undo(db, "ann")
+        store.record(db, [store.Choice(store.pairs(db)[0].id, "bob", "left", "a")])
+    assert preference_data.read(places["store"], True, out) == before
+    later = preference_data.read(places["store"], True, tmp_path / "run" / "..")  # another run
+    assert [row["labeler"] for row in later] == ["ann", "ann", "bob"]
 
 
 def test_nothing_there_is_named(tmp_path):
