@@ -122,6 +122,8 @@ def links(config: Config, address: str) -> None:
             token = accounts.create(db, name, role, renew=name in config.renew)
             known = f"{address}/  (with the link printed before; --renew {name} makes a new one)"
             print(f"{name}: {known if token is None else f'{address}/#token={token}'}", flush=True)
+        if (there := len(accounts.every(db))) < config.rules.k:
+            print(f"rules.k={config.rules.k}, but {there} people may choose: no pair can get all its labels", flush=True)
     if config.host not in gate.LOOPBACK and not config.origins:
         print("anybody in reach of this address can read what is sent: put a proxy with TLS in front (--origins)", flush=True)
     print("Ctrl-C ends it; every choice is on the disk at once", flush=True)

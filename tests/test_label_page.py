@@ -295,6 +295,24 @@ def test_an_answer_that_was_lost_counts_once_and_a_reload_sends_what_is_kept(pat
         assert [choice.choice for choice in choices(path)] == ["left", "right"]
 
 
+@pytest.mark.parametrize("status", [403, 413, 502])
+def test_a_fault_on_the_way_loses_nothing(path, visit, status):
+    """A proxy that is set up wrongly refuses in its own words: the choice waits until it is mended."""
+    tokens = make_store(path, 8, 1)
+    with app.running(site_of(path)) as address:
+        page = visit(address, tokens["person 0"])
+        body = (
+            '{"error": {"code": "origin", "message": "a request from elsewhere"}}' if status == 403 else "<h1>Bad gateway</h1>"
+        )
+        page.route("**/api/choices", lambda route: route.fulfill(status=status, body=body))
+        press(page, "1")
+        sync_api.expect(page.locator("#status")).to_contain_text("kept here")
+        assert choices(path) == []
+        page.unroute("**/api/choices")
+        settled(page, 1)
+        assert [choice.choice for choice in choices(path)] == ["left"]
+
+
 def test_two_tabs_of_one_person_make_one_choice_a_pair(path, visit):
     tokens = make_store(path, 4, 1)
     with app.running(site_of(path)) as address:

@@ -2,6 +2,7 @@
 // so that sending it again adds nothing.
 
 const PREFIX = "jaxrlhf.outbox.";
+const FINAL = ["invalid", "unknown_pair", "pair_full"]; // what the store itself says no to; any other failure may pass
 const memory = new Map(); // where the browser keeps nothing (private window, storage full)
 
 export const newId = () => [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");
@@ -59,9 +60,8 @@ export function forget(key) {
 export async function flush(who, token, told, waiting) {
   for (let failures = 0, entry; (entry = entries(who)[0]); ) {
     const answer = await ask(entry.path, token, entry.sent);
-    const later = answer.status === 0 || answer.status === 408 || answer.status === 429 || answer.status >= 500;
     if (answer.status === 401) return false;
-    if (!later) {
+    if (answer.status === 200 || FINAL.includes(answer.body.error?.code)) {
       failures = 0;
       forget(entry.key);
       told(entry, answer);

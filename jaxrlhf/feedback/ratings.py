@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from jaxrlhf.feedback import store
 
@@ -55,25 +55,29 @@ def ratings(choices: Sequence[store.Choice], pairs: Mapping[str, store.Pair], dr
     Ties and two bad ones are half a win each; skips, and pairs of one checkpoint's own answers, do not count. Intervals:
     percentiles over `draws` bootstrap samples of the pairs (not of the choices: those on one pair are not independent).
     """
-    games: dict[str, list[tuple[str, str, float]]] = {}
-    for choice in choices:
-        pair = pairs[choice.pair]
-        if choice.choice != "skip" and pair.checkpoint_a != pair.checkpoint_b:
-            share = {"a": 1.0, "b": 0.0, None: 0.5}[choice.preferred]
-            games.setdefault(choice.pair, []).append((pair.checkpoint_a, pair.checkpoint_b, share))
-    names = sorted({name for played in games.values() for a, b, _ in played for name in (a, b)})
-    if not names:
+    played = [(choice, pairs[choice.pair]) for choice in choices if choice.choice != "skip"]
+    played = [(choice, pair) for choice, pair in played if pair.checkpoint_a != pair.checkpoint_b]
+    if not played:
         return []
-    number, tables = {name: i for i, name in enumerate(names)}, np.zeros((len(games), len(names), len(names)))
-    for table, played in zip(tables, games.values(), strict=True):
-        for a, b, share in played:
-            table[number[a], number[b]] += share
-            table[number[b], number[a]] += 1 - share
-    rng = np.random.default_rng(seed)
-    sampled: Int[np.ndarray, "draws n"] = rng.integers(0, len(tables), (draws, len(tables)))
-    drawn = ELO * np.stack([strengths(tables[rows].sum(axis=0)) for rows in sampled])
-    whole = tables.sum(axis=0)
-    middle, played = ELO * strengths(whole), (whole + whole.T).sum(axis=1)
+    first, second = ([getattr(pair, f"checkpoint_{side}") for _, pair in played] for side in "ab")
+    names, number = np.unique([first, second], return_inverse=True)
+    number = number.reshape(2, -1)
+    _, game = np.unique([choice.pair for choice, _ in played], return_inverse=True)
+    share = np.array([{"a": 1.0, "b": 0.0, None: 0.5}[choice.preferred] for choice, _ in played])
+
+    def table(weight: Float[np.ndarray, " games"]) -> Float[np.ndarray, "n n"]:
+        """Wins, where each pair counts so often."""
+        wins = np.zeros((len(names), len(names)))
+        np.add.at(wins, (number[0], number[1]), weight[game] * share)
+        np.add.at(wins, (number[1], number[0]), weight[game] * (1 - share))
+        return wins
+
+    games, rng = game.max() + 1, np.random.default_rng(seed)
+    sampled = [np.bincount(rng.integers(0, games, games), minlength=games).astype(np.float64) for _ in range(draws)]
+    drawn = ELO * np.stack([strengths(table(weight)) for weight in sampled])
+    whole = table(np.ones(games))
+    middle, comparisons = ELO * strengths(whole), (whole + whole.T).sum(axis=1)
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    found = [Rating(name, float(middle[i]), float(low[i]), float(high[i]), round(played[i])) for name, i in number.items()]
-    return sorted(found, key=lambda rating: -rating.rating)
+    counted = comparisons.round().astype(int)
+    rows = zip(*(values.tolist() for values in (names, middle, low, high, counted)), strict=True)
+    return sorted((Rating(*row) for row in rows), key=lambda rating: -rating.rating)
