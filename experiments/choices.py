@@ -3,6 +3,7 @@
     python -m experiments.choices --store runs/demo/feedback.sqlite --write choices.jsonl     # or .parquet, or a folder (TFDS)
     python -m experiments.choices --store mine.sqlite --read theirs.parquet --labeler theirs
     python -m experiments.choices --store runs/demo/feedback.sqlite --gold known.jsonl
+    python -m experiments.choices --store runs/demo/feedback.sqlite --withdraw 59849df4a7785bdc6732d2c8
 
 Rows have prompt, chosen and rejected, as TRL and Hugging Face data sets do, and where known tie, labeler and where each
 answer came from. Reading the same file twice adds nothing.
@@ -26,18 +27,19 @@ class Config:
     labeler: str = "imported"  # who chose, where a row does not say
     gold: Path | None = None  # pairs whose answer is known, to be mixed in: their `chosen` is right
     write: Path | None = None  # where to write all choices, ties too
+    withdraw: tuple[str, ...] = ()  # ids of pairs whose texts are taken out of the file for good
     upto: int | None = None  # only what stood after this event, the number that a training run keeps
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Read, then write.
+    """Read, then withdraw, then write.
 
     Raises:
         ValueError: nothing to do, or a bad row.
         FileNotFoundError: no store to write from.
     """
-    if config.read is None and config.gold is None and config.write is None:
-        raise ValueError("nothing to do: give --read, --gold or --write")
+    if not (config.read or config.gold or config.withdraw or config.write):
+        raise ValueError("nothing to do: give --read, --gold, --withdraw or --write")
     if config.read is None and config.gold is None and not config.store.is_file():
         raise FileNotFoundError(f"{config.store}: no feedback store")
     result: dict[str, Any] = {}
@@ -46,6 +48,8 @@ def run(config: Config) -> dict[str, Any]:
             result["read"] = exchange.add_rows(db, exchange.read(config.read), config.labeler)
         if config.gold is not None:
             result["gold"] = assignments.add_gold(db, exchange.as_gold(exchange.read(config.gold)))
+        if config.withdraw:
+            result["withdrawn"] = store.withdraw(db, config.withdraw)
         if config.write is not None:
             rows = store.preferences(db, config.upto, ties=True)
             result |= {"written": len(rows), "to": str(exchange.write(config.write, rows)), "upto": store.last_sequence(db)}

@@ -24,7 +24,7 @@ from jaxrlhf.feedback import accounts, agreement, app, assignments, gate, labele
 from jaxrlhf.training import cli
 from jaxrlhf.training.run import Run
 
-ELSEWHERE = ("people", "admins", "renew", "host", "port", "origins", "guidelines", "limits", "page")  # may change on the way
+ELSEWHERE = ("people", "admins", "renew", "host", "port", "origins", "guidelines", "page")  # may change on the way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +64,14 @@ def run(config: Config) -> dict[str, Any]:
             else:
                 labelers.label_simulated(db, judges.vader, config.name, config.noise, seed=config.seed)
             every = store.choices(db)
-        mine = [choice for choice in every if config.page or choice.labeler == config.name]
+            names = {account.name for account in accounts.every(db)} if config.page else {config.name}
+        mine = [choice for choice in every if choice.labeler in names]
         decided = sum(choice.preferred is not None for choice in mine)
         if decided < config.least:
             raise ValueError(f"{decided} choices so far, {config.least} are needed; all are kept: the same command goes on")
         counts = Counter(choice.choice for choice in mine)
         agreed = {
-            " and ".join(names): found._asdict()
-            for names, found in agreement.between_labelers(every).items()
-            if config.page or config.name in names
+            " and ".join(two): found._asdict() for two, found in agreement.between_labelers(every).items() if names & {*two}
         }
         return run.done(
             {

@@ -231,3 +231,16 @@ def test_a_new_token_ends_the_old_one(db):
 def test_names_are_visible(db, name):
     with pytest.raises(ValueError, match="visible characters"):
         accounts.create(db, name)
+
+
+def test_a_pair_that_was_withdrawn_is_shown_to_nobody(db):
+    made, rules = _fill(db, 2), assignments.Rules(k=1, gold_share=0.5)
+    gold = store.Pair("known", " right", " wrong")
+    assignments.add_gold(db, [(gold, "a")])
+    assert len(assignments.give(db, "ann", rules, 3)) >= 2
+    store.withdraw(db, [made[0].id, gold.id])
+    assert _ids(assignments.give(db, "ann", rules, 3)) == [made[1].id]
+    with pytest.raises(assignments.NotGiven):
+        _choose(db, made[0].id, "ann", rules)
+    assert store.gold(db) == {}
+    assert assignments.progress(db, "ann", rules).wanted == 1

@@ -245,6 +245,7 @@ def test_a_line_of_a_megabyte_does_not_stop_the_work(path, visit):
         page.keyboard.press("d")
         sync_api.expect(page.locator("#status")).to_contain_text("too long to mark")
         press(page, "3")
+        settled(page, 1)
         assert choices(path)[0].choice == "tie"
 
 

@@ -330,3 +330,34 @@ def test_a_copy_made_while_writing_is_whole(db, tmp_path):
         _choose(db, number, "left")
     with contextlib.closing(store.open_store(tmp_path / "copy.sqlite")) as copy:
         assert store.choices(copy) == store.choices(db, upto=10)
+
+
+def test_what_is_withdrawn_is_in_no_file_and_no_result(db, tmp_path):
+    store.add_pairs(db, [_pair(number) for number in range(4)] + [store.Pair("my secret prompt", " my secret one", " b")])
+    secret = store.pairs(db)[4]
+    _choose(db, 0, "left")
+    store.record(db, [store.Choice(secret.id, "ann", "left", "a", note="a secret note")])
+    _choose(db, 1, "left", labeler="bob")
+    assert b"my secret" in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="nothing was withdrawn"):
+        store.withdraw(db, [secret.id, "unknown"])
+    assert len(store.pairs(db)) == 5
+    assert store.withdraw(db, [secret.id]) == 1
+    assert store.withdraw(db, [secret.id]) == 0
+    assert b"secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert secret not in store.pairs(db)
+    assert [choice.sequence for choice in store.choices(db)] == [1, 3], "numbers stay"
+    assert [row["prompt"] for row in store.preferences(db)] == ["prompt 0", "prompt 1"]
+    assert derived_is_true(db)
+    assert store.add_pairs(db, [secret]) == 0
+    assert b"secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir()), "nor does it come back"
+    assert store.undo(db, "ann").pair == _pair(0).id, "an undo passes over it"
+    for statement in (
+        f"UPDATE pairs SET prompt = 'x' WHERE id = '{secret.id}'",
+        f"UPDATE events SET choice = 'right' WHERE pair = '{secret.id}'",
+        f"UPDATE pairs SET prompt = '', response_a = '', response_b = '' WHERE id = '{_pair(0).id}'",
+        "UPDATE events SET note = ''",
+        "DELETE FROM withdrawn",
+    ):
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            db.execute(statement)

@@ -172,7 +172,7 @@ def running(site: Site) -> Iterator[str]:
 
     Raises:
         ValueError: the extra `serve` is not installed, or the store is none.
-        OSError: the port is taken, or the host is not this machine's.
+        OSError: the port is taken, the host is not this machine's, or the server did not start.
     """
     try:
         import uvicorn
@@ -200,7 +200,10 @@ def running(site: Site) -> Iterator[str]:
         try:
             while not server.started and thread.is_alive():
                 time.sleep(0.01)
-            host = f"[{site.host}]" if ":" in site.host else site.host
+            if not server.started:
+                raise OSError(f"the server at {site.host} did not start; what it printed says why")
+            host = socket.gethostname() if site.host in ("0.0.0.0", "::", "") else site.host
+            host = f"[{host}]" if ":" in host else host
             yield f"http://{host}:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True

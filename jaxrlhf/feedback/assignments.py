@@ -1,8 +1,8 @@
 """Who is asked about which pair, so that each gets labels from exactly k different people; gold pairs mixed in.
 
-A pair is given under a lease: while it runs, its place is taken. An answer frees the lease, a lease that has run out is a
-free place again, and an answer that comes late counts as long as a place is free. Each function is one transaction, so no
-count can be outrun.
+A pair is given under a lease: while it runs, its place is taken. An answer ends the lease (by a trigger), a lease that has
+run out is a free place again, and an answer that comes late counts as long as a place is free. Each function is one
+transaction, so no count can be outrun.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ _FREE = """COALESCE((SELECT choice FROM events AS e WHERE e.pair = p.pair AND e.
     AND NOT EXISTS (SELECT 1 FROM leases AS m WHERE m.pair = p.pair AND m.labeler = :labeler AND m.deadline > :moment)"""
 _NEXT = f"""SELECT p.pair FROM progress AS p WHERE p.labels < :k AND {_FREE} AND p.labels + (SELECT COUNT(*) FROM leases AS l
     WHERE l.pair = p.pair AND l.labeler <> :labeler AND l.deadline > :moment) < :k ORDER BY p.labels, p.number LIMIT 1"""
-_NEXT_GOLD = f"SELECT p.pair FROM gold AS p WHERE {_FREE}"
+_NEXT_GOLD = f"SELECT p.pair FROM gold AS p WHERE p.pair NOT IN (SELECT pair FROM withdrawn) AND {_FREE}"
 
 
 def _next(db: sqlite3.Connection, labeler: str, rules: Rules, moment: float) -> str | None:
@@ -147,10 +147,7 @@ def answer(db: sqlite3.Connection, choice: store.Choice, rules: Rules) -> store.
             db.execute("UPDATE leases SET deadline = 0 WHERE pair = ? AND labeler = ?", key)
             full = Full(f"pair {choice.pair!r} has its {rules.k} labels from others: your place had run out")
         else:
-            kept = store.record(db, [dataclasses.replace(choice, left_response=lease[0])])[0]
-            if not sent:
-                db.execute("UPDATE leases SET deadline = 0 WHERE pair = ? AND labeler = ?", key)
-            return kept
+            return store.record(db, [dataclasses.replace(choice, left_response=lease[0])])[0]
     raise full  # after the lease was given back
 
 

@@ -1,8 +1,8 @@
 """The tables of the feedback store, the steps from each version of them to the next, and transactions.
 
 A new file is made by the same steps that bring an old one forward, so there is one way to each version. `pairs`, `events`
-and `gold` are append-only, by triggers; `progress` is derived from them, by triggers too; `leases` and `labelers` are
-the present state of who is at work.
+and `gold` are append-only, by triggers (but for texts withdrawn); `progress` is derived from them, by triggers too;
+`leases` and `labelers` are the present state of who is at work.
 """
 
 from __future__ import annotations
@@ -87,6 +87,30 @@ CREATE TABLE leases (                    -- who was given which pair; a row stay
     PRIMARY KEY (pair, labeler)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX leases_of_labeler ON leases (labeler, deadline);
+CREATE TRIGGER leases_of_choice AFTER INSERT ON events WHEN NEW.choice <> 'undo' BEGIN
+    UPDATE leases SET deadline = 0 WHERE pair = NEW.pair AND labeler = NEW.labeler;
+END;
+CREATE TABLE withdrawn (                 -- pairs whose texts somebody had a right to take back: the rows stay, empty
+    pair TEXT PRIMARY KEY REFERENCES pairs (id),
+    time REAL NOT NULL
+) STRICT;
+DROP TRIGGER pairs_no_update;
+CREATE TRIGGER pairs_no_update BEFORE UPDATE ON pairs WHEN NEW.prompt || NEW.response_a || NEW.response_b <> ''
+    OR NEW.id <> OLD.id OR NEW.number <> OLD.number OR NOT EXISTS (SELECT 1 FROM withdrawn WHERE pair = OLD.id)
+BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
+DROP TRIGGER events_no_update;
+CREATE TRIGGER events_no_update BEFORE UPDATE ON events WHEN NEW.note <> '' OR NEW.sequence <> OLD.sequence
+    OR NEW.pair || NEW.labeler || NEW.choice || NEW.left_response <> OLD.pair || OLD.labeler || OLD.choice || OLD.left_response
+    OR NOT EXISTS (SELECT 1 FROM withdrawn WHERE pair = OLD.pair)
+BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
+CREATE TRIGGER withdrawn_no_update BEFORE UPDATE ON withdrawn BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
+CREATE TRIGGER withdrawn_no_delete BEFORE DELETE ON withdrawn BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
+CREATE TRIGGER withdrawn_texts AFTER INSERT ON withdrawn BEGIN
+    UPDATE pairs SET prompt = '', response_a = '', response_b = '' WHERE id = NEW.pair;
+    UPDATE events SET note = '' WHERE pair = NEW.pair;
+    DELETE FROM progress WHERE pair = NEW.pair;
+    DELETE FROM leases WHERE pair = NEW.pair;
+END;
 CREATE TABLE labelers (
     name TEXT PRIMARY KEY,
     role TEXT NOT NULL CHECK (role IN ('labeler', 'admin')),
@@ -117,6 +141,7 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA secure_delete = ON")  # a text that is withdrawn is overwritten, not only forgotten
     if version < VERSION:
         with transaction(db):
             for number, script in list(enumerate(STEPS, 1))[_version(db) :]:  # another program may have done some meanwhile

@@ -1,9 +1,9 @@
 """The feedback store: pairs shown to people and what they chose, in one append-only SQLite file.
 
-Nothing is ever changed or removed: a choice is an event, an undo is a later event, and the current state is a view over
-both. Events carry a sequence number, so a trainer that reads `upto=n` reads the same rows for ever. A call that returns
-has reached the disk (`synchronous=FULL`). Repeating a call changes nothing: a pair's id is a hash of its texts, and a
-labeler has at most one standing choice a pair.
+Nothing is ever changed or removed (but what is withdrawn): a choice is an event, an undo is a later event, and the current
+state is a view over both. Events carry a sequence number, so a trainer that reads `upto=n` reads the same rows for ever. A
+call that returns has reached the disk (`synchronous=FULL`). Repeating a call changes nothing: a pair's id is a hash of its
+texts, and a labeler has at most one standing choice a pair.
 """
 
 from __future__ import annotations
@@ -128,8 +128,9 @@ def add_pairs(db: sqlite3.Connection, pairs: Iterable[Pair]) -> int:
 
 
 def pairs(db: sqlite3.Connection) -> list[Pair]:
-    """All pairs in order of arrival, gold ones too."""
-    return [Pair(*row) for row in db.execute(f"SELECT {_FIELDS} FROM pairs ORDER BY number")]
+    """All pairs in order of arrival, gold ones too, but for those withdrawn."""
+    rows = db.execute(f"SELECT {_FIELDS} FROM pairs WHERE id NOT IN (SELECT pair FROM withdrawn) ORDER BY number")
+    return [Pair(*row) for row in rows]
 
 
 def pair_of_id(db: sqlite3.Connection, pair: str) -> Pair | None:
@@ -233,8 +234,9 @@ def undo(db: sqlite3.Connection, labeler: str, event: str | None = None) -> Choi
                 raise ValueError(f"id {event!r} is that of a choice: draw a new one for each choice and undo")
             return Choice(*taken)
         row = db.execute(
-            f"SELECT {_COLUMNS} FROM events AS e WHERE labeler = ? AND choice <> 'undo' AND NOT EXISTS (SELECT 1 FROM events "
-            "AS later WHERE later.pair = e.pair AND later.labeler = e.labeler AND later.sequence > e.sequence) "
+            f"SELECT {_COLUMNS} FROM events AS e WHERE labeler = ? AND choice <> 'undo' "
+            "AND pair NOT IN (SELECT pair FROM withdrawn) AND NOT EXISTS (SELECT 1 FROM events AS later "
+            "WHERE later.pair = e.pair AND later.labeler = e.labeler AND later.sequence > e.sequence) "
             "ORDER BY sequence DESC LIMIT 1",
             (labeler,),
         ).fetchone()
@@ -248,7 +250,28 @@ def undo(db: sqlite3.Connection, labeler: str, event: str | None = None) -> Choi
 
 def gold(db: sqlite3.Connection) -> dict[str, str]:
     """The known answers: pair id to a, b, tie or both_bad."""
-    return dict(db.execute("SELECT pair, answer FROM gold"))
+    return dict(db.execute("SELECT pair, answer FROM gold WHERE pair NOT IN (SELECT pair FROM withdrawn)"))
+
+
+def withdraw(db: sqlite3.Connection, ids: Iterable[str]) -> int:
+    """Take the texts of pairs, and notes on them, out of the file; returns how many pairs had not been withdrawn before.
+
+    Their rows stay, empty, so that numbers and counts hold; their choices are in no result any more, whatever `upto`. It is
+    the one thing that changes the past. Copies made earlier are yours to find.
+
+    Raises:
+        ValueError: an unknown pair, of which no text is then withdrawn.
+    """
+    with schema.transaction(db):
+        before = db.execute("SELECT COUNT(*) FROM withdrawn").fetchone()[0]
+        for pair in ids:
+            if pair_of_id(db, pair) is None:
+                raise ValueError(f"pair {pair!r} is not in the store: nothing was withdrawn")
+            db.execute("INSERT OR IGNORE INTO withdrawn VALUES (?, ?)", (pair, time.time()))
+        new = db.execute("SELECT COUNT(*) FROM withdrawn").fetchone()[0] - before
+    if not db.in_transaction:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log beside the file holds older pages
+    return new
 
 
 def last_sequence(db: sqlite3.Connection) -> int:
@@ -260,7 +283,8 @@ def choices(db: sqlite3.Connection, upto: int | None = None) -> list[Choice]:
     """The choices that stand (or stood, after event number `upto`), in order of their sequence numbers."""
     columns = _COLUMNS.replace("sequence", "MAX(sequence) AS last")  # SQLite gives the row of the maximum
     rows = db.execute(
-        f"SELECT {columns} FROM events WHERE sequence <= ? GROUP BY pair, labeler ORDER BY last",
+        f"SELECT {columns} FROM events WHERE sequence <= ? AND pair NOT IN (SELECT pair FROM withdrawn) "
+        "GROUP BY pair, labeler ORDER BY last",
         (last_sequence(db) if upto is None else upto,),
     )
     return [Choice(*row) for row in rows if row[2] != "undo"]
