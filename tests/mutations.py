@@ -1148,8 +1148,8 @@ MUTATIONS = (
     Mutation(
         "any-origin-may-write",
         "feedback/gate.py",
-        'urlsplit(origin).netloc != headers.get("host")',
-        'urlsplit(origin).netloc == "nowhere"',
+        '_place(origin).netloc != headers.get("host")',
+        '_place(origin).netloc == "nowhere"',
         "test_label_server.py::test_refusals_have_one_form_and_write_nothing",
     ),
     Mutation(

@@ -80,12 +80,12 @@ def choices(path) -> list[store.Choice]:
         return store.choices(db)
 
 
-def settled(page, done: int) -> None:
-    """Wait until the page counts so many as done and has nothing more to send."""
+def settled(page, done: int, others: int = 0) -> None:
+    """Wait until the page counts so many as done and has nothing more to send, but for what is another person's."""
     sync_api.expect(page.locator("#count")).to_contain_text(f"{done} done")
     sent = "[...Array(localStorage.length).keys()].filter((i) => localStorage.key(i).startsWith('jaxrlhf.outbox')).length"
     for _ in range(200):
-        if page.evaluate(sent) == 0:
+        if page.evaluate(sent) == others:
             return
         page.wait_for_timeout(25)
     raise AssertionError("the page still holds what it has not sent")
@@ -374,6 +374,28 @@ def test_without_a_token_the_page_asks_for_it_and_forgets_none(path, visit):
         page.locator("#work").wait_for()
         assert "#" not in page.url, "the token is out of the address at once"
         assert not any(tokens["person 0"] in url for url in page.heard["requests"])
+
+
+def test_the_next_person_at_the_same_browser_gets_their_own_pairs(path, visit):
+    """Ann's choice that the server has not heard stays hers, and is sent when she is back."""
+    tokens = make_store(path, 8, 2)
+    with app.running(site_of(path)) as address:
+        page = visit(address, tokens["person 0"])
+
+        def lose_those_of_ann(route) -> None:
+            route.abort() if tokens["person 0"] in route.request.headers["authorization"] else route.continue_()
+
+        page.route("**/api/choices", lose_those_of_ann)
+        press(page, "1")
+        page.goto(f"{address}/#token={tokens['person 1']}")
+        sync_api.expect(page.locator("#prompt")).to_have_text("prompt 4")  # four are held for ann
+        press(page, "2")
+        settled(page, 1, others=1)
+        assert [(choice.labeler, choice.choice) for choice in choices(path)] == [("person 1", "right")]
+        page.unroute("**/api/choices")
+        page.goto(f"{address}/#token={tokens['person 0']}")
+        settled(page, 1)
+    assert {(choice.labeler, choice.choice) for choice in choices(path)} == {("person 0", "left"), ("person 1", "right")}
 
 
 SHOWN = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import pathlib
 import platform
 import random
@@ -127,6 +128,8 @@ LONG = b'{"want": 1, "x": "' + b"x" * 70_000 + b'"}'
         ("POST", "/api/pairs", b'{"want": 1}', {"Sec-Fetch-Site": "cross-site"}, 403, "origin"),
         ("POST", "/api/pairs", b'{"want": 1}', {"Host": "evil.example"}, 403, "origin"),
         ("GET", "/api/me", None, {"Host": "evil.example"}, 403, "origin"),
+        ("GET", "/api/me", None, {"Host": "[::1"}, 403, "origin"),
+        ("POST", "/api/pairs", b'{"want": 1}', {"Origin": "http://[x"}, 403, "origin"),
         ("POST", "/api/pairs", b'{"want": 1}', {"Authorization": ""}, 401, "token"),
         ("POST", "/api/pairs", b'{"want": 1}', {"Authorization": "Bearer wrong"}, 401, "token"),
         ("GET", "/api/me?token={token}", None, {"Authorization": ""}, 401, "token"),
@@ -262,6 +265,26 @@ def test_a_body_that_does_not_come_is_not_waited_for(path):
             head = f"POST /api/pairs HTTP/1.1\r\nHost: {netloc}\r\nAuthorization: Bearer {tokens['person 0']}\r\n"
             slow.sendall((head + "Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{").encode())
             assert slow.recv(4096).startswith(b"HTTP/1.1 408")
+
+
+def test_a_client_that_goes_away_is_no_fault_of_the_server(path):
+    tokens, records = make_store(path, 1, 1), []
+    with serving(path) as address:
+        handler = logging.Handler()
+        handler.emit = records.append
+        logging.getLogger("uvicorn.error").addHandler(handler)
+        try:
+            netloc = urllib.parse.urlsplit(address).netloc
+            head = f"POST /api/pairs HTTP/1.1\r\nHost: {netloc}\r\nAuthorization: Bearer {tokens['person 0']}\r\n"
+            for _ in range(3):
+                with socket.create_connection(netloc.split(":"), timeout=20) as gone:
+                    gone.sendall((head + "Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{").encode())
+                    time.sleep(0.1)
+            assert Client(address, tokens["person 0"]).ask("GET", "/api/me")[0] == 200
+            time.sleep(0.2)
+        finally:
+            logging.getLogger("uvicorn.error").removeHandler(handler)
+    assert [record.getMessage() for record in records if record.levelno >= logging.ERROR] == []
 
 
 def test_more_requests_than_may_wait_are_sent_away(path):

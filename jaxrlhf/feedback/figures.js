@@ -57,4 +57,5 @@ export async function open(token) {
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   };
   $("figures").showModal();
+  $("figures").scrollTop = 0;
 }

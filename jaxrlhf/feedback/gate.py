@@ -7,7 +7,7 @@ import math
 import sqlite3
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from jaxrlhf.data import sources
 from jaxrlhf.feedback import assignments, limits, writer
@@ -92,6 +92,8 @@ async def body(request: Request, schema: sources.Schema, limit: limits.Limits) -
     Raises:
         Refused: 400, 408 or 413, saying why.
     """
+    from starlette.requests import ClientDisconnect
+
     length = request.headers.get("content-length", "0")
     if not length.isascii() or not length.isdigit():
         raise Refused(400, "invalid", f"Content-Length {length[:20]!r} is no length")
@@ -107,6 +109,8 @@ async def body(request: Request, schema: sources.Schema, limit: limits.Limits) -
                     raise too_long
     except TimeoutError:
         raise Refused(408, "slow", f"the body was not here after {limit.read_seconds} s") from None
+    except ClientDisconnect:
+        raise Refused(400, "gone", "the client went away before the body's end") from None
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "content_type", "Content-Type must be application/json")
     try:
@@ -120,8 +124,8 @@ async def body(request: Request, schema: sources.Schema, limit: limits.Limits) -
 
 def foreign(headers: dict[str, str], host: str, origins: tuple[str, ...], writes: bool) -> str | None:
     """Why a request comes from another page than ours, if so."""
-    named = urlsplit(f"//{headers.get('host', '')}").hostname or ""
-    known = {urlsplit(origin).hostname for origin in origins}
+    named = _place(f"//{headers.get('host', '')}").hostname or ""
+    known = {_place(origin).hostname for origin in origins}
     if host in LOOPBACK and named not in LOOPBACK and named not in known:
         return f"this server is not called {named[:80]!r}"  # a name that somebody let point to this machine
     if not writes:
@@ -129,9 +133,17 @@ def foreign(headers: dict[str, str], host: str, origins: tuple[str, ...], writes
     if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return "a request from another site"
     origin = headers.get("origin")
-    if origin is not None and origin not in origins and urlsplit(origin).netloc != headers.get("host"):
+    if origin is not None and origin not in origins and _place(origin).netloc != headers.get("host"):
         return f"a request from {origin[:80]!r}"
     return None
+
+
+def _place(address: str) -> SplitResult:
+    """An address taken apart; nowhere where it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def guarded(app: App, host: str, origins: tuple[str, ...], limit: limits.Limits) -> App:

@@ -55,19 +55,20 @@ export function forget(key) {
   localStorage.removeItem(key);
 }
 
-/** Send what is kept, in order, again and again until nothing is left. `told(entry, answer)` hears of each that was settled,
- * `waiting(answer, count)` of each failure that will be tried again. Resolves to false where the token is refused. */
-export async function flush(who, token, told, waiting) {
-  for (let failures = 0, entry; (entry = entries(who)[0]); ) {
+/** Send what is kept, in order, again and again until nothing is left or `here()` says that this person has gone.
+ * `told(entry, answer)` hears of each that was settled, `waiting(answer, count)` of each failure that will be tried again.
+ * Resolves to false where the token is refused. */
+export async function flush(who, token, here, told, waiting) {
+  for (let failures = 0, entry; here() && (entry = entries(who)[0]); ) {
     const answer = await ask(entry.path, token, entry.sent);
     if (answer.status === 401) return false;
     if (answer.status === 200 || FINAL.includes(answer.body.error?.code)) {
       failures = 0;
       forget(entry.key);
-      told(entry, answer);
+      if (here()) told(entry, answer);
       continue;
     }
-    waiting(answer, entries(who).length);
+    if (here()) waiting(answer, entries(who).length);
     const pause = Math.max(answer.wait, Math.min(15, 2 ** failures++ / 2)) * 1000;
     await new Promise((go) => {
       const done = () => (clearTimeout(timer), removeEventListener("online", done), go());

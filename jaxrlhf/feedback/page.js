@@ -5,8 +5,9 @@ const $ = (id) => document.getElementById(id);
 const AHEAD = 4; // pairs held: the next is there at once, and few are held from others
 const store = { get: (key) => localStorage.getItem(`jaxrlhf.${key}`), set: (key, value) => localStorage.setItem(`jaxrlhf.${key}`, value) };
 
+let visit = 0; // a number for each token that begins: what an earlier one still waits for is not this one's
 let token = "";
-let person = null; // {name, role, ...} of the server
+let person = null; // {name, role, ...} of the server, whose token it is
 let progress = { done: 0, waiting: 0, labels: 0, wanted: 0 };
 let queue = []; // pairs to show; the first is on the page
 let shownAt = 0; // ms; moves forward by the time that the page was hidden
@@ -26,6 +27,11 @@ function show(view) {
 function say(text, seconds = 0) {
   $("status").textContent = text;
   if (seconds) setTimeout(() => $("status").textContent === text && say(""), seconds * 1000);
+}
+
+/** Take back what was said of a server that did not answer. */
+function answered() {
+  if (/^(Waiting|Your choice is kept|\d+ choices are kept)/.test($("status").textContent)) say("");
 }
 
 function minutes(seconds) {
@@ -80,7 +86,9 @@ function next() {
 async function refill() {
   if (asking) return;
   asking = true;
+  const mine = visit;
   const answer = await ask("api/pairs", token, { want: Math.min(8, AHEAD + entries(person.name).length) });
+  if (mine !== visit) return;
   asking = false;
   if (answer.status === 401) return enter("This token is not known any more.");
   if (answer.status !== 200) {
@@ -89,7 +97,7 @@ async function refill() {
     again = setTimeout(refill, 1000 * Math.max(2, answer.wait));
     return;
   }
-  if (!sending) say("");
+  if (!sending) answered();
   progress = answer.body.progress;
   const busy = new Set(entries(person.name).map((entry) => entry.sent.pair));
   const before = queue[0]?.pair;
@@ -100,7 +108,7 @@ async function refill() {
 }
 
 function settled(entry, answer) {
-  if (answer.status === 200) say("");
+  if (answer.status === 200) answered();
   else if (answer.status === 409) say("Others had filled that pair meanwhile: your choice was not needed.", 6);
   else say(`Not kept: ${answer.body.error.message}`, 12);
   if (entry.path === "api/choices" && answer.status === 200) progress = { ...progress, done: progress.done + 1, waiting: progress.waiting - 1 };
@@ -120,8 +128,10 @@ function settled(entry, answer) {
 async function send() {
   if (sending) return;
   sending = true;
+  const mine = visit;
   const waiting = (answer, kept) => say(`${kept === 1 ? "Your choice is" : `${kept} choices are`} kept here until the server takes ${kept === 1 ? "it" : "them"} (${answer.body.error.message}).`);
-  const good = await flush(person.name, token, settled, waiting);
+  const good = await flush(person.name, token, () => mine === visit, settled, waiting);
+  if (mine !== visit) return;
   sending = false;
   if (!good) return enter("This token is not known any more. What you chose is kept here.");
   count();
@@ -170,6 +180,11 @@ function mark() {
   if (queue[0]) draw();
 }
 
+function openGuidelines() {
+  $("guidelines").showModal();
+  $("guidelines").scrollTop = 0; // the focus on Close would show a long text from its end
+}
+
 function theme(step = 0) {
   const all = ["Auto", "Light", "Dark"];
   const now = all[(Math.max(all.indexOf(store.get("theme")), 0) + step) % 3];
@@ -185,20 +200,24 @@ function enter(why = "") {
 }
 
 async function begin(given) {
-  token = given;
-  const answer = await ask("api/me", token);
+  const mine = ++visit;
+  clearTimeout(again);
+  const answer = await ask("api/me", given);
+  if (mine !== visit) return;
   if (answer.status === 401) return enter(given ? answer.body.error.message : "");
   if (answer.status !== 200) {
     say(`Waiting for the server (${answer.body.error.message}).`);
-    return setTimeout(() => begin(given), 1000 * Math.max(2, answer.wait));
+    again = setTimeout(() => begin(given), 1000 * Math.max(2, answer.wait));
+    return;
   }
   say("");
+  [token, person, queue] = [given, answer.body, []];
+  sending = asking = locked = turning = false;
   store.set("token", token);
-  person = answer.body;
   progress = person.progress;
   $("guidelines-text").textContent = person.guidelines;
   $("open-figures").hidden = person.role !== "admin";
-  if (store.get("read") !== person.guidelines) $("guidelines").showModal(); // once, and again when they have changed
+  if (store.get("read") !== person.guidelines) openGuidelines(); // once, and again when they have changed
   store.set("read", person.guidelines);
   send(); // what an earlier visit could not send; then pairs are asked for
 }
@@ -215,7 +234,7 @@ $("much").addEventListener("click", () => toggle($("much")));
 $("open-note").addEventListener("click", () => openNote($("note").hidden));
 $("differences").addEventListener("click", mark);
 $("theme").addEventListener("click", () => theme(1));
-$("open-guidelines").addEventListener("click", () => $("guidelines").showModal());
+$("open-guidelines").addEventListener("click", openGuidelines);
 $("open-figures").addEventListener("click", async () => (await import("./figures.js")).open(token));
 document.querySelector("#enter form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -230,7 +249,7 @@ const KEYS = {
   Digit4: () => choose("both_bad"), Numpad4: () => choose("both_bad"),
   s: () => choose("skip"), z: undo, d: mark, m: () => toggle($("much")), n: () => openNote(true),
   e: () => document.querySelectorAll("#work .more:not([hidden])").forEach((button) => button.click()),
-  g: () => $("guidelines").showModal(),
+  g: openGuidelines,
 }; // prettier-ignore
 document.addEventListener("keydown", (event) => {
   if (event.target === $("note") && event.key === "Escape") return openNote(false);
@@ -244,6 +263,14 @@ document.addEventListener("keydown", (event) => {
 
 theme();
 toggle($("differences"), differences);
-const inLink = new URLSearchParams(location.hash.slice(1)).get("token"); // the part of a link that no server is sent
-if (inLink) history.replaceState(null, "", location.pathname);
-begin(inLink ?? store.get("token") ?? "");
+/** The token in the part of a link that no server is sent; it leaves the address bar at once. */
+function fromLink() {
+  const found = new URLSearchParams(location.hash.slice(1)).get("token");
+  if (found) history.replaceState(null, "", location.pathname);
+  return found;
+}
+addEventListener("hashchange", () => {
+  const found = fromLink(); // another person's link, opened over this page
+  if (found) begin(found);
+});
+begin(fromLink() ?? store.get("token") ?? "");
