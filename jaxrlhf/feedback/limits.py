@@ -18,6 +18,11 @@ class Limits:
     waiting: int = 256  # requests that wait for the disk
     read_seconds: int | float = 10.0  # until a request's body must be here
 
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if not value > 0:
+                raise ValueError(f"limits.{name}={value} must be > 0: nothing would be let through")
+
 
 class Bucket:
     """How often each key may: `rate` a second on average, `burst` at once."""
