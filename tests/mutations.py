@@ -1180,4 +1180,25 @@ MUTATIONS = (
         "+ prior - prior * average",
         "test_agreement.py::test_strengths_are_where_the_likelihood_has_no_slope[0.5]",
     ),
+    Mutation(
+        "what-is-withdrawn-is-only-forgotten",
+        "feedback/schema.py",
+        "PRAGMA secure_delete = ON",
+        "PRAGMA secure_delete = OFF",
+        "test_store.py::test_what_is_withdrawn_is_in_no_file_and_no_result",
+    ),
+    Mutation(
+        "choices-on-withdrawn-pairs-still-count",
+        "feedback/store.py",
+        "WHERE sequence <= ? AND pair NOT IN (SELECT pair FROM withdrawn) ",
+        "WHERE sequence <= ? ",
+        "test_store.py::test_what_is_withdrawn_is_in_no_file_and_no_result",
+    ),
+    Mutation(
+        "an-answer-leaves-its-lease-running",
+        "feedback/schema.py",
+        "UPDATE leases SET deadline = 0 WHERE pair = NEW.pair AND labeler = NEW.labeler;",
+        "UPDATE leases SET deadline = deadline WHERE pair = NEW.pair AND labeler = NEW.labeler;",
+        "test_assignments.py::test_a_skip_leaves_the_place_to_others",
+    ),
 )

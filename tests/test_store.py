@@ -333,7 +333,9 @@ def test_a_copy_made_while_writing_is_whole(db, tmp_path):
 
 
 def test_what_is_withdrawn_is_in_no_file_and_no_result(db, tmp_path):
-    store.add_pairs(db, [_pair(number) for number in range(4)] + [store.Pair("my secret prompt", " my secret one", " b")])
+    store.add_pairs(
+        db, [_pair(number) for number in range(4)] + [store.Pair("my secret prompt " * 2000, " my secret one", " b")]
+    )
     secret = store.pairs(db)[4]
     _choose(db, 0, "left")
     store.record(db, [store.Choice(secret.id, "ann", "left", "a", note="a secret note")])
