@@ -14,7 +14,7 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,6 +55,98 @@ class Site:
     origins: tuple[str, ...] = ()  # by which a proxy in front of it is called, as https://label.example.org
 
 
+@dataclasses.dataclass(frozen=True)
+class Desk:
+    """What every request is answered from."""
+
+    site: Site
+    writing: writer.Writer
+    rate: limits.Bucket  # by person
+    wrong: limits.Bucket  # tokens, by address
+
+    async def on_disk(self, job: writer.Job) -> Any:
+        """What a job on the store gives, when it is on the disk."""
+        return await asyncio.wrap_future(self.writing.submit(job))
+
+    async def aside(self, job: writer.Job) -> Any:
+        """What a job reads, on a connection of its own beside the writer: long reading holds nobody up."""
+
+        def read() -> Any:
+            with contextlib.closing(store.open_store(self.site.store)) as db:
+                return job(db)
+
+        return await asyncio.to_thread(read)
+
+    async def who(self, request: Request, admin: bool = False) -> accounts.Account:
+        """Whose token it is, counted against their rate.
+
+        Raises:
+            gate.Refused: 401, 403 or 429.
+        """
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        address = request.client.host if request.client else ""
+        given = scheme.lower() == "bearer" and token
+        found = await self.on_disk(lambda db: accounts.find(db, token)) if given else None
+        if found is None:
+            gate.hold(self.wrong.wait(address), "too many wrong tokens from this address")
+            raise gate.Refused(401, "token", "no such token: open the link that you were given")
+        gate.hold(self.rate.wait(found.name), "too many requests")
+        if admin and found.role != "admin":
+            raise gate.Refused(403, "role", f"{found.name} is a {found.role}; this is for an admin")
+        return found
+
+
+async def me(desk: Desk, request: Request) -> dict[str, Any]:
+    """Who somebody is, what they are to look for, and how far they have come."""
+    account, site = await desk.who(request), desk.site
+    done = await desk.on_disk(lambda db: assignments.progress(db, account.name, site.rules))
+    facts = {"name": account.name, "role": account.role, "guidelines": site.guidelines, "k": site.rules.k}
+    return facts | {"progress": done._asdict()}
+
+
+async def pairs(desk: Desk, request: Request) -> dict[str, Any]:
+    """The next pairs for somebody, held for them."""
+    account, rules = await desk.who(request), desk.site.rules
+    want = (await gate.body(request, ASKED, desk.site.limits))["want"]
+    if not 1 <= want <= MOST_PAIRS:
+        raise gate.Refused(400, "invalid", f"want={want}: 1 to {MOST_PAIRS} pairs")
+
+    def job(db: sqlite3.Connection) -> tuple[list[assignments.Given], assignments.Progress]:
+        return assignments.give(db, account.name, rules, want), assignments.progress(db, account.name, rules)
+
+    given, done = await desk.on_disk(job)
+    return {"pairs": [shown(each) for each in given], "progress": done._asdict()}
+
+
+async def choices(desk: Desk, request: Request) -> dict[str, Any]:
+    """Keep a choice. The side is that of the lease; a word that is none is refused by the store."""
+    account = await desk.who(request)
+    sent = await gate.body(request, CHOSEN, desk.site.limits)
+    made = store.Choice(**{"labeler": account.name, "left_response": "a", **sent})
+    kept = await desk.on_disk(lambda db: assignments.answer(db, made, desk.site.rules))
+    return {"pair": kept.pair, "choice": kept.choice, "sequence": kept.sequence}
+
+
+async def undo(desk: Desk, request: Request) -> dict[str, Any]:
+    """Take the latest choice back, and show its pair again."""
+    account = await desk.who(request)
+    sent = await gate.body(request, UNDONE, desk.site.limits)
+    given = await desk.on_disk(lambda db: assignments.take_back(db, account.name, desk.site.rules, sent["id"]))
+    return {"pair": None if given is None else shown(given)}
+
+
+async def summary(desk: Desk, request: Request) -> dict[str, Any]:
+    """Figures for an admin."""
+    await desk.who(request, admin=True)
+    return await desk.aside(lambda db: dashboard.summary(db, desk.site.rules))
+
+
+async def export(desk: Desk, request: Request) -> str:
+    """All choices as JSON lines, for an admin."""
+    await desk.who(request, admin=True)
+    return exchange.jsonl(await desk.aside(lambda db: store.preferences(db, ties=True)))
+
+
 def make_app(site: Site, writing: writer.Writer) -> gate.App:
     """The ASGI application, all checks included."""
     from starlette.applications import Starlette
@@ -63,79 +155,25 @@ def make_app(site: Site, writing: writer.Writer) -> gate.App:
     from starlette.routing import Route
 
     rate = limits.Bucket(site.limits.rate, site.limits.burst)
-    wrong = limits.Bucket(site.limits.wrong_tokens / 60, site.limits.wrong_tokens)
+    desk = Desk(site, writing, rate, limits.Bucket(site.limits.wrong_tokens / 60, site.limits.wrong_tokens))
 
-    async def on_disk(job: writer.Job) -> Any:
-        return await asyncio.wrap_future(writing.submit(job))
+    def answering(path: str, answer: Callable[[Desk, Request], Awaitable[Any]], method: str) -> Route:
+        async def endpoint(request: Request) -> Response:
+            found = await answer(desk, request)
+            if isinstance(found, str):
+                named = {"Content-Disposition": 'attachment; filename="choices.jsonl"'}
+                return Response(found, media_type="application/x-ndjson", headers=named)
+            return JSONResponse(found)
 
-    async def who(request: Request, admin: bool = False) -> accounts.Account:
-        """Whose token it is, counted against their rate."""
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        address = request.client.host if request.client else ""
-        found = await on_disk(lambda db: accounts.find(db, token)) if scheme.lower() == "bearer" and token else None
-        if found is None:
-            gate.hold(wrong.wait(address), "too many wrong tokens from this address")
-            raise gate.Refused(401, "token", "no such token: open the link that you were given")
-        gate.hold(rate.wait(found.name), "too many requests")
-        if admin and found.role != "admin":
-            raise gate.Refused(403, "role", f"{found.name} is a {found.role}; this is for an admin")
-        return found
+        return Route(path, endpoint, methods=[method])
 
-    async def me(request: Request) -> Response:
-        account = await who(request)
-        done = await on_disk(lambda db: assignments.progress(db, account.name, site.rules))
-        facts = {"name": account.name, "role": account.role, "guidelines": site.guidelines, "k": site.rules.k}
-        return JSONResponse(facts | {"progress": done._asdict()})
-
-    async def pairs(request: Request) -> Response:
-        account = await who(request)
-        want = (await gate.body(request, ASKED, site.limits))["want"]
-        if not 1 <= want <= MOST_PAIRS:
-            raise gate.Refused(400, "invalid", f"want={want}: 1 to {MOST_PAIRS} pairs")
-        given, done = await on_disk(
-            lambda db: (
-                assignments.give(db, account.name, site.rules, want),
-                assignments.progress(db, account.name, site.rules),
-            )
-        )
-        return JSONResponse({"pairs": [shown(each) for each in given], "progress": done._asdict()})
-
-    async def choices(request: Request) -> Response:
-        account = await who(request)
-        sent = await gate.body(request, CHOSEN, site.limits)
-        # The side is the lease's; a word that is none is refused by the store.
-        made = store.Choice(**{"labeler": account.name, "left_response": "a", **sent})
-        kept = await on_disk(lambda db: assignments.answer(db, made, site.rules))
-        return JSONResponse({"pair": kept.pair, "choice": kept.choice, "sequence": kept.sequence})
-
-    async def undo(request: Request) -> Response:
-        account = await who(request)
-        sent = await gate.body(request, UNDONE, site.limits)
-        given = await on_disk(lambda db: assignments.take_back(db, account.name, site.rules, sent["id"]))
-        return JSONResponse({"pair": None if given is None else shown(given)})
-
-    def reading(job: writer.Job) -> Any:
-        """Beside the writer, on a connection of its own: long reading holds nobody up."""
-        with contextlib.closing(store.open_store(site.store)) as db:
-            return job(db)
-
-    async def summary(request: Request) -> Response:
-        await who(request, admin=True)
-        return JSONResponse(await asyncio.to_thread(reading, lambda db: dashboard.summary(db, site.rules)))
-
-    async def export(request: Request) -> Response:
-        await who(request, admin=True)
-        rows = await asyncio.to_thread(reading, lambda db: store.preferences(db, ties=True))
-        named = {"Content-Disposition": 'attachment; filename="choices.jsonl"'}
-        return Response(exchange.jsonl(rows), media_type="application/x-ndjson", headers=named)
-
-    def static(name: str, kind: str) -> Any:
+    def static(path: str, name: str, kind: str) -> Route:
         content = (Path(__file__).parent / name).read_bytes()
 
-        async def serve_file(request: Request) -> Response:
+        async def endpoint(request: Request) -> Response:
             return Response(content, media_type=kind)
 
-        return serve_file
+        return Route(path, endpoint)
 
     async def failed(request: Request, error: Exception) -> Response:
         refused = gate.refusal(error)
@@ -143,17 +181,11 @@ def make_app(site: Site, writing: writer.Writer) -> gate.App:
             logging.getLogger("uvicorn.error").error("the store: %s", error)
         return JSONResponse(refused.body(), refused.status, refused.headers)
 
-    routes = [
-        Route("/", static("page.html", "text/html")),
-        Route("/page.css", static("page.css", "text/css")),
-        *[Route(f"/{name}", static(name, "text/javascript")) for name in ("page.js", "outbox.js", "text.js", "figures.js")],
-        Route("/api/me", me),
-        Route("/api/pairs", pairs, methods=["POST"]),
-        Route("/api/choices", choices, methods=["POST"]),
-        Route("/api/undo", undo, methods=["POST"]),
-        Route("/api/summary", summary),
-        Route("/api/choices.jsonl", export),
-    ]
+    routes = [static("/", "page.html", "text/html"), static("/page.css", "page.css", "text/css")]
+    routes += [static(f"/{name}", name, "text/javascript") for name in ("page.js", "outbox.js", "text.js", "figures.js")]
+    routes += [answering("/api/me", me, "GET"), answering("/api/summary", summary, "GET")]
+    routes += [answering("/api/choices.jsonl", export, "GET"), answering("/api/pairs", pairs, "POST")]
+    routes += [answering("/api/choices", choices, "POST"), answering("/api/undo", undo, "POST")]
     kinds = (HTTPException, gate.Refused, ValueError, sqlite3.Error, writer.Busy)
     app = Starlette(routes=routes, exception_handlers=dict.fromkeys([*kinds, Exception], failed))  # pyright: ignore[reportArgumentType]
     return gate.guarded(cast(gate.App, app), site.host, site.origins, site.limits)
