@@ -446,3 +446,30 @@ def test_it_fits_the_screen(path, tmp_path, visit, kind, viewport, scheme):
         page.locator("#theme").click()  # auto, light, dark
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 26)"
         assert (folder / f"labelling_{kind}_{scheme}.png").stat().st_size < 100_000
+
+
+def test_pairs_that_come_while_the_page_turns_are_shown_once(path, visit):
+    """The last pair in hand is chosen on, and new ones arrive before the page has turned: a note begun then is kept."""
+    tokens = make_store(path, 3, 1)
+    with app.running(site_of(path)) as address:
+        page = visit(address, tokens["person 0"])
+        held = []
+        page.route("**/api/pairs", lambda route: held.append(route))
+        for _ in range(2):
+            press(page, "1")
+        settled(page, 2)
+        with contextlib.closing(store.open_store(path)) as db:
+            store.add_pairs(db, [store.Pair("late", " a", " b")])
+        while not held:
+            page.wait_for_timeout(20)
+        page.evaluate("""() => {
+            const real = setTimeout;
+            window.setTimeout = (act, ms) => real(act, ms === 110 ? 1500 : ms); // the page turns slowly
+        }""")
+        page.keyboard.press("2")
+        held[0].continue_()
+        sync_api.expect(page.locator("#prompt")).to_have_text("late")
+        page.keyboard.press("n")
+        page.keyboard.type("begun")
+        page.wait_for_timeout(1800)
+        assert page.locator("#note").input_value() == "begun"

@@ -15,7 +15,7 @@ let hiddenAt = 0;
 let sending = false;
 let asking = false;
 let locked = false; // while an undo is under way
-let turning = false; // from one pair to the next: a key now would choose on a pair not yet seen
+let turning = 0; // timer from one pair to the next: a key now would choose on a pair not yet seen
 let again = 0; // timer that looks for new pairs
 let differences = store.get("differences") === "true";
 const times = []; // seconds of the latest choices
@@ -72,7 +72,8 @@ function draw() {
 }
 
 function next() {
-  turning = false;
+  clearTimeout(turning); // pairs may have come meanwhile, and been shown: once is enough
+  turning = 0;
   shownAt = performance.now();
   hiddenAt = document.hidden ? shownAt : 0;
   toggle($("much"), false);
@@ -150,9 +151,8 @@ function choose(word, much) {
   times.push(seconds);
   if (times.length > 21) times.shift();
   queue.shift();
-  turning = true;
   if (decided) $(`card-${word}`).classList.add("chosen"); // for as long as the eye needs
-  setTimeout(next, decided ? 110 : 0);
+  turning = setTimeout(next, decided ? 110 : 0);
   send();
 }
 
@@ -212,7 +212,9 @@ async function begin(given) {
   }
   say("");
   [token, person, queue] = [given, answer.body, []];
-  sending = asking = locked = turning = false;
+  clearTimeout(turning);
+  sending = asking = locked = false;
+  turning = 0;
   store.set("token", token);
   progress = person.progress;
   $("guidelines-text").textContent = person.guidelines;
