@@ -16,10 +16,10 @@ from jaxrlhf.algorithms import dpo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Preferences
-from jaxrlhf.data import comparisons, tfds_preferences
+from jaxrlhf.data import comparisons
 from jaxrlhf.data.pipeline import Arrays
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.feedback import store
+from jaxrlhf.feedback import exchange, store
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training.run import Run
 
@@ -45,7 +45,8 @@ class Pairs:
 
 
 def read(path: Path, ties: bool = False, run: Run | None = None, skip_bad: bool = False) -> list[dict[str, Any]]:
-    """Rows with prompt, chosen, rejected, ... of a feedback store, a `.jsonl` or `.jsonl.gz` file, or a TFDS folder (`train`).
+    """Rows with prompt, chosen, rejected, ... of a feedback store, a `.jsonl`, `.jsonl.gz` or `.parquet` file, or a TFDS
+    folder (`train`).
 
     A `run` that goes on reads of a store what it read before, whatever people have chosen since; a file must be the same.
 
@@ -58,10 +59,10 @@ def read(path: Path, ties: bool = False, run: Run | None = None, skip_bad: bool 
             f"{path}: no choices; make a feedback store by sample_pairs.py and label.py, or give a .jsonl file or a TFDS folder"
         )
     if path.is_dir():
-        rows = tfds_preferences.read_tfds(path, "train")
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
+        rows = exchange.read(path)
+    elif path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         rejects = run.out / "rejects.jsonl" if run is not None and skip_bad else None
-        rows = tfds_preferences.read_jsonl(path, rejects)
+        rows = exchange.read(path, rejects)
         if run is not None and rejects is not None:
             run.left_out(path, rejects)
         digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()

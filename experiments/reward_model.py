@@ -51,7 +51,7 @@ class Config:
     init: Path = Path("runs/demo/pretrain/model")  # language model whose trunk is the start
     refresh: Path | None = None  # a reward model to start from instead; of one that is an adapter, `init` is the base
     reference: Path = Path("runs/demo/sft/model")  # policy on whose samples the score gets mean 0 and deviation 1
-    choices: Path | None = None  # choices between answers: feedback store, .jsonl file or TFDS folder
+    choices: Path | None = None  # choices between answers: feedback store, .jsonl or .parquet file or TFDS folder
     skip_bad: bool = False  # leave bad lines of a .jsonl file out, count them and name them in rejects.jsonl; else refuse it
     out: Path = Path("runs/demo/reward_model")
     seed: int = 1

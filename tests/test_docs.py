@@ -11,6 +11,7 @@ import pytest
 
 from jaxrlhf.algorithms import ppo, shaping
 from jaxrlhf.core.types import SamplingSpec
+from jaxrlhf.feedback import assignments, limits
 from jaxrlhf.models import hf_config
 from jaxrlhf.sampling import generate
 
@@ -50,6 +51,25 @@ def test_the_code_of_reliability_runs():
     found: dict = {}
     exec(compile("\n".join(blocks), "docs/reliability.md", "exec"), found)
     assert found["causes"]
+
+
+def test_the_code_of_feedback_runs():
+    page = (ROOT / "docs" / "feedback.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict = {}
+    exec(compile(block, "docs/feedback.md", "exec"), found)
+    found["db"].close()
+    found["again"].close()
+
+
+def test_the_limits_of_feedback_are_those_of_the_server():
+    page = (ROOT / "docs" / "feedback.md").read_text(encoding="utf-8")
+    limit = limits.Limits()
+    said = f"body {limit.body // 1024} kB (413), {limit.rate:.0f} requests a second and {limit.burst} at once a person (429), "
+    said += f"{limit.wrong_tokens} wrong tokens a minute and address (429), "
+    assert said + f"{limit.at_once} requests at once and {limit.waiting} waiting" in page
+    for field in dataclasses.fields(assignments.Rules):
+        assert f"| `--rules.{field.name.replace('_', '-')}` | {field.default:g} |" in page
 
 
 def test_the_fields_of_sampling_are_those_that_there_are():

@@ -94,7 +94,7 @@ def test_a_person_chooses_takes_back_and_comes_again(db):
     assert done == 2
     assert "Taken back." in shown
     assert [choice.choice for choice in store.choices(db)] == ["left", "tie"]
-    assert [choice.left_response for choice in store.choices(db)] == [labelers.left_response(p.id, "ann") for p in pairs[:2]]
+    assert [choice.left_response for choice in store.choices(db)] == [store.left_response(p.id, "ann") for p in pairs[:2]]
     done, shown = _sit(db, "usb")
     assert "Nothing to take back" in shown
     assert done == 2
@@ -113,7 +113,7 @@ def test_a_person_may_be_asked_about_one_pair_alone(db):
 def test_left_key_takes_the_response_shown_first(db):
     store.add_pairs(db, _pairs(12))
     for pair in store.pairs(db):
-        left = labelers.left_response(pair.id, "ann")
+        left = store.left_response(pair.id, "ann")
         first = pair.response_a if left == "a" else pair.response_b
         assert f"1)  ...{first}\n" in labelers.show(pair, left, 1, 12)
     _sit(db, "1" * 12)

@@ -51,6 +51,10 @@ LATE = {
     "math_verify",
     "lm_eval",
     "gguf",
+    "pyarrow",
+    "starlette",
+    "uvicorn",
+    "krippendorff",
 }
 
 # Mathematics: no print, no log, no files, no mesh, no arrays and no jit at import. Host code inside these folders is named.

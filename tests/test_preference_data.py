@@ -38,11 +38,13 @@ def places(tmp_path):
             db,
             [store.Choice(p.id, "ann", "tie" if row.get("tie") else "left", "a") for p, row in zip(pairs, ROWS, strict=True)],
         )
-    return {"jsonl": tmp_path / "pairs.jsonl", "tfds": folder, "store": tmp_path / "feedback.sqlite"}
+    tfds_preferences.write_parquet(tmp_path / "pairs.parquet", ROWS)
+    places = {"jsonl": tmp_path / "pairs.jsonl", "parquet": tmp_path / "pairs.parquet", "tfds": folder}
+    return places | {"store": tmp_path / "feedback.sqlite"}
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("kind", ["jsonl", "tfds", "store"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "tfds", "store"])
 def test_every_kind_of_source_gives_the_same_rows(places, kind, ties):
     found = preference_data.read(places[kind], ties)
     expected = [row for row in ROWS if ties or not row.get("tie")]

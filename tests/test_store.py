@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pathlib
+import shutil
 import sqlite3
 import subprocess
 import sys
 
 import pytest
+from labelling import derived_is_true
 
-from jaxrlhf.feedback import store
+from jaxrlhf.feedback import schema, store
 
 
 @pytest.fixture
@@ -193,3 +196,170 @@ def test_a_damaged_store_is_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"damaged|not a readable"):
         store.open_store(path)
+
+
+FIRST_VERSION = pathlib.Path(__file__).parent / "golden" / "feedback_v1.sqlite"  # written by the program of version 1
+
+
+def _rows(path) -> tuple[list, list]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return (
+            db.execute("SELECT * FROM pairs ORDER BY number").fetchall(),
+            db.execute("SELECT sequence, pair, labeler, choice, left_response, time FROM events ORDER BY sequence").fetchall(),
+        )
+
+
+def test_a_store_of_version_1_keeps_every_row(tmp_path):
+    path = tmp_path / "old.sqlite"
+    shutil.copy(FIRST_VERSION, path)
+    before = _rows(path)
+    assert (len(before[0]), len(before[1])) == (12, 19)
+    with contextlib.closing(store.open_store(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (schema.VERSION,)
+        standing = store.choices(db)
+        assert len(standing) == 15  # 10 + 6 choices, 2 taken back, 1 made again
+        assert {choice.schema for choice in standing} == {1}
+        assert {(choice.strength, choice.note, choice.seconds, choice.id) for choice in standing} == {(None, "", None, None)}
+        assert derived_is_true(db)
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            db.execute("UPDATE events SET note = 'x'")
+        new = store.record(db, [store.Choice(store.pairs(db)[11].id, "eve", "left", "a", id="eight or more")])[0]
+        assert (new.sequence, new.schema) == (20, schema.VERSION)
+        assert derived_is_true(db)
+    after = _rows(path)
+    assert after[0] == before[0]
+    assert after[1][:19] == before[1]
+
+
+def test_an_old_store_becomes_what_a_new_one_is(tmp_path):
+    def tables(path):
+        with contextlib.closing(store.open_store(path)) as db:
+            return db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name").fetchall()
+
+    shutil.copy(FIRST_VERSION, tmp_path / "old.sqlite")
+    assert tables(tmp_path / "old.sqlite") == tables(tmp_path / "new.sqlite")
+
+
+def test_a_migration_that_fails_changes_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "old.sqlite"
+    shutil.copy(FIRST_VERSION, path)
+    before = _rows(path)
+    monkeypatch.setattr(schema, "STEPS", (schema.STEPS[0], schema.STEPS[1] + "SELECT * FROM no_such_table;\n"))
+    with pytest.raises(ValueError, match="no_such_table"):
+        store.open_store(path)
+    assert _rows(path) == before
+    monkeypatch.undo()
+    with contextlib.closing(store.open_store(path)) as db:
+        assert len(store.choices(db)) == 15
+
+
+def test_what_a_page_adds_to_a_choice_is_kept(db):
+    store.add_pairs(db, [_pair(0)])
+    said = store.Choice(_pair(0).id, "ann", "left", "b", 5.0, strength=3, note="it's <b>true</b>", seconds=2.5, id="f" * 32)
+    kept = store.record(db, [said])[0]
+    assert kept == dataclasses.replace(said, sequence=1)
+    assert store.choices(db) == [kept]
+    (row,) = store.preferences(db)
+    assert (row["strength"], row["note"], row["seconds"], row["left"], row["chosen_is"]) == (
+        3,
+        "it's <b>true</b>",
+        2.5,
+        "b",
+        "b",
+    )
+    assert row["schema"] == schema.VERSION
+    assert store.undo(db, "ann", "undo-0001") == kept
+    assert db.execute("SELECT strength, note, seconds FROM events WHERE choice = 'undo'").fetchone() == (None, "", None)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"strength": 4}, "strength 4"),
+        ({"choice": "tie", "strength": 1}, "only of left or right"),
+        ({"note": "x" * 2001}, "2001 characters"),
+        ({"seconds": -1.0}, "seconds=-1"),
+        ({"seconds": float("nan")}, "seconds=nan"),
+        ({"id": "short"}, "8 to 64"),
+        ({"choice": "undo"}, "one of"),
+    ],
+)
+def test_what_cannot_be_is_refused(db, more, said):
+    store.add_pairs(db, [_pair(0)])
+    fields = {"pair": _pair(0).id, "labeler": "ann", "choice": "left", "left_response": "a"} | more
+    with pytest.raises(ValueError, match=said):
+        store.record(db, [store.Choice(**fields)])
+    assert store.choices(db) == []
+
+
+def test_an_id_belongs_to_one_event(db):
+    store.add_pairs(db, [_pair(0), _pair(1)])
+    store.record(db, [store.Choice(_pair(0).id, "ann", "left", "a", id="number one")])
+    with pytest.raises(ValueError, match="another event"):
+        store.record(db, [store.Choice(_pair(1).id, "ann", "left", "a", id="number one")])
+    with pytest.raises(ValueError, match="another labeler"):
+        store.record(db, [store.Choice(_pair(0).id, "bob", "left", "a", id="number one")])
+    with pytest.raises(ValueError, match="that of a choice"):
+        store.undo(db, "ann", "number one")
+    assert len(store.choices(db)) == 1
+
+
+def _both(db) -> None:
+    store.add_pairs(db, [_pair(1)])
+    store.add_pairs(db, [store.Pair("p", "same", "same")])
+
+
+def test_a_part_that_fails_leaves_the_rest(db):
+    with schema.transaction(db):
+        store.add_pairs(db, [_pair(0)])
+        with pytest.raises(ValueError, match="leave such a pair out"), schema.transaction(db):
+            _both(db)
+        _choose(db, 0, "left")
+    assert store.pairs(db) == [_pair(0)]
+    assert len(store.choices(db)) == 1
+
+
+def test_a_copy_made_while_writing_is_whole(db, tmp_path):
+    """SQLite's own backup: what a person may run beside the server."""
+    store.add_pairs(db, [_pair(number) for number in range(20)])
+    for number in range(10):
+        _choose(db, number, "left")
+    with contextlib.closing(sqlite3.connect(tmp_path / "copy.sqlite")) as copy:
+        db.backup(copy, pages=1, progress=lambda *_: None)
+    for number in range(10, 20):
+        _choose(db, number, "left")
+    with contextlib.closing(store.open_store(tmp_path / "copy.sqlite")) as copy:
+        assert store.choices(copy) == store.choices(db, upto=10)
+
+
+def test_what_is_withdrawn_is_in_no_file_and_no_result(db, tmp_path):
+    store.add_pairs(
+        db, [_pair(number) for number in range(4)] + [store.Pair("my secret prompt " * 2000, " my secret one", " b")]
+    )
+    secret = store.pairs(db)[4]
+    _choose(db, 0, "left")
+    store.record(db, [store.Choice(secret.id, "ann", "left", "a", note="a secret note")])
+    _choose(db, 1, "left", labeler="bob")
+    assert b"my secret" in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="nothing was withdrawn"):
+        store.withdraw(db, [secret.id, "unknown"])
+    assert len(store.pairs(db)) == 5
+    assert store.withdraw(db, [secret.id]) == 1
+    assert store.withdraw(db, [secret.id]) == 0
+    assert b"secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    assert secret not in store.pairs(db)
+    assert [choice.sequence for choice in store.choices(db)] == [1, 3], "numbers stay"
+    assert [row["prompt"] for row in store.preferences(db)] == ["prompt 0", "prompt 1"]
+    assert derived_is_true(db)
+    assert store.add_pairs(db, [secret]) == 0
+    assert b"secret" not in b"".join(path.read_bytes() for path in tmp_path.iterdir()), "nor does it come back"
+    assert store.undo(db, "ann").pair == _pair(0).id, "an undo passes over it"
+    for statement in (
+        f"UPDATE pairs SET prompt = 'x' WHERE id = '{secret.id}'",
+        f"UPDATE events SET choice = 'right' WHERE pair = '{secret.id}'",
+        f"UPDATE pairs SET prompt = '', response_a = '', response_b = '' WHERE id = '{_pair(0).id}'",
+        "UPDATE events SET note = ''",
+        "DELETE FROM withdrawn",
+    ):
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            db.execute(statement)

@@ -1,4 +1,4 @@
-"""Preference data: rows of a JSON-lines file, and a TFDS data set (array_record) written and read without tensorflow.
+"""Preference data: rows of a JSON-lines or parquet file, and a TFDS data set (array_record) without tensorflow.
 
 A row is a dictionary: prompt, chosen, rejected, and where known margin, weight, tie, labeler, pair. Further fields, such as
 where a response came from, are kept: in TFDS as one JSON text. TFDS holds margin and weight as float32.
@@ -55,6 +55,48 @@ def read_jsonl(path: Path | str, rejects: Path | str | None = None) -> list[dict
         FileNotFoundError, PermissionError: naming the file.
     """
     return sources.read_jsonl(path, SCHEMA, rejects=rejects, check=check)
+
+
+def read_parquet(path: Path | str) -> list[dict[str, Any]]:
+    """Preferences of a parquet file, as Hugging Face data sets have them, with defaults filled in.
+
+    Fields without a value are left out.
+
+    Raises:
+        ValueError: not parquet, no rows, or `file:row: field: problem`.
+        FileNotFoundError: no such file.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        found = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a readable parquet file ({' '.join(str(error).split())[:200]})") from None
+    if not found:
+        raise ValueError(f"{path}: no rows")
+    return [check({k: v for k, v in row.items() if v is not None}, f"{path}:{number}") for number, row in enumerate(found, 1)]
+
+
+def write_parquet(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write preferences as a parquet file, whole or not at all (to a second name, then renamed).
+
+    Raises:
+        ValueError: a bad row, or none.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    path = Path(path)
+    checked = [check(row, f"{path}:{number}") for number, row in enumerate(rows, 1)]
+    if not checked:
+        raise ValueError(f"{path}: no rows to write")
+    names = dict.fromkeys(name for row in checked for name in row)  # pyarrow would take the first row's alone
+    part = path.with_name(path.name + ".part")
+    pyarrow.parquet.write_table(pyarrow.table({name: [row.get(name) for row in checked] for name in names}), part)
+    part.replace(path)
 
 
 @functools.cache

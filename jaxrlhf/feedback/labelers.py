@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 import sys
 import unicodedata
@@ -13,17 +12,6 @@ import numpy as np
 from jaxrlhf.evaluation import judges as judging
 from jaxrlhf.evaluation import policy
 from jaxrlhf.feedback import store
-
-
-def _uniform(*parts: str | int) -> float:
-    """A number in [0, 1) that depends on the parts alone, so an answer depends on no order of asking."""
-    digest = hashlib.blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: what a double holds below 1
-
-
-def left_response(pair: str, labeler: str) -> store.Side:
-    """Which response of a pair stands at the left for a labeler: a fair coin, the same at every showing."""
-    return "a" if _uniform("side", pair, labeler) < 0.5 else "b"
 
 
 def simulated(
@@ -51,11 +39,11 @@ def simulated(
     scores = np.asarray(judge(texts), np.float64).reshape(len(pairs), 2)
     result = []
     for pair, (a, b) in zip(pairs, scores, strict=True):
-        left = left_response(pair.id, labeler)
+        left = store.left_response(pair.id, labeler)
         if abs(a - b) <= tie_gap:
             result.append(store.Choice(pair.id, labeler, "tie", left))
             continue
-        prefers_a = bool(a > b) != (_uniform("error", seed, labeler, pair.id) < noise)
+        prefers_a = bool(a > b) != (store.uniform("error", seed, labeler, pair.id) < noise)
         result.append(store.Choice(pair.id, labeler, "left" if prefers_a == (left == "a") else "right", left))
     return result
 
@@ -125,7 +113,7 @@ def label_at_terminal(
         if not waiting:
             write("No pair is left.")
             break
-        pair, left = waiting[0], left_response(waiting[0].id, labeler)
+        pair, left = waiting[0], store.left_response(waiting[0].id, labeler)
         total = len(waiting) if limit is None else min(len(waiting), limit - done)
         write(show(pair, left, done + 1, done + total))
         key = _answer(read, write)

@@ -1,53 +1,28 @@
 """The feedback store: pairs shown to people and what they chose, in one append-only SQLite file.
 
-Nothing is ever changed or removed: a choice is an event, an undo is a later event, and the current state is a view over
-both. Events carry a sequence number, so a trainer that reads `upto=n` reads the same rows for ever. A call that returns
-has reached the disk (`synchronous=FULL`). Repeating a call changes nothing: a pair's id is a hash of its texts, and a
-labeler has at most one standing choice a pair.
+Nothing is ever changed or removed (but what is withdrawn): a choice is an event, an undo is a later event, and the current
+state is a view over both. Events carry a sequence number, so a trainer that reads `upto=n` reads the same rows for ever. A
+call that returns has reached the disk (`synchronous=FULL`). Repeating a call changes nothing: a pair's id is a hash of its
+texts, and a labeler has at most one standing choice a pair.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-SCHEMA_VERSION = 1
+from jaxrlhf.feedback import schema
+
 Side = Literal["a", "b"]
 Word = Literal["left", "right", "tie", "both_bad", "skip"]
-
-_SCHEMA = """
-CREATE TABLE pairs (
-    id TEXT PRIMARY KEY,
-    number INTEGER NOT NULL UNIQUE,      -- order of arrival
-    prompt TEXT NOT NULL,
-    response_a TEXT NOT NULL,
-    response_b TEXT NOT NULL,
-    checkpoint_a TEXT NOT NULL,          -- the policy that wrote each response
-    checkpoint_b TEXT NOT NULL,
-    sampling TEXT NOT NULL,              -- JSON of the SamplingSpec
-    time REAL NOT NULL                   -- seconds since 1970, UTC
-) STRICT;
-CREATE TABLE events (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
-    pair TEXT NOT NULL REFERENCES pairs (id),
-    labeler TEXT NOT NULL,
-    choice TEXT NOT NULL CHECK (choice IN ('left', 'right', 'tie', 'both_bad', 'skip', 'undo')),
-    left_response TEXT NOT NULL CHECK (left_response IN ('a', 'b')),  -- which response stood at the left
-    time REAL NOT NULL
-) STRICT;
-CREATE INDEX events_of_pair ON events (pair, labeler, sequence);
-CREATE TRIGGER pairs_no_update BEFORE UPDATE ON pairs BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
-CREATE TRIGGER pairs_no_delete BEFORE DELETE ON pairs BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
-CREATE TRIGGER events_no_update BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
-CREATE TRIGGER events_no_delete BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
-"""
+MAX_NOTE = 2000  # characters
+_COLUMNS = "pair, labeler, choice, left_response, time, sequence, strength, note, seconds, id, schema"  # as in Choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +47,9 @@ class Pair:
         return hashlib.blake2b(content, digest_size=12).hexdigest()
 
 
+_FIELDS = ", ".join(field.name for field in dataclasses.fields(Pair))
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """What a labeler said of a pair, as shown: `left_response` names the response that stood at the left."""
@@ -82,6 +60,11 @@ class Choice:
     left_response: Side
     time: float = 0.0  # seconds since 1970; 0: now, filled in by `record`
     sequence: int = 0  # filled in by the store
+    strength: int | None = None  # 1 slightly, 2 clearly, 3 much better
+    note: str = ""
+    seconds: float | None = None  # from showing to choosing
+    id: str | None = None  # made by the client: what has it twice is one choice, sent again
+    schema: int = schema.VERSION  # of the program that wrote it
 
     @property
     def preferred(self) -> Side | None:
@@ -104,7 +87,7 @@ def open_store(path: str | Path) -> sqlite3.Connection:
     try:
         db = sqlite3.connect(path, timeout=5.0, isolation_level=None)
         try:
-            _prepare(db, path)
+            schema.prepare(db, path)
         except BaseException:
             db.close()
             raise
@@ -113,48 +96,15 @@ def open_store(path: str | Path) -> sqlite3.Connection:
     return db
 
 
-def _prepare(db: sqlite3.Connection, path: Path) -> None:
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if version > SCHEMA_VERSION:
-        raise ValueError(f"{path}: schema version {version} is newer than this program's {SCHEMA_VERSION}; update jaxrlhf")
-    if tables and (version == 0 or not {"pairs", "events"} <= tables):
-        raise ValueError(f"{path}: an SQLite file of another program; give another path")
-    problem = db.execute("PRAGMA quick_check").fetchone()[0]
-    if problem != "ok":
-        raise ValueError(f"{path}: damaged ({problem}); restore a copy or give another path")
-    db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA synchronous = FULL")
-    db.execute("PRAGMA foreign_keys = ON")
-    if not version:
-        with _transaction(db):
-            if db.execute("PRAGMA user_version").fetchone()[0] == 0:  # two programs may create at once
-                for statement in _statements(_SCHEMA):
-                    db.execute(statement)
-                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+def left_response(pair: str, labeler: str) -> Side:
+    """Which response of a pair stands at the left for a labeler: a fair coin, the same at every showing."""
+    return "a" if uniform("side", pair, labeler) < 0.5 else "b"
 
 
-def _statements(script: str) -> list[str]:
-    """The statements of a script: `executescript` would commit the transaction that makes creation atomic."""
-    statements, current = [], ""
-    for line in script.splitlines(keepends=True):
-        current += line
-        if sqlite3.complete_statement(current):
-            statements.append(current)
-            current = ""
-    return statements
-
-
-@contextlib.contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """One writer at a time; on disk when it ends, undone when it raises."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-    except BaseException:
-        db.execute("ROLLBACK")
-        raise
-    db.execute("COMMIT")
+def uniform(*parts: str | int) -> float:
+    """A number in [0, 1) that depends on the parts alone, so an answer depends on no order of asking."""
+    digest = hashlib.blake2b("\x1f".join(str(part) for part in parts).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53  # 53 bits: what a double holds below 1
 
 
 def add_pairs(db: sqlite3.Connection, pairs: Iterable[Pair]) -> int:
@@ -168,7 +118,7 @@ def add_pairs(db: sqlite3.Connection, pairs: Iterable[Pair]) -> int:
         if pair.response_a == pair.response_b:
             raise ValueError(f"pair {pair.id}: both responses are {pair.response_a!r}; leave such a pair out")
     now = time.time()
-    with _transaction(db):
+    with schema.transaction(db):
         before = db.execute("SELECT COUNT(*) FROM pairs").fetchone()[0]
         number = before
         for pair in pairs:
@@ -178,61 +128,150 @@ def add_pairs(db: sqlite3.Connection, pairs: Iterable[Pair]) -> int:
 
 
 def pairs(db: sqlite3.Connection) -> list[Pair]:
-    """All pairs in order of arrival."""
-    fields = ", ".join(field.name for field in dataclasses.fields(Pair))
-    return [Pair(*row) for row in db.execute(f"SELECT {fields} FROM pairs ORDER BY number")]
+    """All pairs in order of arrival, gold ones too, but for those withdrawn."""
+    rows = db.execute(f"SELECT {_FIELDS} FROM pairs WHERE id NOT IN (SELECT pair FROM withdrawn) ORDER BY number")
+    return [Pair(*row) for row in rows]
+
+
+def pair_of_id(db: sqlite3.Connection, pair: str) -> Pair | None:
+    """The pair with an id, or None."""
+    row = db.execute(f"SELECT {_FIELDS} FROM pairs WHERE id = ?", (pair,)).fetchone()
+    return None if row is None else Pair(*row)
 
 
 def record(db: sqlite3.Connection, choices: Sequence[Choice]) -> list[Choice]:
     """Append choices in one transaction and return them as they now stand, with sequence number and time.
 
     Where the labeler's choice on a pair already stands, the first one is kept and returned: a retry or a double click
-    adds nothing. To change a choice, `undo` it first.
+    adds nothing, nor does an `id` that is there already, even if its choice was taken back since. To change a choice,
+    `undo` it first.
 
     Raises:
-        ValueError: an unknown pair, or a word that is no choice.
+        ValueError: an unknown pair, a word that is no choice, or a strength, note, time or id that cannot be.
     """
-    with _transaction(db):
+    with schema.transaction(db):
         return [_record(db, choice) for choice in choices]
 
 
 def _record(db: sqlite3.Connection, choice: Choice) -> Choice:
-    if choice.choice not in get_args(Word) or choice.left_response not in ("a", "b"):
-        raise ValueError(
-            f"choice {choice.choice!r} with {choice.left_response!r} at the left: one of {get_args(Word)}, and a or b"
-        )
-    if db.execute("SELECT 1 FROM pairs WHERE id = ?", (choice.pair,)).fetchone() is None:
+    if problem := _problem(choice):
+        raise ValueError(problem)
+    if choice.id is not None and (known := event_of_id(db, choice.id, choice.labeler)) is not None:
+        if known.pair != choice.pair or known.choice not in get_args(Word):
+            raise ValueError(f"id {choice.id!r} is that of another event: draw a new one for each choice and undo")
+        return known
+    if pair_of_id(db, choice.pair) is None:
         raise ValueError(f"pair {choice.pair!r} is not in the store; add it before choosing")
-    standing = _last_event(db, choice.pair, choice.labeler)
+    standing = standing_choice(db, choice.pair, choice.labeler)
     if standing is not None:
         return standing
     stamped = dataclasses.replace(choice, time=choice.time or time.time())
     return dataclasses.replace(stamped, sequence=_append(db, stamped, stamped.choice))
 
 
+def _problem(choice: Choice) -> str | None:
+    """Why a choice cannot be kept, if so."""
+    if choice.choice not in get_args(Word) or choice.left_response not in ("a", "b"):
+        return f"choice {choice.choice!r} with {choice.left_response!r} at the left: one of {get_args(Word)}, and a or b"
+    if choice.strength is not None and (choice.strength not in (1, 2, 3) or choice.preferred is None):
+        return f"strength {choice.strength!r} of '{choice.choice}': 1, 2 or 3, and only of left or right; else leave it out"
+    if len(choice.note) > MAX_NOTE:
+        return f"a note of {len(choice.note)} characters: at most {MAX_NOTE}; shorten it"
+    if choice.seconds is not None and not 0 <= choice.seconds < 1e9:
+        return f"seconds={choice.seconds}: the time taken is a number >= 0; leave it out where it is not known"
+    return _id_problem(choice.id)
+
+
+def _id_problem(event: str | None) -> str | None:
+    if event is None or 8 <= len(event) <= 64:
+        return None
+    return f"id {event[:80]!r}: 8 to 64 characters, drawn at random by the client"
+
+
 def _append(db: sqlite3.Connection, choice: Choice, word: str) -> int:
-    row = (choice.pair, choice.labeler, word, choice.left_response, choice.time)
-    statement = "INSERT INTO events (pair, labeler, choice, left_response, time) VALUES (?, ?, ?, ?, ?) RETURNING sequence"
-    return db.execute(statement, row).fetchone()[0]
+    row = dataclasses.asdict(choice) | {"choice": word, "sequence": None}
+    statement = f"INSERT INTO events ({_COLUMNS}) VALUES ({', '.join(f':{name.strip()}' for name in _COLUMNS.split(','))})"
+    return db.execute(statement + " RETURNING sequence", row).fetchone()[0]
 
 
-def _last_event(db: sqlite3.Connection, pair: str, labeler: str) -> Choice | None:
+def event_of_id(db: sqlite3.Connection, event: str, labeler: str) -> Choice | None:
+    """The choice, standing or taken back, or the undo (whose word is `undo`) that a client sent under an id.
+
+    Raises:
+        ValueError: another labeler's.
+    """
+    row = db.execute(f"SELECT {_COLUMNS} FROM events WHERE id = ?", (event,)).fetchone()
+    if row is not None and row[1] != labeler:
+        raise ValueError(f"id {event!r} is another labeler's: draw ids at random")
+    return None if row is None else Choice(*row)
+
+
+def standing_choice(db: sqlite3.Connection, pair: str, labeler: str) -> Choice | None:
+    """A labeler's choice on a pair, or None where there is none or it was taken back."""
     row = db.execute(
-        "SELECT pair, labeler, choice, left_response, time, sequence FROM events WHERE pair = ? AND labeler = ? "
-        "ORDER BY sequence DESC LIMIT 1",
-        (pair, labeler),
+        f"SELECT {_COLUMNS} FROM events WHERE pair = ? AND labeler = ? ORDER BY sequence DESC LIMIT 1", (pair, labeler)
     ).fetchone()
     return None if row is None or row[2] == "undo" else Choice(*row)
 
 
-def undo(db: sqlite3.Connection, labeler: str) -> Choice | None:
-    """Take back the labeler's latest standing choice by a new event, and return it; None where there is none."""
-    with _transaction(db):
-        mine = [choice for choice in choices(db) if choice.labeler == labeler]
-        if not mine:
+def undo(db: sqlite3.Connection, labeler: str, event: str | None = None) -> Choice | None:
+    """Take back the labeler's latest standing choice by a new event, and return it; None where there is none.
+
+    With the same id `event` again it only says what was taken back then.
+
+    Raises:
+        ValueError: an id that cannot be, or is that of something else.
+    """
+    if problem := _id_problem(event):
+        raise ValueError(problem)
+    with schema.transaction(db):
+        if event is not None and (known := event_of_id(db, event, labeler)) is not None:
+            taken = db.execute(
+                f"SELECT {_COLUMNS} FROM events WHERE pair = ? AND labeler = ? AND sequence < ? ORDER BY sequence DESC LIMIT 1",
+                (known.pair, labeler, known.sequence),
+            ).fetchone()
+            if taken is None or db.execute("SELECT choice FROM events WHERE id = ?", (event,)).fetchone() != ("undo",):
+                raise ValueError(f"id {event!r} is that of a choice: draw a new one for each choice and undo")
+            return Choice(*taken)
+        row = db.execute(
+            f"SELECT {_COLUMNS} FROM events AS e WHERE labeler = ? AND choice <> 'undo' "
+            "AND pair NOT IN (SELECT pair FROM withdrawn) AND NOT EXISTS (SELECT 1 FROM events AS later "
+            "WHERE later.pair = e.pair AND later.labeler = e.labeler AND later.sequence > e.sequence) "
+            "ORDER BY sequence DESC LIMIT 1",
+            (labeler,),
+        ).fetchone()
+        if row is None:
             return None
-        _append(db, dataclasses.replace(mine[-1], time=time.time()), "undo")
-        return mine[-1]
+        taken = Choice(*row)
+        empty = {"strength": None, "note": "", "seconds": None, "schema": schema.VERSION}
+        _append(db, dataclasses.replace(taken, time=time.time(), id=event, **empty), "undo")
+        return taken
+
+
+def gold(db: sqlite3.Connection) -> dict[str, str]:
+    """The known answers: pair id to a, b, tie or both_bad."""
+    return dict(db.execute("SELECT pair, answer FROM gold WHERE pair NOT IN (SELECT pair FROM withdrawn)"))
+
+
+def withdraw(db: sqlite3.Connection, ids: Iterable[str]) -> int:
+    """Take the texts of pairs, and notes on them, out of the file; returns how many pairs had not been withdrawn before.
+
+    Their rows stay, empty, so that numbers and counts hold; their choices are in no result any more, whatever `upto`. It is
+    the one thing that changes the past. Copies made earlier are yours to find.
+
+    Raises:
+        ValueError: an unknown pair, of which no text is then withdrawn.
+    """
+    with schema.transaction(db):
+        before = db.execute("SELECT COUNT(*) FROM withdrawn").fetchone()[0]
+        for pair in ids:
+            if pair_of_id(db, pair) is None:
+                raise ValueError(f"pair {pair!r} is not in the store: nothing was withdrawn")
+            db.execute("INSERT OR IGNORE INTO withdrawn VALUES (?, ?)", (pair, time.time()))
+        new = db.execute("SELECT COUNT(*) FROM withdrawn").fetchone()[0] - before
+    if not db.in_transaction:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # the log beside the file holds older pages
+    return new
 
 
 def last_sequence(db: sqlite3.Connection) -> int:
@@ -242,9 +281,10 @@ def last_sequence(db: sqlite3.Connection) -> int:
 
 def choices(db: sqlite3.Connection, upto: int | None = None) -> list[Choice]:
     """The choices that stand (or stood, after event number `upto`), in order of their sequence numbers."""
+    columns = _COLUMNS.replace("sequence", "MAX(sequence) AS last")  # SQLite gives the row of the maximum
     rows = db.execute(
-        "SELECT pair, labeler, choice, left_response, time, MAX(sequence) AS last FROM events "  # the row of the maximum
-        "WHERE sequence <= ? GROUP BY pair, labeler ORDER BY last",
+        f"SELECT {columns} FROM events WHERE sequence <= ? AND pair NOT IN (SELECT pair FROM withdrawn) "
+        "GROUP BY pair, labeler ORDER BY last",
         (last_sequence(db) if upto is None else upto,),
     )
     return [Choice(*row) for row in rows if row[2] != "undo"]
@@ -257,15 +297,16 @@ def unlabelled(db: sqlite3.Connection, labeler: str) -> list[Pair]:
 
 
 def preferences(db: sqlite3.Connection, upto: int | None = None, ties: bool = False) -> list[dict[str, Any]]:
-    """Preference rows for training, one a choice: prompt, chosen, rejected, tie, pair, labeler, checkpoint_*, sequence.
+    """Preference rows for training, one a choice: prompt, chosen, rejected, tie, and where each came from.
 
-    Skips and two bad ones are left out; a tie is left out too unless `ties`, and then `chosen` is response a.
+    Skips, two bad ones and gold pairs are left out; a tie is left out too unless `ties`, and then `chosen` is response a.
+    `chosen_is` and `left` name responses as the store does (a, b), so that `exchange.add_rows` makes the same store of it.
     """
-    by_id = {pair.id: pair for pair in pairs(db)}
+    by_id, known = {pair.id: pair for pair in pairs(db)}, gold(db)
     rows = []
     for choice in choices(db, upto):
         tie = choice.choice == "tie"
-        if choice.preferred is None and not (ties and tie):
+        if choice.pair in known or (choice.preferred is None and not (ties and tie)):
             continue
         pair = by_id[choice.pair]
         sides = [(pair.response_a, pair.checkpoint_a), (pair.response_b, pair.checkpoint_b)]
@@ -281,6 +322,13 @@ def preferences(db: sqlite3.Connection, upto: int | None = None, ties: bool = Fa
                 "checkpoint_chosen": chosen_by,
                 "checkpoint_rejected": rejected_by,
                 "sampling": pair.sampling,
+                "chosen_is": choice.preferred or "a",
+                "left": choice.left_response,
+                "strength": choice.strength,
+                "note": choice.note,
+                "seconds": choice.seconds,
+                "time": choice.time,
+                "schema": choice.schema,
                 "sequence": choice.sequence,
             }
         )
