@@ -76,7 +76,7 @@ def run(config: Config) -> dict[str, Any]:
                 run.maybe_save(i, state)
             trained = stage.Trained(model_config, model, state.params, tokenizer, {})
             accuracy, answers = tasks.greedy(trained, state.params, config.sampling, config.held_out_prompts, mesh)
-        stage.save(config.out / "model", "policy", jax.device_get(state.params), model_config, tokenizer)
+        stage.save(config.out / "model", "policy", state.params, model_config, tokenizer)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         pairs = zip(tasks.held_out_sums(config.held_out_prompts), answers, strict=True)
         careless = [answer == str(arithmetic.without_carry(row["left"], row["right"])) for row, answer in pairs]

@@ -17,7 +17,7 @@ import jax
 
 from experiments import pretrain, stage, tasks
 from jaxrlhf.algorithms import lm, ppo
-from jaxrlhf.core import sharding
+from jaxrlhf.core import processes, sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import pipeline
 from jaxrlhf.models import heads, lora, roles
@@ -128,7 +128,7 @@ def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh
     if config.critic == "separate":
         return {"critic": roles.critic(stage.trainable(start, config.lora, mesh, config.seed + 1), start.config.width)}
     value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
-    return {"value": jax.device_put(value, sharding.replicated(mesh))}
+    return {"value": processes.from_host(value, sharding.replicated(mesh))}
 
 
 def text_batches(config: Config, start: stage.Trained) -> Any:

@@ -75,7 +75,7 @@ def run(config: Config) -> dict[str, Any]:
                 run.log(i, metrics)
                 run.maybe_save(i, state)
             nll, bits = bits_per_character(outputs, state.params, held_out)
-        stage.save(config.out / "model", "policy", jax.device_get(state.params), model_config, tokenizer)
+        stage.save(config.out / "model", "policy", state.params, model_config, tokenizer)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         return run.done({"nll_per_token": nll, "bits_per_character": bits, "parameters": parameters})
 

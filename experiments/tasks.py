@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import held_out, stage
-from jaxrlhf.core import sharding
+from jaxrlhf.core import processes, sharding
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.data import arithmetic as sums
 from jaxrlhf.data import human_sentiment, pipeline
@@ -160,7 +160,9 @@ def learned(setting: held_out.Setting, start: stage.Trained, prompts: Any, judge
     def score(rollout: Rollout, prompts: Prompts) -> tuple[jax.Array, jax.Array, Figures]:
         del prompts
         part = functions.of_values(setting.reward(rollout), rollout, start.tokenizer.decode, "model")
-        return *sharding.shard_batch((part.score, part.weight), setting.mesh), {"reward/faults": float(len(part.faults))}
+        return *sharding.shard_batch((part.score, part.weight), setting.mesh), {
+            "reward/faults": float((part.weight == 0).sum())
+        }
 
     def judge(params: Any) -> tuple[Figures, list[dict[str, str]]]:
         after = held_out.sample(setting, params, jax.random.key(1))  # other draws than the start's, so that equals win half
@@ -193,7 +195,7 @@ def arithmetic(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh) 
     _, before = greedy(first, first.params, config.sampling, config.held_out_prompts, mesh)
 
     def score(rollout: Rollout, prompts: Prompts) -> tuple[jax.Array, jax.Array, Figures]:
-        index = np.repeat(np.asarray(prompts.row), rollout.tokens.shape[0] // prompts.row.shape[0])
+        index = np.repeat(processes.to_host(prompts.row), rollout.tokens.shape[0] // prompts.row.shape[0])
         problems = [rows[i] for i in index]
         given = {name: functions.apply(part, rollout, tokenizer.decode, problems, name) for name, part in parts.items()}
         total, figures = functions.weighted_sum(given, weights)

@@ -57,6 +57,7 @@ LATE = {
 NUMERIC = {"core", "models", "sampling", "rewards", "algorithms"}
 NUMERIC_FILES = {"training/optimizer.py", "training/objective.py", "training/step.py", "training/plan.py"}
 HOST_FILES = {
+    "core/processes.py",
     *("models/pretrained.py", "models/hf.py", "models/gguf.py", "models/peft.py"),
     *("rewards/functions.py", "rewards/pool.py"),
 }

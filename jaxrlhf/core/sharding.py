@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxrlhf.core import processes
+
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # sequences
     "length": None,  # positions of a row
@@ -177,6 +179,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Put every array of a batch on the mesh, its leading axis split over `data` and `fsdp`.
 
+    In a job of several processes every one has the whole batch and puts its own rows down: what is a function of the step need
+    not be sent.
+
     Raises:
         ValueError: the leading axis is not divisible by data x fsdp.
     """
@@ -187,7 +192,7 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
                 f"batch field {path_name(path)} has {leaf.shape[0]} rows, not divisible by data x fsdp = {ways}: "
                 "choose a batch size that is a multiple of it"
             )
-    return jax.device_put(batch, batch_sharding(mesh))
+    return processes.from_host(batch, batch_sharding(mesh))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrlhf.core import processes
 from jaxrlhf.core.types import Rollout
 
 RewardFunction = Callable[[str, str, dict[str, Any]], float]
@@ -42,7 +43,7 @@ class Scores:
 
     score: np.ndarray  # [B] float32, 0 where there is a fault
     weight: np.ndarray  # [B] float32, 0 where there is a fault, else 1
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[Fault, ...] = ()  # of the rows that this process scored
 
 
 # ------------------------------------------------------------------------------------------------ from a reward to scores
@@ -50,7 +51,7 @@ class Scores:
 
 def texts(rollout: Rollout, decode: Decode) -> tuple[list[str], list[str]]:
     """The prompts and the responses of a rollout as text, one of each a row."""
-    tokens, prompt_len, response_len = jax.device_get((rollout.tokens, rollout.prompt_len, rollout.response_len))
+    tokens, prompt_len, response_len = processes.to_host((rollout.tokens, rollout.prompt_len, rollout.response_len))
     ends = prompt_len + response_len
     prompts = [decode(row[:start].tolist()) for row, start in zip(tokens, prompt_len, strict=True)]
     responses = [decode(row[start:end].tolist()) for row, start, end in zip(tokens, prompt_len, ends, strict=True)]
@@ -65,6 +66,7 @@ def apply(
     name: str = "",
 ) -> Scores:
     """Scores by a function of one response. What it raises costs that row, not the run; a warning names the first fault.
+    In a job of several processes each scores its share of the rows, and all learn of all.
 
     `rows` are the data-set rows (a reference answer, ...), one a rollout row. `name`: in reports; the function's own if empty.
 
@@ -77,13 +79,16 @@ def apply(
         raise ValueError(f"reward function: {len(rows)} data rows for {len(prompts)} responses; pass one a response")
     given: list[Any] = []
     raised = {}
+    mine = range(jax.process_index(), len(prompts), jax.process_count())
     for i, item in enumerate(zip(prompts, responses, rows, strict=True)):
         try:
-            given.append(function(*item))
+            given.append(function(*item) if i in mine else 0.0)
         except Exception as error:  # of any kind: it is not our code
             given.append(None)
             raised[i] = f"raised {type(error).__name__}: {error}"
-    return _scores(given, name or getattr(function, "__name__", "reward"), prompts.__getitem__, raised)
+    found = _scores(given, name or getattr(function, "__name__", "reward"), prompts.__getitem__, raised)
+    score, fault = processes.added(found.score, 1 - found.weight)
+    return Scores(score, 1 - fault, found.faults)
 
 
 def of_values(values: Any, rollout: Rollout, decode: Decode, name: str) -> Scores:
@@ -92,15 +97,14 @@ def of_values(values: Any, rollout: Rollout, decode: Decode, name: str) -> Score
     Raises:
         ValueError: another number of values than the rollout has rows.
     """
-    values = jax.device_get(values)
+    values, tokens, prompt_len = processes.to_host((values, rollout.tokens, rollout.prompt_len))
     given = values.tolist() if isinstance(values, np.ndarray) else list(values)
     count = rollout.tokens.shape[0]
     if len(given) != count:
         raise ValueError(f"reward '{name}' gave {len(given)} values for {count} responses: it must give one a response")
 
     def prompt(i: int) -> str:
-        length = int(jax.device_get(rollout.prompt_len)[i])
-        return decode(jax.device_get(rollout.tokens)[i, :length].tolist())
+        return decode(tokens[i, : int(prompt_len[i])].tolist())
 
     return _scores(given, name, prompt, {})
 

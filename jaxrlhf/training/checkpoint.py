@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.core import processes
 from jaxrlhf.core.sharding import path_name
 from jaxrlhf.training.metrics import write_atomic
 
@@ -40,31 +41,37 @@ def latest(directory: str | Path) -> int | None:
 def save(directory: str | Path, step: int, state: Any, keep: int = 2) -> None:
     """Write `state`, a pytree of arrays, as checkpoint `step`; then remove all but the newest `keep`.
 
-    Nothing older is touched before the new one is complete. A step that exists already is left as it is.
+    Nothing older is touched before the new one is complete. A step that exists already is left as it is. Of several processes
+    all must call it, on one file system: each writes the parts of arrays that it holds, the first all else.
     """
     directory = Path(directory).resolve()  # Orbax refuses relative paths, after having made the folder
     final, temporary = _folder(directory, step), directory / f".tmp-{step:08d}"
-    if step in steps(directory):
+    if processes.by_first(lambda: step in steps(directory)):
         return
-    directory.mkdir(parents=True, exist_ok=True)
-    for stale in (*directory.glob(".tmp-*"), final):  # what a killed save left behind
-        shutil.rmtree(stale, ignore_errors=True)
+
+    def clear() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for stale in (*directory.glob(".tmp-*"), final):  # what a killed save left behind
+            shutil.rmtree(stale, ignore_errors=True)
+
+    def complete() -> None:
+        manifest = {"step": step, "leaves": described, "files": _file_hashes(temporary / "state")}
+        write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        os.replace(temporary, final)
+        _sync_folder(directory)
+        for old in steps(directory)[:-keep]:
+            shutil.rmtree(_folder(directory, old))
+
+    processes.by_first(clear)
     leaves = _leaves(state)
     try:
         _orbax().save(temporary / "state", leaves)
-        manifest = {
-            "step": step,
-            "leaves": {name: _describe(x) | {"blake2b": _hash(x)} for name, x in leaves.items()},
-            "files": _file_hashes(temporary / "state"),
-        }
-        write_atomic(temporary / MANIFEST, json.dumps(manifest, indent=1))
-        os.replace(temporary, final)
+        described = {name: _describe(x) | {"blake2b": _hash(x)} for name, x in leaves.items()}
+        processes.by_first(complete)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(directory)
-    for old in steps(directory)[:-keep]:
-        shutil.rmtree(_folder(directory, old))
 
 
 def restore(directory: str | Path, like: Any, step: int | None = None) -> tuple[Any, int]:
@@ -184,11 +191,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _hash(x: jax.Array) -> str:
     """Of the values in C order; type and shape stand beside it in the manifest."""
-    if not x.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        x = multihost_utils.process_allgather(x, tiled=True)
-    return hashlib.blake2b(np.asarray(x).tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(np.asarray(processes.to_host(x)).tobytes(), digest_size=16).hexdigest()
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:

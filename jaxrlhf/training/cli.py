@@ -46,6 +46,10 @@ def parse(
     if presets:
         notes.append(f"--preset NAME starts from one of: {', '.join(presets)}.")
     notes += [f"--model PATH is another name of --{model}."] if model else []
+    notes.append(
+        "--coordinator HOST:PORT --processes N --process I join a job of several processes, one started with each I; a "
+        "launcher (srun, mpirun, an indexed job of Kubernetes, a slice of TPUs) needs no flag: docs/scaling.md."
+    )
     notes.append("--config FILE starts from the settings of an earlier run (its config.yaml). Flags override either.")
     description = "\n\n".join(notes)
     default = _preset(presets or {}, preset) if file is None else load(cls, Path(file))
@@ -171,7 +175,10 @@ def main(
     under JAXRLHF_TRACEBACK=1.
     """
     try:
-        config = parse(cls, None, presets, about or (sys.modules["__main__"].__doc__ or "").strip(), model)
+        argv = sys.argv[1:]
+        job = _job(argv)
+        config = parse(cls, argv, presets, about or (sys.modules["__main__"].__doc__ or "").strip(), model)
+        join(**job)
         keep_programs()
         run(config)
     except KeyboardInterrupt:
@@ -181,6 +188,29 @@ def main(
             raise
         print(f"{Path(sys.argv[0]).name}: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _job(argv: list[str]) -> dict[str, Any]:
+    """Remove from argv which job of several processes this one belongs to, and give it."""
+    found: dict[str, Any] = {"coordinator": _take(argv, "--coordinator")}
+    for name in ("processes", "process"):
+        value = _take(argv, f"--{name}")
+        if value is not None and not value.isdigit():
+            raise ValueError(f"--{name} {value} must be a whole number")
+        found[name] = None if value is None else int(value)
+    return found
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Join a job of several processes (`core/processes.start`); what all but the first would print goes nowhere.
+
+    Raises:
+        ValueError: the job is not wholly described, or cannot be joined.
+    """
+    from jaxrlhf.core import processes as job
+
+    if job.start(coordinator, processes, process) and not job.is_first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open as long as the process
 
 
 def keep_programs() -> None:

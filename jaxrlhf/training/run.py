@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxrlhf
+from jaxrlhf.core import processes
 from jaxrlhf.training import cli
 from jaxrlhf.training.metrics import Metrics, write_atomic
 from jaxrlhf.training.metrics import read as read_metrics
@@ -36,16 +37,19 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class Run:
     """A run in its own directory. Made by `Run.open`, used as a context manager."""
 
-    def __init__(self, out: Path, lock: int, save_seconds: int | float, tensorboard: bool):
+    def __init__(self, out: Path, lock: int | None, save_seconds: int | float, tensorboard: bool):
         self.out = out
         self.start = 0  # number of steps already done, set by `restore`
-        self.result: dict[str, Any] | None = _read_json(out / "result.json")  # of a run that is done, else None
-        self._mark = _read_json(out / MARK) or {"seconds": 0.0, "cpu_seconds": 0.0}
+        self.result: dict[str, Any] | None = processes.by_first(
+            lambda: _read_json(out / "result.json")
+        )  # of a run that is done, else None
+        self._mark = (_read_json(out / MARK) if processes.is_first() else None) or {"seconds": 0.0, "cpu_seconds": 0.0}
         self._lock = lock
         self._save_seconds = save_seconds
         self._tensorboard = tensorboard
         self._metrics: Metrics | None = None
-        self._signal = 0
+        self._signal = 0  # that came to this process
+        self._agreed = 0  # that came to one of them, as all know
         self._stepping = False
         self._handlers: dict[int, Any] = {}
         self._saved_at = self._opened = time.monotonic()
@@ -68,14 +72,13 @@ class Run:
         """
         out = Path(out).expanduser().absolute()
         try:
-            _check_own(out)
-            out.mkdir(parents=True, exist_ok=True)
-            lock = _take_lock(out)
+            lock = processes.by_first(lambda: _take(out, config, free))
+            lock = lock if processes.is_first() else None  # the number means nothing to another process
             try:
-                _settle_config(out, config, free)
                 return cls(out, lock, save_seconds, tensorboard)
             except BaseException:
-                os.close(lock)
+                if lock is not None:
+                    os.close(lock)
                 raise
         except OSError as error:
             raise ValueError(f"cannot write to the run directory {out}: {error.strerror}; choose another --out") from error
@@ -94,7 +97,8 @@ class Run:
         finally:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
-            os.close(self._lock)  # which gives the lock back
+            if self._lock is not None:
+                os.close(self._lock)  # which gives the lock back
 
     def restore(self, state: Any) -> Any:
         """`state` as the newest checkpoint has it, or as it is where there is none. Sets `start`.
@@ -104,7 +108,7 @@ class Run:
         """
         from jaxrlhf.training import checkpoint
 
-        if checkpoint.latest(self._checkpoints) is not None:
+        if processes.by_first(lambda: checkpoint.latest(self._checkpoints)) is not None:
             state, self.start = checkpoint.restore(self._checkpoints, state)
         return state
 
@@ -114,7 +118,7 @@ class Run:
         Raises:
             SystemExit: 128 + the signal, before the next step, when a signal came and no `maybe_save` took it.
         """
-        progress = _Progress(name, start, total) if sys.stderr.isatty() else None
+        progress = _Progress(name, start, total) if sys.stderr.isatty() and processes.is_first() else None
         self._stepping = True  # a signal waits for the end of the step
         try:
             for step in range(start, total):
@@ -145,7 +149,7 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl so far."""
         self._log().flush()
-        return read_metrics(self.out)
+        return processes.by_first(lambda: read_metrics(self.out))
 
     def maybe_save(self, step: int, state: Any, last: bool = False) -> None:
         """After step `step`: save when it is time, when `last`, or when a signal asks the run to end.
@@ -153,7 +157,8 @@ class Run:
         Raises:
             SystemExit: 128 + the signal, after saving.
         """
-        if last or self._signal or time.monotonic() - self._saved_at >= self._save_seconds:
+        due = self._agree(time.monotonic() - self._saved_at >= self._save_seconds)
+        if last or self._agreed or due:
             self.save(step, state)
         self.check_signal()
 
@@ -172,17 +177,27 @@ class Run:
         Raises:
             SystemExit: 128 + the signal.
         """
-        if self._signal:
-            print(f"stopped by {signal.Signals(self._signal).name}; the same command goes on from here", file=sys.stderr)
-            raise SystemExit(128 + self._signal)
+        self._agree(False)
+        if self._agreed:
+            print(f"stopped by {signal.Signals(self._agreed).name}; the same command goes on from here", file=sys.stderr)
+            raise SystemExit(128 + self._agreed)
+
+    def _agree(self, due: bool) -> bool:
+        """Take over a signal that came to any process of the job; whether one of them says that it is time to save."""
+        self._agreed, due_somewhere = processes.largest(self._signal, int(due))
+        return bool(due_somewhere)
 
     def done(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write result.json, with the seconds that the run took in all its sessions; a run that has one is not done again."""
+        self.result = processes.by_first(lambda: self._write_result(result))
+        return self.result
+
+    def _write_result(self, result: dict[str, Any]) -> dict[str, Any]:
         self._write_times()
         times = {k: round(self._mark[k], 3) for k in ("seconds", "cpu_seconds")}
-        self.result = {**result, **times}
-        write_atomic(self.out / "result.json", json.dumps(self.result, indent=1, default=lambda x: x.item()) + "\n")
-        return self.result
+        result = {**result, **times}
+        write_atomic(self.out / "result.json", json.dumps(result, indent=1, default=lambda x: x.item()) + "\n")
+        return result
 
     @property
     def _checkpoints(self) -> Path:
@@ -190,7 +205,7 @@ class Run:
 
     def _log(self) -> Metrics:
         if self._metrics is None:
-            self._metrics = Metrics(self.out, self.start, self._tensorboard)
+            self._metrics = Metrics(self.out, self.start, self._tensorboard, writes=processes.is_first())
         return self._metrics
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -205,6 +220,8 @@ class Run:
         self._mark["cpu_seconds"] += cpu - self._cpu_opened
         self._opened, self._cpu_opened = now, cpu
         self._mark["version"] = jaxrlhf.__version__
+        if not processes.is_first():
+            return
         write_atomic(self.out / MARK, json.dumps(self._mark, indent=1) + "\n")
 
 
@@ -255,6 +272,19 @@ def _check_own(out: Path) -> None:
         raise ValueError(f"{out} is a file: --out must name a directory")
     if out.is_dir() and not (out / MARK).is_file() and any(p.name not in (".lock", f".{MARK}.tmp") for p in out.iterdir()):
         raise ValueError(f"{out} is not empty and was not made by this program (no {MARK}): choose a new or empty --out")
+
+
+def _take(out: Path, config: Any, free: tuple[str, ...]) -> int:
+    """The lock of the directory, once it is this run's."""
+    _check_own(out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = _take_lock(out)
+    try:
+        _settle_config(out, config, free)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _take_lock(out: Path) -> int:
