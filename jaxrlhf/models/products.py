@@ -20,6 +20,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxrlhf.core import sharding
+
 
 @struct.dataclass
 class Quantised:
@@ -97,6 +99,27 @@ def table_for_decoding(table: jax.Array | Quantised, dtype: str) -> jax.Array | 
     if isinstance(table, Quantised):
         return Quantised(table.values.T, table.scale.T)
     return transpose(table.astype(dtype))
+
+
+def gathered(tree: Any, axes: Any) -> Any:
+    """Weights with every device holding what the mesh axis `fsdp` splits; where it splits nothing, the tree as it is.
+
+    `axes`: the logical axes of each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return tree
+
+    def one(weight: Weight, split: tuple[str | None, ...]) -> Weight:
+        axes = tuple(None if axis is not None and sharding.RULES[axis] == "fsdp" else axis for axis in split)
+        if isinstance(weight, Adapted):
+            return weight.replace(weight=one(weight.weight, split))
+        if isinstance(weight, Quantised):
+            kept = (None if size == 1 else axis for size, axis in zip(weight.scale.shape, axes, strict=True))
+            return Quantised(sharding.constrain(weight.values, *axes), sharding.constrain(weight.scale, *kept))
+        return weight if axes == split else sharding.constrain(weight, *axes)
+
+    return jax.tree.map(one, tree, axes, is_leaf=is_weight)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -356,6 +356,9 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
     """Weights as `prefill`, `decode` and `logits` read them while sampling: products' operands in `config.dtype`, adapters
     merged; those in eight bits as they are.
 
+    On a mesh they are gathered over `fsdp`, here and once: left split, all of them would be gathered anew for every chunk of
+    tokens, and stand whole in memory all the same. What one device cannot hold so is split over `tensor`.
+
     The stack of layers becomes a tuple: a layer of a stacked array is copied before its products, on a CPU at every step, on a
     GPU once a chunk (half of the weights as temporaries, compiled for an H100).
     The embedding table stays float32 for look-ups; a tied head becomes a separate narrow copy of it.
@@ -364,10 +367,14 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
     layers = {name: w if isinstance(w, dict) else read(w) for name, w in params["layers"].items()}
     if config.experts:
         layers["experts"] = experts.decode_weights(config, params["layers"]["experts"])
-    layers = tuple(_at(layers, i) for i in range(config.layers))
-    if config.tied_head:
-        return params | {"layers": layers, "head": products.table_for_decoding(params["embed"], config.dtype)}
-    return params | {"layers": layers, "head": read(params["head"])}
+    tied = config.tied_head
+    head = products.table_for_decoding(params["embed"], config.dtype) if tied else read(params["head"])
+    axes = jax.tree.map(lambda spec: spec.axes, param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec))
+    axes["head"] = ("embed", "vocab")
+    of_layer = jax.tree.map(lambda names: names[1:], axes.pop("layers"), is_leaf=lambda x: isinstance(x, tuple))
+    layers = tuple(products.gathered(_at(layers, i), of_layer) for i in range(config.layers))
+    rest = {name: weight for name, weight in params.items() if name != "layers"} | {"head": head}
+    return products.gathered(rest, axes) | {"layers": layers}
 
 
 def prefill(

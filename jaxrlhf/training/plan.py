@@ -96,12 +96,13 @@ def sampling(
     weights = jax.eval_shape(model.decode_params, policy)
     # Backwards, so that of a weight and its adapter, which have one name, the weight stays.
     sources = {_names(path): x for path, x in reversed(jax.tree_util.tree_leaves_with_path(policy))}
-    copied = Size()
+    copied, mesh = Size(), jax.sharding.get_abstract_mesh()
+    gathered = 1 if mesh.empty else mesh.shape["fsdp"]  # over which the sampler's weights are not split
     changed = jax.eval_shape(functools.partial(decode_changes, model), policy)
     for path, leaf in jax.tree_util.tree_leaves_with_path(changed):
         source = _leaf(sources.get(_names(path), sources.get(("embed",), leaf)))  # a tied head is cut as the embedding
         whole = _leaf(leaf).total
-        copied += Size(whole, whole * source.device // max(source.total, 1))
+        copied += Size(whole, min(whole, whole * gathered * source.device // max(source.total, 1)))
     rows, width = prompts
     tokens, length = jax.ShapeDtypeStruct((rows, width), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
 
