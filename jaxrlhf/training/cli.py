@@ -176,9 +176,9 @@ def main(
     """
     try:
         argv = sys.argv[1:]
-        job = _job(argv)
+        found = job(argv)
         config = parse(cls, argv, presets, about or (sys.modules["__main__"].__doc__ or "").strip(), model)
-        join(**job)
+        join(**found)
         keep_programs()
         run(config)
     except KeyboardInterrupt:
@@ -190,7 +190,7 @@ def main(
         sys.exit(2)
 
 
-def _job(argv: list[str]) -> dict[str, Any]:
+def job(argv: list[str]) -> dict[str, Any]:
     """Remove from argv which job of several processes this one belongs to, and give it."""
     found: dict[str, Any] = {"coordinator": _take(argv, "--coordinator")}
     for name in ("processes", "process"):
@@ -207,9 +207,9 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     Raises:
         ValueError: the job is not wholly described, or cannot be joined.
     """
-    from jaxrlhf.core import processes as job
+    from jaxrlhf.core import processes as those
 
-    if job.start(coordinator, processes, process) and not job.is_first():
+    if those.start(coordinator, processes, process) and not those.is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open as long as the process
 
 
