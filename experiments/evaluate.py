@@ -42,10 +42,10 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Write the figures of baseline and candidate to `result.json` in `config.out`."""
+    mesh = stage.mesh(config.mesh, prompts=config.prompts, best_of_prompts=config.best_of_prompts if config.best_of else 0)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             baseline, candidate = stage.load(config.baseline, mesh), stage.load(config.candidate, mesh)
             judged = stage.load_reward(config.reward, mesh, baseline)

@@ -96,10 +96,10 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
+    mesh = stage.mesh(config.mesh, reference_samples=config.reference_samples)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             trunk, base, params = initial(config, mesh)
             data, held_out = dataset(config, trunk.tokenizer)

@@ -51,10 +51,10 @@ def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
     if config.frozen != "float32" and not config.lora.rank:
         raise ValueError(f"frozen='{config.frozen}' with lora.rank=0: then nothing is frozen; set a rank, 8 say")
+    mesh = stage.mesh(config.mesh, batch=config.batch)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         start = stage.load(config.init, mesh, weights=config.frozen)
         data, test, left_out = dataset(config, start.tokenizer)
         held_out = batch_of({name: array[:512] for name, array in test.items()})

@@ -26,6 +26,17 @@ from jaxrlhf.training import metrics, plan
 from jaxrlhf.training.run import Run
 
 
+def mesh(config: sharding.MeshConfig, minibatches: tuple[int, int] | None = None, **rows: int) -> jax.sharding.Mesh:
+    """The mesh of a script, if it can share these numbers of rows, each by the name of its setting.
+
+    Raises:
+        ValueError: the mesh does not fit the devices, or does not divide the rows.
+    """
+    made = sharding.make_mesh(config)
+    sharding.check_rows(made, rows, minibatches)
+    return made
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How responses are drawn; the tokenizer's own ids are added by `spec`."""

@@ -195,6 +195,30 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return processes.from_host(batch, batch_sharding(mesh))
 
 
+def check_rows(mesh: Mesh, rows: dict[str, int], minibatches: tuple[int, int] | None = None) -> None:
+    """Refuse numbers of rows that the mesh cannot share, before anything is compiled for them.
+
+    `rows`: by the setting that names them. `minibatches`: (rows, parts that they are dealt into).
+
+    Raises:
+        ValueError: with the numbers and what would do.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, count in rows.items():
+        if count % ways:
+            near = f"{count // ways * ways} or {(count // ways + 1) * ways}" if count > ways else str(ways)
+            raise ValueError(
+                f"--{name.replace('_', '-')} {count} cannot be shared by data x fsdp = {ways} devices: choose {near}, or a "
+                "mesh whose data x fsdp divides it (--mesh.tensor takes devices and splits no rows)"
+            )
+    count, parts = minibatches or (0, 1)
+    if count % (parts * ways):
+        raise ValueError(
+            f"{count} answers cannot be dealt into minibatches={parts} of a multiple of data x fsdp = {ways} rows: choose a "
+            f"--batch that makes them a multiple of {parts * ways}, or fewer minibatches"
+        )
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to the table's sharding inside a mesh; outside one, do nothing.
 
