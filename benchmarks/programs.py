@@ -78,7 +78,7 @@ def trained(case: Case, mesh: jax.sharding.Mesh, value: bool) -> tuple[Any, Any]
     base = quantised(whole, mesh) if case.frozen == "int8" else whole
     adapter = lora.LoraConfig(case.rank)
     own = sharding.abstract(lora.specs(case.config, adapter), mesh) if case.rank else whole
-    params = {"policy": own} | ({"value": _everywhere(heads.value_specs(case.config.width), mesh)} if value else {})
+    params = {"policy": own} | ({"value": sharding.abstract(heads.value_specs(case.config.width), mesh)} if value else {})
     return params, {"reference": base}
 
 
@@ -98,10 +98,6 @@ def quantised(params: Any, mesh: jax.sharding.Mesh) -> Any:
         )
 
     return jax.tree.map(one, params, shapes)
-
-
-def _everywhere(specs: Any, mesh: jax.sharding.Mesh) -> Any:
-    return _placed(jax.eval_shape(lambda key: sharding.init_params(specs, key), jax.random.key(0)), sharding.replicated(mesh))
 
 
 def _placed(tree: Any, place: Any) -> Any:
@@ -140,8 +136,12 @@ def _sft(case: Case, mesh: jax.sharding.Mesh) -> Any:
     params, width = params["policy"], case.prompt + case.response
     model = transformer.build(case.config)
     state, update = _state(params, mesh)
-    integers = jnp.zeros((case.rows, width), jnp.int32), jnp.zeros(case.rows, jnp.int32)
-    batch = _rows(lambda: lm.responses(integers[0], integers[1], integers[1], width - 1), mesh)
+
+    def responses() -> lm.Batch:
+        length = jnp.zeros(case.rows, jnp.int32)
+        return lm.responses(jnp.zeros((case.rows, width), jnp.int32), length, length, width - 1)
+
+    batch = _rows(responses, mesh)
     train = step.make_train_step(_over(case, objective.make_outputs(model)), lm.loss, lm.Config(), update, case.microbatches)
     return train.lower(state, frozen if case.rank else None, batch)
 
@@ -203,9 +203,12 @@ def _weights(case: Case, mesh: jax.sharding.Mesh) -> Any:
 
 def _prefill(case: Case, mesh: jax.sharding.Mesh) -> Any:
     model, shape = transformer.build(case.config), decode.Shape(1, case.response, EXACT)
-    rows = jnp.zeros(case.rows, jnp.int32)
-    tokens = jnp.zeros((case.rows, case.prompt), jnp.int32)
-    prompts = _rows(lambda: Prompts(tokens, rows, rows, rows), mesh)
+
+    def asked() -> Prompts:
+        rows = jnp.zeros(case.rows, jnp.int32)
+        return Prompts(jnp.zeros((case.rows, case.prompt), jnp.int32), rows, rows, rows)
+
+    prompts = _rows(asked, mesh)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
     return decode.start.lower(model, _spec(case), shape, case.response, _weights(case, mesh), prompts, key, None)
 

@@ -195,6 +195,12 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     return processes.from_host(batch, batch_sharding(mesh))
 
 
+def ways() -> int:
+    """Parts into which the mesh that is set splits the rows of a batch; 1 where none is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def check_rows(mesh: Mesh, rows: dict[str, int], minibatches: tuple[int, int] | None = None) -> None:
     """Refuse numbers of rows that the mesh cannot share, before anything is compiled for them.
 

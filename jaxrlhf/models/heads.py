@@ -189,8 +189,9 @@ def _policy(model, params, hidden, position, spec, seen):
 def _by_positions(function: Callable[[tuple], Any], arrays: tuple, vocab: int, block: int) -> Any:
     """`function((*arrays, position [r]))` of arrays [B, R, ...] or None, for blocks of R so that few logits exist at a time."""
     b, r = arrays[0].shape[:2]
-    # Few enough logits for the cache of a CPU; on an accelerator, few against its memory, many against its cores.
-    elements = 2**20 if jax.default_backend() == "cpu" else 2**26
+    # Few enough logits of a device for the cache of a CPU; on an accelerator, few against its memory, many against its cores,
+    # and against the head, which a mesh gathers and whose gradient it adds up once a block.
+    elements = sharding.ways() * (2**20 if jax.default_backend() == "cpu" else 2**26)
     blocks = -(-r // (block or max(1, elements // (b * vocab))))
     block = -(-r // blocks)
     if blocks == 1:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt32
 
-from jaxrlhf.core import masking
+from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
 from jaxrlhf.models import heads, roles
 from jaxrlhf.models.model import Model
@@ -24,7 +24,7 @@ class Options:
 
     reuse_sampler_logprobs: bool = False  # take the sampler's own log-probs for the learner's, which saves a pass
     exact_kl: bool = False  # also the KL to the reference of the whole distribution at each token
-    rows: int = 32  # scored at a time, a matter of memory and speed only
+    rows: int = 32  # of a device, scored at a time: a matter of memory and speed only
     generation: generate.Options = generate.Options()
 
 
@@ -169,8 +169,9 @@ def _values(head: Any, hidden: Float[Array, "b t d"], part: Rollout) -> tuple[Fl
 
 
 def _by_rows(function: Callable[[Any], Any], tree: Any, rows: int) -> Any:
-    """`function` of about `rows` rows at a time, so that logits stay in the cache; of all where no near number divides them."""
-    count = jax.tree.leaves(tree)[0].shape[0]
+    """`function` of about `rows` rows of a device at a time, so that logits stay in the cache; of all where no near number
+    divides them. Of fewer, a mesh would gather all weights more often than the work is worth."""
+    count, rows = jax.tree.leaves(tree)[0].shape[0], rows * sharding.ways()
     rows = next((size for size in range(rows, rows // 2, -1) if count % size == 0), count)
     if rows == count:
         return function(tree)
