@@ -153,7 +153,12 @@ def undivided(specs: Any, mesh: Mesh) -> list[str]:
     return found
 
 
-def _split(axis: str | None, mesh: Mesh) -> tuple[tuple[str, ...], int]:
+def parts(axis: str | None, mesh: Mesh | jax.sharding.AbstractMesh) -> int:
+    """Into how many parts the mesh splits a logical axis."""
+    return _split(axis, mesh)[1]
+
+
+def _split(axis: str | None, mesh: Mesh | jax.sharding.AbstractMesh) -> tuple[tuple[str, ...], int]:
     """The mesh axes that split a logical axis, and into how many parts."""
     names = () if axis is None else RULES[axis]
     names = (names,) if isinstance(names, str) else names or ()

@@ -137,6 +137,8 @@ def token_logprobs(
     backward pass, so that [B, R, V] never stands in memory.
     """
 
+    params = model.head(params)
+
     def one(args):
         hidden, tokens, kept, position = args
         logits = _policy(model, params, hidden, position, spec, seen)
@@ -161,6 +163,8 @@ def token_kl(
     sum over v of p(v) (log p(v) - log q(v)), both at the spec's temperature and constraints. `seen`: `seen_from` of the rows.
     """
 
+    params, reference = model.head(params), model.head(reference)
+
     def one(args):
         states, ref_states, position = args
         log_p = jax.nn.log_softmax(_policy(model, params, states, position, spec, seen), axis=-1)
@@ -175,6 +179,7 @@ def token_kl(
 
 def most_probable(model: Model, params: Any, hidden: Float[Array, "b r d"], block: int = 0) -> Int[Array, "b r"]:
     """The most probable token after each state under the plain softmax, of several alike the first; blocks as above."""
+    params = model.head(params)
     return _by_positions(lambda args: model.logits(params, args[0]).argmax(-1), (hidden,), model.vocab_size, block)
 
 

@@ -42,23 +42,35 @@ class Adapted:
 
 
 Weight = jax.Array | Quantised | Adapted
+Axes = tuple[str | None, str | None]  # logical axes of a weight, as `ParamSpec` has them
 
 
 def product(
-    dtype: str, x: Float[Array, "*s i"], weight: Float[Array, "a b"] | Quantised | Adapted, flipped: bool = False
+    dtype: str,
+    x: Float[Array, "*s i"],
+    weight: Float[Array, "a b"] | Quantised | Adapted,
+    axes: Axes | None = None,
+    flipped: bool = False,
 ) -> Float[Array, "*s o"]:
-    """x [..., in] @ weight [in, out] (`flipped`: [out, in]), operands rounded to `dtype`, sums and result float32."""
+    """x [..., in] @ weight [in, out] (`flipped`: [out, in]), operands rounded to `dtype`, sums and result float32.
+
+    Of `axes` those that the mesh axis `fsdp` splits are gathered before the product, narrow, and the gradient is split so
+    again. Left to the partitioner, a backward pass with recomputation would gather a weight twice, once to recompute and once,
+    transposed, for the gradient of x.
+    """
     if isinstance(weight, Adapted):  # never flipped: an embedding table has no adapter
-        low = product(dtype, product(dtype, x, weight.a), weight.b)
-        return product(dtype, x, weight.weight) + weight.scale * low
+        inner, outer = ((axes[0], None), (None, axes[1])) if axes else (None, None)
+        low = product(dtype, product(dtype, x, weight.a, inner), weight.b, outer)
+        return product(dtype, x, weight.weight, axes) + weight.scale * low
     # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantised):
         shape = weight.values.shape
-        result: jax.Array = _matmul_int8(jnp.dtype(dtype), flipped, rows, weight.values, weight.scale)
+        values = _gathered(weight.values, axes) if axes else weight.values
+        result: jax.Array = _matmul_int8(jnp.dtype(dtype), flipped, rows, values, weight.scale)
     else:
         shape = weight.shape
-        result = _matmul(jnp.dtype(dtype), flipped, rows, weight)
+        result = _matmul(jnp.dtype(dtype), flipped, axes, rows, weight)
     return result.reshape(*x.shape[:-1], shape[0 if flipped else 1])
 
 
@@ -111,28 +123,52 @@ def gathered(tree: Any, axes: Any) -> Any:
         return tree
 
     def one(weight: Weight, split: tuple[str | None, ...]) -> Weight:
-        axes = tuple(None if axis is not None and sharding.RULES[axis] == "fsdp" else axis for axis in split)
         if isinstance(weight, Adapted):
             return weight.replace(weight=one(weight.weight, split))
         if isinstance(weight, Quantised):
-            kept = (None if size == 1 else axis for size, axis in zip(weight.scale.shape, axes, strict=True))
-            return Quantised(sharding.constrain(weight.values, *axes), sharding.constrain(weight.scale, *kept))
-        return weight if axes == split else sharding.constrain(weight, *axes)
+            return Quantised(_gathered(weight.values, split), _gathered(weight.scale, split))
+        return _gathered(weight, split)
 
     return jax.tree.map(one, tree, axes, is_leaf=is_weight)
 
 
+def _gathered(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    kept = tuple(None if axis is not None and sharding.RULES[axis] == "fsdp" else axis for axis in axes)
+    return x if kept == axes else _pinned(kept, axes, x)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(dtype, flipped, x, weight):
-    return _matmul_forward(dtype, flipped, x, weight)[0]
+def _pinned(now, before, x):
+    """x with its axes split as `now`, and its gradient as `before`: that of a constraint would be gathered too."""
+    del before
+    return _constrained(x, now)
 
 
-def _matmul_forward(dtype, flipped, x, weight):
+_pinned.defvjp(lambda now, before, x: (_constrained(x, now), None), lambda now, before, _, g: (_constrained(g, before),))
+
+
+def _constrained(x, axes):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    # An axis that the mesh does not divide is whole everywhere (`sharding.WHOLE_IF_UNEVEN`), and so is one of size 1.
+    divided = (None if size % sharding.parts(axis, mesh) else axis for size, axis in zip(x.shape, axes, strict=True))
+    return sharding.constrain(x, *divided)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _matmul(dtype, flipped, axes, x, weight):
+    return _matmul_forward(dtype, flipped, axes, x, weight)[0]
+
+
+def _matmul_forward(dtype, flipped, axes, x, weight):
     x, weight = x.astype(dtype), weight.astype(dtype)
+    if axes is not None:
+        weight = _gathered(weight, axes)
     return _dot(x, transpose(weight) if flipped else weight), (x, weight)
 
 
-def _matmul_backward(dtype, flipped, residual, g):
+def _matmul_backward(dtype, flipped, axes, residual, g):
     # The rule that autodiff derives would multiply a float32 gradient with narrow operands, in float32.
     x, weight = residual
     g = g.astype(dtype)
@@ -140,7 +176,8 @@ def _matmul_backward(dtype, flipped, residual, g):
     # One operand must be moved in memory: the narrower.
     wide = x.shape[1] > g.shape[1]
     dweight = _dot(transpose(g), x) if wide else _dot(transpose(x), g)
-    return dx, dweight if wide == flipped else dweight.T
+    dweight = dweight if wide == flipped else dweight.T
+    return dx, dweight if axes is None else _constrained(dweight, axes)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

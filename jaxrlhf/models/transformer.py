@@ -71,6 +71,16 @@ def param_specs(config: TransformerConfig) -> Params:
     return specs
 
 
+HEAD, TABLE = ("embed", "vocab"), ("vocab", "embed")
+
+
+@functools.cache
+def _layer_axes(config: TransformerConfig) -> dict[str, Any]:
+    """Logical axes of the parameters of one layer."""
+    own = param_specs(config)["layers"]
+    return jax.tree.map(lambda spec: spec.axes[1:], own, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
 def _norm_specs(config: TransformerConfig, lead: tuple[int, ...], axes: tuple[str, ...]) -> dict[str, ParamSpec]:
     specs = {"scale": _scale_spec(config, (*lead, config.width))}
     if config.norm == "layer":
@@ -97,6 +107,7 @@ def build(config: TransformerConfig) -> Model:
         init=lambda key: sharding.init_params(param_specs(config), key),
         hidden=functools.partial(hidden, config),
         logits=functools.partial(logits, config),
+        head=head,
         decode_params=functools.partial(decode_params, config),
         prefill=functools.partial(prefill, config),
         decode=functools.partial(decode, config),
@@ -174,8 +185,14 @@ def expert_load(
 def logits(config: TransformerConfig, params: Params, hidden: Float[Array, "*s d"]) -> Float[Array, "*s v"]:
     """Unnormalised log-probabilities of the next token, from the head or, where there is none, the embedding table."""
     if "head" in params:
-        return capped(products.product(config.dtype, hidden, params["head"]), config.logit_cap)
-    return capped(products.product(config.dtype, hidden, params["embed"], flipped=True), config.logit_cap)
+        return capped(products.product(config.dtype, hidden, params["head"], HEAD), config.logit_cap)
+    return capped(products.product(config.dtype, hidden, params["embed"], TABLE, flipped=True), config.logit_cap)
+
+
+def head(params: Params) -> Params:
+    """Parameters whose `logits` are read block by block: what they read is gathered before."""
+    name, axes = ("head", HEAD) if "head" in params else ("embed", TABLE)
+    return params | products.gathered({name: params[name]}, {name: axes})
 
 
 def _positions(tokens, segments):
@@ -253,7 +270,7 @@ def _attended(config, weights, x, mixed, key=None):
 
 def _linear(config, weights, name, x):
     """x times the weight of this name, plus its bias where it has one."""
-    y = products.product(config.dtype, x, weights[name])
+    y = products.product(config.dtype, x, weights[name], _layer_axes(config)[name])
     bias = weights.get("bias", {}).get(name)
     return y if bias is None else y + bias
 
@@ -369,10 +386,11 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
         layers["experts"] = experts.decode_weights(config, params["layers"]["experts"])
     tied = config.tied_head
     head = products.table_for_decoding(params["embed"], config.dtype) if tied else read(params["head"])
-    axes = jax.tree.map(lambda spec: spec.axes, param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec))
-    axes["head"] = ("embed", "vocab")
-    of_layer = jax.tree.map(lambda names: names[1:], axes.pop("layers"), is_leaf=lambda x: isinstance(x, tuple))
-    layers = tuple(products.gathered(_at(layers, i), of_layer) for i in range(config.layers))
+    axes = jax.tree.map(lambda spec: spec.axes, param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec)) | {
+        "head": HEAD
+    }
+    del axes["layers"]
+    layers = tuple(products.gathered(_at(layers, i), _layer_axes(config)) for i in range(config.layers))
     rest = {name: weight for name, weight in params.items() if name != "layers"} | {"head": head}
     return products.gathered(rest, axes) | {"layers": layers}
 
