@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.algorithms import lm, ppo
-from jaxrlhf.core import sharding
+from jaxrlhf.core import offload, sharding
 from jaxrlhf.core.types import Outputs, Prompts, Rollout, SamplingSpec, TrainState
 from jaxrlhf.models import heads, int8, lora, products, roles, transformer
 from jaxrlhf.models.config import TransformerConfig
@@ -48,6 +48,7 @@ class Case:
     microbatches: int = 2
     scored: int = 4  # rows at a time
     chunk: int = 4  # decode steps of a program
+    offload: str = "none"  # what rests in the host's memory: optimizer, reference or both
 
     @property
     def config(self) -> TransformerConfig:
@@ -79,7 +80,17 @@ def trained(case: Case, mesh: jax.sharding.Mesh, value: bool) -> tuple[Any, Any]
     adapter = lora.LoraConfig(case.rank)
     own = sharding.abstract(lora.specs(case.config, adapter), mesh) if case.rank else whole
     params = {"policy": own} | ({"value": sharding.abstract(heads.value_specs(case.config.width), mesh)} if value else {})
-    return params, {"reference": base}
+    return params, {"reference": _at_rest(base) if case.offload in ("reference", "both") else base}
+
+
+def _at_rest(tree: Any) -> Any:
+    """Shapes of arrays in the host's memory."""
+
+    def one(x: Any) -> Any:
+        place = x.sharding.with_memory_kind(offload.KIND) if x.ndim else x.sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(one, tree)
 
 
 def quantised(params: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -92,10 +103,9 @@ def quantised(params: Any, mesh: jax.sharding.Mesh) -> Any:
         spec = (*wide.sharding.spec, *(None,) * wide.ndim)[: wide.ndim]
         kept = [None if size == 1 else name for size, name in zip(narrow.scale.shape, spec, strict=True)]
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept))
-        return products.Quantised(
-            jax.ShapeDtypeStruct(narrow.values.shape, narrow.values.dtype, sharding=wide.sharding),
-            jax.ShapeDtypeStruct(narrow.scale.shape, narrow.scale.dtype, sharding=place),
-        )
+        values: Any = jax.ShapeDtypeStruct(narrow.values.shape, narrow.values.dtype, sharding=wide.sharding)
+        scale: Any = jax.ShapeDtypeStruct(narrow.scale.shape, narrow.scale.dtype, sharding=place)
+        return products.Quantised(values, scale)
 
     return jax.tree.map(one, params, shapes)
 
@@ -111,12 +121,14 @@ def _rows(function: Callable[..., Any], mesh: jax.sharding.Mesh, *args: Any) -> 
     return _placed(jax.eval_shape(function, *args), sharding.batch_sharding(mesh))
 
 
-def _state(params: Any, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
+def state_of(case: Case, params: Any, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
+    """The state that a train step is given, and its optimizer."""
     update = optimizer.make(OptimizerConfig(name="adamw", clip_norm=1.0), 10, params)
     shapes = jax.eval_shape(update.init, params)
     everywhere = sharding.replicated(mesh)
-    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    count: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     inner = _placed(shapes, step.state_shardings(shapes, params))
+    inner = _at_rest(inner) if case.offload in ("optimizer", "both") else inner
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
     return TrainState(count, params, step.GuardedState(inner, count, count), (), key), update
 
@@ -135,7 +147,7 @@ def _sft(case: Case, mesh: jax.sharding.Mesh) -> Any:
     params, frozen = trained(case, mesh, value=False)
     params, width = params["policy"], case.prompt + case.response
     model = transformer.build(case.config)
-    state, update = _state(params, mesh)
+    state, update = state_of(case, params, mesh)
 
     def responses() -> lm.Batch:
         length = jnp.zeros(case.rows, jnp.int32)
@@ -149,7 +161,7 @@ def _sft(case: Case, mesh: jax.sharding.Mesh) -> Any:
 def _ppo(case: Case, mesh: jax.sharding.Mesh) -> Any:
     params, frozen = trained(case, mesh, value=True)
     model, config = transformer.build(case.config), ppo.Config()
-    state, update = _state(params, mesh)
+    state, update = state_of(case, params, mesh)
     experience = jax.eval_shape(functools.partial(_experience, case, mesh))
     batch = _rows(lambda x: ppo.prepare(x, ppo.init(config), config)[0], mesh, experience)
     outputs = objective.make_outputs(model, _spec(case), entropy=True, values=True, trunk="policy")

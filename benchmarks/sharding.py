@@ -34,7 +34,12 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 
 BUDGETS = Path(__file__).parent / "budgets.json"
-LARGE = {"prompt": 256, "response": 256, "chunk": 8, "microbatches": 2}
+
+
+def _large(model: str, rows: int, rank: int = 0, frozen: str = "float32") -> programs.Case:
+    return programs.Case(model, rank, frozen, rows, prompt=256, response=256, microbatches=2, scored=rows, chunk=8)
+
+
 # Eight rows a device; what a device cannot hold is left out: 8 billion parameters are trained as an adapter over eight bits.
 CASES: dict[str, dict[str, tuple[programs.Case, MeshConfig]]] = {
     "cpu": {
@@ -47,19 +52,19 @@ CASES: dict[str, dict[str, tuple[programs.Case, MeshConfig]]] = {
         "2x2x2 experts": (programs.Case("tiny_experts", rows=16), MeshConfig(2, 2, 2)),
     },
     "h100": {
-        "0.5B one": (programs.Case("0.5B", rows=8, scored=8, **LARGE), MeshConfig(1, 1, 1)),
-        "0.5B fsdp8": (programs.Case("0.5B", rows=64, scored=64, **LARGE), MeshConfig(1, 8, 1)),
-        "1.5B one": (programs.Case("1.5B", rows=8, scored=8, **LARGE), MeshConfig(1, 1, 1)),
-        "1.5B fsdp8": (programs.Case("1.5B", rows=64, scored=64, **LARGE), MeshConfig(1, 8, 1)),
-        "8B lora one": (programs.Case("8B", 16, "int8", 8, scored=8, **LARGE), MeshConfig(1, 1, 1)),
-        "8B lora fsdp8": (programs.Case("8B", 16, "int8", 64, scored=64, **LARGE), MeshConfig(1, 8, 1)),
-        "8B lora fsdp4 tensor2": (programs.Case("8B", 16, "int8", 32, scored=32, **LARGE), MeshConfig(1, 4, 2)),
+        "0.5B one": (_large("0.5B", 8), MeshConfig(1, 1, 1)),
+        "0.5B fsdp8": (_large("0.5B", 64), MeshConfig(1, 8, 1)),
+        "1.5B one": (_large("1.5B", 8), MeshConfig(1, 1, 1)),
+        "1.5B fsdp8": (_large("1.5B", 64), MeshConfig(1, 8, 1)),
+        "8B lora one": (_large("8B", 8, rank=16, frozen="int8"), MeshConfig(1, 1, 1)),
+        "8B lora fsdp8": (_large("8B", 64, rank=16, frozen="int8"), MeshConfig(1, 8, 1)),
+        "8B lora fsdp4 tensor2": (_large("8B", 32, rank=16, frozen="int8"), MeshConfig(1, 4, 2)),
     },
     "v5e": {
-        "0.5B fsdp4": (programs.Case("0.5B", rows=32, scored=32, **LARGE), MeshConfig(1, 4, 1)),
-        "1.5B fsdp4": (programs.Case("1.5B", rows=32, scored=32, **LARGE), MeshConfig(1, 4, 1)),
-        "8B lora fsdp4": (programs.Case("8B", 16, "int8", 32, scored=32, **LARGE), MeshConfig(1, 4, 1)),
-        "8B lora tensor4": (programs.Case("8B", 16, "int8", 8, scored=8, **LARGE), MeshConfig(1, 1, 4)),
+        "0.5B fsdp4": (_large("0.5B", 32), MeshConfig(1, 4, 1)),
+        "1.5B fsdp4": (_large("1.5B", 32), MeshConfig(1, 4, 1)),
+        "8B lora fsdp4": (_large("8B", 32, rank=16, frozen="int8"), MeshConfig(1, 4, 1)),
+        "8B lora tensor4": (_large("8B", 8, rank=16, frozen="int8"), MeshConfig(1, 1, 4)),
     },
 }
 

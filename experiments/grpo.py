@@ -43,6 +43,7 @@ class Config:
     algorithm: grpo.Config = dataclasses.replace(grpo.GRPO, kl_coef=0.12, samples=4, minibatches=4, epochs=2)
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     frozen: stage.Weights = "float32"  # of the frozen start: what adapters lie over, and the reference
+    offload: stage.Offload = "none"  # rests in the hosts' memory between the programs that use it
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -62,7 +63,7 @@ def run(config: Config) -> dict[str, Any]:
         if run.result is not None:
             return run.result
         with jax.set_mesh(mesh):
-            return train(run, config, tasks.make(config, mesh, config.frozen), mesh)
+            return train(run, config, tasks.make(config, mesh, config.frozen, config.offload), mesh)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
     tasks.tell_memory(run, config, task, params, update, n=algorithm.samples, generation=config.rollouts.generation)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-    state = run.restore(step.init_state(params, update, keys[0], grpo.init(algorithm)))
+    state = stage.at_rest(run.restore(step.init_state(params, update, keys[0], grpo.init(algorithm))), config.offload)
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
     run_epochs = step.make_epochs(outputs, grpo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
     prepare, describe = jax.jit(grpo.prepare, static_argnames="config"), jax.jit(rollout.stats)

@@ -47,6 +47,7 @@ class Config:
     critic: Literal["shared", "separate", "reward"] = "shared"  # value head on the policy's trunk; its own; the reward model's
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train adapters over the frozen start, of policy and separate critic
     frozen: stage.Weights = "float32"  # of the frozen start: what adapters lie over, and the reference
+    offload: stage.Offload = "none"  # rests in the hosts' memory between the programs that use it
     ema_decay: float | None = None  # serve an average of the policy's weights over iterations instead of the last ones
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
@@ -67,7 +68,7 @@ def run(config: Config) -> dict[str, Any]:
         if run.result is not None:
             return run.result
         with jax.set_mesh(mesh):
-            return train(run, config, tasks.make(config, mesh, config.frozen), mesh)
+            return train(run, config, tasks.make(config, mesh, config.frozen, config.offload), mesh)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     del params  # which the state has copied: a critic's trunk need not stand in memory twice
     if config.ema_decay is not None:
         state = step.update_ema(state, config.ema_decay)
-    state = run.restore(state)
+    state = stage.at_rest(run.restore(state), config.offload)
     in_loss = exact and algorithm.kl_in == "loss"
     outputs = objective.make_outputs(
         start.model, task.spec, entropy=True, values=True, ref_kl=in_loss, text=mixed, trunk="policy", adapters=config.lora

@@ -42,6 +42,7 @@ class Config:
     rollouts: rollout.Options = rollout.Options()
     algorithm: reinforce.Config = reinforce.Config(kl_coef=0.12, minibatches=4)
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
+    offload: stage.Offload = "none"  # rests in the hosts' memory between the programs that use it
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -61,7 +62,7 @@ def run(config: Config) -> dict[str, Any]:
         if run.result is not None:
             return run.result
         with jax.set_mesh(mesh):
-            return train(run, config, tasks.make(config, mesh), mesh)
+            return train(run, config, tasks.make(config, mesh, offloaded=config.offload), mesh)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
     tasks.tell_memory(run, config, task, params, update, n=algorithm.samples, generation=config.rollouts.generation)
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-    state = run.restore(step.init_state(params, update, keys[0], reinforce.init(algorithm)))
+    state = stage.at_rest(run.restore(step.init_state(params, update, keys[0], reinforce.init(algorithm))), config.offload)
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
     run_epochs = step.make_epochs(outputs, reinforce.loss, algorithm, update, algorithm.epochs, algorithm.minibatches)
     prepare, describe = jax.jit(reinforce.prepare, static_argnames="config"), jax.jit(rollout.stats)

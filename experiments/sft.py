@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -42,6 +42,7 @@ class Config:
     held_out: float = 0.05  # of the conversations' turns
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     frozen: stage.Weights = "float32"  # of the frozen start
+    offload: Literal["none", "optimizer"] = "none"  # rests in the hosts' memory between updates
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon", muon_dtype="bfloat16", learning_rate=0.002, adam_learning_rate=4e-4, warmup_fraction=0.1, clip_norm=None
     )
@@ -73,7 +74,7 @@ def train(run: Run, config: Config, params: Any, frozen: Any, outputs: objective
     """`config.steps` updates of a model, or of its adapter, on `batches[step]` (`lm.Batch`), from where `run` left off."""
     update = optimizer.make(config.optimizer, config.steps, params)
     stage.tell_memory(run, plan.training(params, update) + plan.frozen(frozen or {}))
-    state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
+    state = stage.at_rest(run.restore(step.init_state(params, update, jax.random.key(config.seed))), config.offload)
     train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
     for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
         state, metrics = train_step(state, frozen, batches[i])

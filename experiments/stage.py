@@ -11,8 +11,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxrlhf.core import processes, sharding
-from jaxrlhf.core.types import Rollout, SamplingSpec
+from jaxrlhf.core import offload, processes, sharding
+from jaxrlhf.core.types import Rollout, SamplingSpec, TrainState
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import heads, hf, int8, lora, peft, pretrained, transformer
@@ -63,6 +63,7 @@ def stop_table(spec: SamplingSpec, tokenizer: Tokenizer, vocab_size: int) -> jax
     return jnp.asarray(stop_strings.table(spec.stop_strings, tokenizer.pieces(), vocab_size)) if spec.stop_strings else None
 
 
+Offload = Literal["none", "optimizer", "reference", "both"]  # what rests in the hosts' memory while it is not used
 Weights = Literal["float32", "int8"]  # of a model that is read and not trained: as the folder has them, or in eight bits
 
 
@@ -214,7 +215,18 @@ def trainable(start: Trained, config: LoraConfig, mesh: jax.sharding.Mesh, seed:
         return adapter(start.config, config, mesh, seed)
     if start.folder is not None and int8.inside(start.params):
         return load(start.folder, mesh).params
-    return start.params
+    return offload.to_device_memory(start.params)
+
+
+def at_rest(state: TrainState, choice: Offload) -> TrainState:
+    """The state with its optimizer's part in the hosts' memory, where that is chosen.
+
+    Raises:
+        ValueError: a device has no such memory.
+    """
+    if choice not in ("optimizer", "both"):
+        return state
+    return dataclasses.replace(state, opt_state=offload.to_host_memory(state.opt_state))
 
 
 def adapter(shape: TransformerConfig, config: LoraConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import held_out, stage
-from jaxrlhf.core import processes, sharding
+from jaxrlhf.core import offload, processes, sharding
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.data import arithmetic as sums
 from jaxrlhf.data import human_sentiment, pipeline
@@ -98,13 +98,23 @@ class Settings(Protocol):
         ...
 
 
-def make(config: Settings, mesh: jax.sharding.Mesh, frozen: stage.Weights = "float32") -> Task:
-    """The task called `config.task`, its start with the weights `frozen`.
+def make(
+    config: Settings, mesh: jax.sharding.Mesh, frozen: stage.Weights = "float32", offloaded: stage.Offload = "none"
+) -> Task:
+    """The task called `config.task`, its start with the weights `frozen`, and as `offloaded` says in the hosts' memory.
 
     Raises:
-        ValueError, FileNotFoundError: a folder holds no such model, or more held-out prompts are asked for than there are.
+        ValueError, FileNotFoundError: a folder holds no such model, more held-out prompts are asked for than there are, or the
+            reference is to be offloaded where it cannot.
     """
     start = stage.load(config.policy, mesh, weights=frozen)
+    if offloaded in ("reference", "both"):
+        if config.lora.rank or (config.task != "arithmetic" and stage.kind(config.reward) == "reward_adapter"):
+            raise ValueError(
+                f"offload='{offloaded}': the reference is the base that adapters lie over, which every program reads: offload "
+                "the optimizer alone, or train without --lora.rank and give a reward model with a trunk of its own"
+            )
+        start = dataclasses.replace(start, params=offload.to_host_memory(start.params))
     return arithmetic(config, start, mesh) if config.task == "arithmetic" else sentiment(config, start, mesh)
 
 

@@ -89,7 +89,10 @@ def train(mesh: jax.sharding.Mesh | None, rollouts: list[Any] | None, iterations
         experience = rollout.experience(MODEL, state.params, frozen, drawn, SPEC, options)
         experience = dataclasses.replace(experience, score=put(scores(i)))
         batch, algorithm, stats = prepare(experience, state.algorithm, config=PPO)
+        before = state
         state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
+        donated = jax.tree.leaves((before.params, before.opt_state.inner))
+        assert all(x.is_deleted() for x in donated), "the old state's arrays still stand in memory"
         losses.append(processes.to_host(stats | metrics))
         tokens.append(processes.to_host(drawn.tokens))
     return {"params": processes.to_host(state.params), "losses": losses, "tokens": np.stack(tokens)}

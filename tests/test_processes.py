@@ -13,15 +13,11 @@ import jax
 import numpy as np
 import pytest
 import sameness
+import tiny_policy
 from safetensors.numpy import load_file
 from scripts import ROOT, command, environment
 
-from experiments import stage
 from jaxrlhf.core import processes
-from jaxrlhf.data import arithmetic
-from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.models import transformer
-from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.training import cli
 
 
@@ -175,12 +171,7 @@ def test_a_launcher_needs_no_flags(tmp_path, name):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> pathlib.Path:
     """A tiny policy for sums, as it was drawn."""
-    folder = tmp_path_factory.mktemp("start") / "model"
-    pairs = arithmetic.demonstrations(200, 0.5, 1)
-    tokenizer = tokenizers.train((prompt for prompt, _ in pairs), 259)
-    config = TransformerConfig(tokenizer.vocab_size, 16, 1, 2, 2, 8, 32, 16)
-    stage.save(folder, "policy", transformer.build(config).init(jax.random.key(0)), config, tokenizer)
-    return folder
+    return tiny_policy.write(tmp_path_factory.mktemp("start") / "model")
 
 
 def ppo(start: pathlib.Path, out: pathlib.Path, *more: object) -> list[str]:

@@ -8,6 +8,7 @@ On a CPU the backward pass of a language model is 2 to 3 times slower if left to
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -49,8 +50,8 @@ def product(
     dtype: str,
     x: Float[Array, "*s i"],
     weight: Float[Array, "a b"] | Quantised | Adapted,
-    axes: Axes | None = None,
     flipped: bool = False,
+    axes: Axes | None = None,
 ) -> Float[Array, "*s o"]:
     """x [..., in] @ weight [in, out] (`flipped`: [out, in]), operands rounded to `dtype`, sums and result float32.
 
@@ -60,8 +61,8 @@ def product(
     """
     if isinstance(weight, Adapted):  # never flipped: an embedding table has no adapter
         inner, outer = ((axes[0], None), (None, axes[1])) if axes else (None, None)
-        low = product(dtype, product(dtype, x, weight.a, inner), weight.b, outer)
-        return product(dtype, x, weight.weight, axes) + weight.scale * low
+        low = product(dtype, product(dtype, x, weight.a, axes=inner), weight.b, axes=outer)
+        return product(dtype, x, weight.weight, axes=axes) + weight.scale * low
     # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantised):
@@ -124,7 +125,7 @@ def gathered(tree: Any, axes: Any) -> Any:
 
     def one(weight: Weight, split: tuple[str | None, ...]) -> Weight:
         if isinstance(weight, Adapted):
-            return weight.replace(weight=one(weight.weight, split))
+            return dataclasses.replace(weight, weight=one(weight.weight, split))
         if isinstance(weight, Quantised):
             return Quantised(_gathered(weight.values, split), _gathered(weight.scale, split))
         return _gathered(weight, split)

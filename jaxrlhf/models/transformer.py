@@ -185,8 +185,8 @@ def expert_load(
 def logits(config: TransformerConfig, params: Params, hidden: Float[Array, "*s d"]) -> Float[Array, "*s v"]:
     """Unnormalised log-probabilities of the next token, from the head or, where there is none, the embedding table."""
     if "head" in params:
-        return capped(products.product(config.dtype, hidden, params["head"], HEAD), config.logit_cap)
-    return capped(products.product(config.dtype, hidden, params["embed"], TABLE, flipped=True), config.logit_cap)
+        return capped(products.product(config.dtype, hidden, params["head"], axes=HEAD), config.logit_cap)
+    return capped(products.product(config.dtype, hidden, params["embed"], flipped=True, axes=TABLE), config.logit_cap)
 
 
 def head(params: Params) -> Params:
@@ -270,7 +270,7 @@ def _attended(config, weights, x, mixed, key=None):
 
 def _linear(config, weights, name, x):
     """x times the weight of this name, plus its bias where it has one."""
-    y = products.product(config.dtype, x, weights[name], _layer_axes(config)[name])
+    y = products.product(config.dtype, x, weights[name], axes=_layer_axes(config)[name])
     bias = weights.get("bias", {}).get(name)
     return y if bias is None else y + bias
 

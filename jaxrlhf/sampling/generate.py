@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxrlhf.core import processes
+from jaxrlhf.core import offload, processes
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.models.model import EXACT, CacheConfig, Model
 from jaxrlhf.sampling import decode
@@ -292,7 +292,7 @@ def _job(
     chunks = -(-spec.max_tokens // options.chunk)
     steps = -(-spec.max_tokens // chunks)  # chunks of equal length: one compiled program, the fewest steps past the end
     shape = Shape(n, chunks * steps, options.cache)
-    weights = decode.decode_params(model, params)
+    weights = decode.decode_params(model, offload.to_device_memory(params))
     return _Job(model, spec, shape, steps, weights, prompts, key, options, stop_table if spec.stop_strings else None)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, UInt32
 
-from jaxrlhf.core import masking, sharding
+from jaxrlhf.core import masking, offload, sharding
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
 from jaxrlhf.models import heads, roles
 from jaxrlhf.models.model import Model
@@ -65,7 +65,7 @@ def experience(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _experience(model, spec, options, params, reference, rollout) -> Experience:
-    critic = roles.has_value(params)
+    critic, reference = roles.has_value(params), offload.fetch(reference)
     own = rollout.sampled_logprobs if spec.replayed else rollout.logprobs
     width = own.shape[1]
 
@@ -106,6 +106,8 @@ def score_rollout(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score_rollout(model, spec, rows, policy, rollout):
+    policy = offload.fetch(policy)
+
     def score(part: Rollout):
         return _logprobs(model, policy, model.hidden(policy, part.tokens), part, rollout.logprobs.shape[1], spec, entropy=True)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.core import sharding
+from jaxrlhf.core import offload, sharding
 from jaxrlhf.core.types import SamplingSpec
 from jaxrlhf.models.model import EXACT, CacheConfig, Model, decode_changes
 from jaxrlhf.training import step
@@ -53,6 +53,8 @@ def size(tree: Any) -> Size:
 def _leaf(x: Any, place: jax.sharding.Sharding | None = None) -> Size:
     place = place or getattr(x, "sharding", None)
     shape, width = tuple(x.shape), jnp.dtype(x.dtype).itemsize
+    if getattr(place, "memory_kind", None) == offload.KIND:
+        return Size(math.prod(shape) * width, 0)
     return Size(math.prod(shape) * width, math.prod(place.shard_shape(shape) if place else shape) * width)
 
 

@@ -62,7 +62,7 @@ class Run:
         config: Any,
         save_seconds: int | float = 30,
         tensorboard: bool = True,
-        free: tuple[str, ...] = ("out", "mesh"),
+        free: tuple[str, ...] = ("out", "mesh", "offload"),
     ) -> Run:
         """Take the directory `out`: a new or empty one, or that of a run with the same settings (but those in `free`).
 
@@ -189,8 +189,8 @@ class Run:
 
     def done(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write result.json, with the seconds that the run took in all its sessions; a run that has one is not done again."""
-        self.result = processes.by_first(lambda: self._write_result(result))
-        return self.result
+        self.result = written = processes.by_first(lambda: self._write_result(result))
+        return written
 
     def _write_result(self, result: dict[str, Any]) -> dict[str, Any]:
         self._write_times()

@@ -13,7 +13,7 @@ import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrlhf.core import sharding
+from jaxrlhf.core import offload, sharding
 from jaxrlhf.core.types import Outputs, Term, TrainState
 from jaxrlhf.models import int8
 from jaxrlhf.training.objective import OutputsFn
@@ -196,13 +196,14 @@ def _make_update(outputs_fn: OutputsFn, loss_fn: LossFn, config: Any, optimizer,
         gradient, seen = _gradient(outputs_fn, loss_fn, config, microbatches, (params, frozen, batch, key))
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(_total(seen[0]))
-        updates, inner = optimizer.update(gradient, opt_state.inner, params)
+        old_inner = offload.fetch(opt_state.inner, after=gradient)
+        updates, inner = optimizer.update(gradient, old_inner, params)
 
         def keep(new, old):
             return jnp.where(finite, new, old)
 
         opt_state = GuardedState(
-            inner=jax.tree.map(keep, inner, opt_state.inner),
+            inner=offload.leave(jax.tree.map(keep, inner, old_inner), opt_state.inner),
             skipped=opt_state.skipped + ~finite,
             in_a_row=jnp.where(finite, 0, opt_state.in_a_row + 1),
         )
