@@ -137,7 +137,7 @@ def moved(text: str, least: int) -> list[tuple[str, int, int]]:
 
 def memory(compiled: Any) -> dict[str, int]:
     """Bytes of a device: arguments, results, of these what takes the place of arguments, temporaries; and the host's."""
-    sizes: Any = compiled.memory_analysis()
+    sizes: Any = compiled.memory_analysis() if hasattr(compiled, "memory_analysis") else compiled.get_compiled_memory_stats()
     return {
         "arguments": sizes.argument_size_in_bytes,
         "results": sizes.output_size_in_bytes,

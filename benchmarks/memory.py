@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import hlo
-import jax
 import measure
 import programs
 import sharding as shapes
@@ -49,8 +48,10 @@ def main() -> None:
     devices = targets.devices(settings.target, max(mesh.data * mesh.fsdp * mesh.tensor for _, mesh in cases.values()))
     found: dict[str, Any] = {}
     for name, (case, shape) in cases.items():
-        mesh = shapes.mesh_of(shape, devices)
-        found[name] = {choice: held(dataclasses.replace(case, offload=choice), mesh) for choice in settings.choices}
+        placed = shapes.mesh_of(shape, devices)
+        own, mesh = list(placed.devices.flat), targets.with_host_memory(placed)
+        chosen = {choice: dataclasses.replace(case, offload=choice) for choice in settings.choices}
+        found[name] = {choice: held(each, mesh, own) for choice, each in chosen.items()}
         for choice, each in found[name].items():
             print(
                 f"{name}, {choice}: " + ", ".join(f"{what} {size / 2**20:.0f} MiB" for what, size in each.items()), flush=True
@@ -59,14 +60,14 @@ def main() -> None:
     measure.write(document, settings.result)
 
 
-def held(case: programs.Case, mesh: jax.sharding.Mesh) -> dict[str, int]:
+def held(case: programs.Case, mesh: Any, devices: list[Any]) -> dict[str, int]:
     """Bytes of a device, and what it has in the host's memory."""
     found = {}
     for name, lowered in programs.lowered(case, mesh, ("ppo", "score")):
-        sizes = hlo.memory(lowered.compile())
+        sizes = hlo.memory(targets.compiled(lowered, devices))
         found |= {f"{name} {what}": sizes[what] for what in ("arguments", "temporaries", "host_arguments", "host_temporaries")}
         gc.collect()
-    with jax.set_mesh(mesh):
+    with programs.under(mesh):
         params, frozen = programs.trained(case, mesh, value=True)
         state, _ = programs.state_of(case, params, mesh)
     return found | {"while sampling": plan.size((state.params, state.opt_state, frozen)).device}

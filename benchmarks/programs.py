@@ -58,9 +58,14 @@ class Case:
 
 def lowered(case: Case, mesh: jax.sharding.Mesh, names: tuple[str, ...] = NAMES) -> Iterator[tuple[str, Any]]:
     """(name, lowered program) of each program asked for, on the mesh."""
-    with jax.set_mesh(mesh):
+    with under(mesh):
         for name in names:
             yield name, _PROGRAMS[name](case, mesh)
+
+
+def under(mesh: Any) -> Any:
+    """The context of a mesh, of devices or an abstract one."""
+    return jax.set_mesh(mesh) if isinstance(mesh, jax.sharding.Mesh) else jax.sharding.use_abstract_mesh(mesh)
 
 
 def large(case: Case, mesh: jax.sharding.Mesh) -> int:

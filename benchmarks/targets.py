@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 
 # Typed from Nvidia's figures; they choose kernels, and take no part in what is measured.
 H100 = """
@@ -42,6 +43,28 @@ def devices(name: str, count: int) -> list[Any]:
     found = topologies.get_topology_desc(**given).devices
     jax.default_backend = lambda: "tpu" if name == "v5e" else "gpu"  # the library asks it which forms of its programs are best
     return list(found)
+
+
+def with_host_memory(mesh: jax.sharding.Mesh) -> Any:
+    """The mesh, or for H100s that are not here an abstract one: jax 0.10 forgets that such devices have a host's memory.
+    Programs are then lowered for CUDA, and compiled by `compiled`."""
+    if mesh.devices.flat[0].platform != "gpu":
+        return mesh
+    jax.stages.Traced.lower.__kwdefaults__["lowering_platforms"] = ("cuda",)
+    return mesh.abstract_mesh
+
+
+def compiled(lowered: Any, devices: list[Any]) -> Any:
+    """The compiled program, also of one that was lowered for an abstract mesh over all of the devices."""
+    if devices[0].platform != "gpu":
+        return lowered.compile()
+    # What `lowered.compile(device_assignment=...)` is for; in jax 0.10 it asks a client that is here.
+    from jax._src import compiler
+    from jax._src.lib import _jax
+
+    options = compiler.get_compile_options(num_replicas=1, num_partitions=len(devices), device_assignment=np.array([devices]))
+    listed = _jax.DeviceList(tuple(devices))
+    return devices[0].client.compile(lowered.compiler_ir(), executable_devices=listed, compile_options=options)
 
 
 def place(name: str) -> jax.sharding.Sharding:
