@@ -34,12 +34,12 @@ def kinds(tree: Any) -> set[str]:
 def two_updates(offloaded: bool) -> tuple[Any, Any, Any]:
     """The state after two updates on the mesh, its metrics, and the program's bytes."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
-    params = sameness.start()
+    params, recorded = sameness.start(), sameness.recorded()[0]
     update = optimizer.make(OptimizerConfig(learning_rate=1e-3), 20, params)
     with jax.set_mesh(mesh):
         placed = processes.from_host(params, sharding.shardings(sameness.SPECS, mesh))
         state = step.init_state(placed, update, jax.random.key(1), algorithm.init(sameness.PPO))
-        drawn = sharding.shard_batch(sameness.recorded()[0], mesh)
+        drawn = sharding.shard_batch(recorded, mesh)
         frozen = {"reference": placed["policy"]}
         if offloaded:
             state = dataclasses.replace(state, opt_state=offload.to_host_memory(state.opt_state))
@@ -105,6 +105,7 @@ def config(start: Any, out: Any, **changes: Any) -> ppo.Config:
     return dataclasses.replace(ppo.ARITHMETIC, **same, **changes)
 
 
+@pytest.mark.full
 def test_one_setting_of_ppo_moves_both(tmp_path):
     start = tiny_policy.write(tmp_path / "start")
     rows = {}
