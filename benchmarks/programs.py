@@ -213,12 +213,18 @@ def _decode_params(case: Case, mesh: jax.sharding.Mesh) -> Any:
 @functools.cache
 def _weights(case: Case, mesh: jax.sharding.Mesh) -> Any:
     """What sampling reads, where the program that makes it leaves it."""
-    program = _decode_params(case, mesh)
-    changes = _placed(program.out_info, program.compile().output_shardings)
-    return decode.over(_policy(case, mesh), changes)
+    model, policy = transformer.build(case.config), _policy(case, mesh)
+    made = jax.eval_shape(functools.partial(decode._decode_changes, model), policy)
+    return decode.over(policy, _placed(made, _decode_params(case, mesh).compile().output_shardings))
 
 
 def _prefill(case: Case, mesh: jax.sharding.Mesh) -> Any:
+    static, given = _start(case, mesh)
+    return decode.start.lower(*static, *given)
+
+
+def _start(case: Case, mesh: jax.sharding.Mesh) -> tuple[tuple, tuple]:
+    """What `decode.start` is given: what is static, and arrays."""
     model, shape = transformer.build(case.config), decode.Shape(1, case.response, EXACT)
 
     def asked() -> Prompts:
@@ -227,12 +233,13 @@ def _prefill(case: Case, mesh: jax.sharding.Mesh) -> Any:
 
     prompts = _rows(asked, mesh)
     key = _placed(jax.eval_shape(lambda: jax.random.key(0)), sharding.replicated(mesh))
-    return decode.start.lower(model, _spec(case), shape, case.response, _weights(case, mesh), prompts, key, None)
+    return (model, _spec(case), shape, case.response), (_weights(case, mesh), prompts, key, None)
 
 
 def _decode(case: Case, mesh: jax.sharding.Mesh) -> Any:
-    begin = _prefill(case, mesh)
-    state = _placed(begin.out_info, begin.compile().output_shardings)
+    static, given = _start(case, mesh)
+    made = jax.eval_shape(functools.partial(decode.start, *static), *given)
+    state = _placed(made, decode.start.lower(*static, *given).compile().output_shardings)
     return decode.advance.lower(transformer.build(case.config), _spec(case), case.chunk, _weights(case, mesh), state)
 
 

@@ -44,13 +44,10 @@ PLAIN = [("2x2x2", ("ppo", "decode"))]
 
 def within(name: str, programs: tuple[str, ...]) -> dict[str, Any]:
     case, shape = CASES[name]
-    budget = bench.budgets("cpu")
-    assert budget, (
-        f"benchmarks/budgets.json has none for {bench.version()}: python benchmarks/sharding.py --target cpu --update"
-    )
-    assert set(budget[name]) == set(bench.programs.NAMES)
+    budget = bench.budgets("cpu").get(name, {})
+    assert set(programs) <= set(budget), f"no budget for {bench.version()}: python benchmarks/sharding.py --target cpu --update"
     found = bench.counted(case, bench.mesh_of(shape, jax.devices()), programs)
-    assert bench.over(found, budget[name], name) == []
+    assert bench.over(found, budget, name) == []
     return found
 
 

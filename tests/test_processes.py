@@ -132,6 +132,7 @@ def test_two_processes_agree(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["by"] == 0
 
 
+@pytest.mark.full
 def test_two_processes_learn_what_one_does(tmp_path):
     two("trained", tmp_path)
     found = np.load(tmp_path / "found.npy", allow_pickle=True).item()
@@ -212,7 +213,7 @@ def test_ppo_in_two_processes_is_ppo_in_one(start, tmp_path):
     ("flags", "said"),
     [
         (("--mesh.fsdp", 3), "does not fit 2 device(s): choose axes whose product is 2"),
-        (("--batch", 9), "has 9 rows, not divisible by data x fsdp = 2"),
+        (("--batch", 9), "--batch 9 cannot be shared by data x fsdp = 2 devices: choose 8 or 10"),
     ],
 )
 def test_bad_input_ends_every_process(start, tmp_path, flags, said):
