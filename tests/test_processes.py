@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from typing import Any
 
 import jax
@@ -34,20 +37,26 @@ def free_port(low: int = 0, high: int = 0) -> int:
 
 
 def together(commands: list[list[str]], environments: list[dict[str, str]]) -> list[subprocess.CompletedProcess]:
-    """Processes started at once; what each wrote, and how it ended. None outlives the test."""
-    running = [
-        subprocess.Popen(line, cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for line, own in zip(commands, environments, strict=True)
-    ]
-    try:
-        ends = [child.communicate(timeout=400) for child in running]
-    finally:
-        for child in running:
-            child.kill()
-    return [
-        subprocess.CompletedProcess(child.args, child.returncode, out, error)
-        for child, (out, error) in zip(running, ends, strict=True)
-    ]
+    """Processes started at once; what each wrote, and how it ended. None outlives the test: once one has failed, the others,
+    which wait for it, have ten seconds."""
+    with contextlib.ExitStack() as files:
+        pipes = [[files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
+        running = [
+            subprocess.Popen(line, cwd=ROOT, env=own, stdout=out, stderr=error, text=True)
+            for line, own, (out, error) in zip(commands, environments, pipes, strict=True)
+        ]
+        try:
+            end = time.monotonic() + 400
+            while any(child.poll() is None for child in running) and time.monotonic() < end:
+                if any(child.poll() for child in running):
+                    end = min(end, time.monotonic() + 10)
+                time.sleep(0.05)
+        finally:
+            for child in running:
+                child.kill()
+                child.wait()
+        texts = [[pipe.seek(0) or pipe.read() for pipe in pair] for pair in pipes]
+    return [subprocess.CompletedProcess(c.args, c.returncode, *text) for c, text in zip(running, texts, strict=True)]
 
 
 def two(what: str, folder: pathlib.Path, devices: int = 2, **own: Any) -> list[subprocess.CompletedProcess]:
@@ -55,8 +64,7 @@ def two(what: str, folder: pathlib.Path, devices: int = 2, **own: Any) -> list[s
     job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process")
     lines = [[sys.executable, "tests/two_processes.py", what, str(folder), *job, str(i)] for i in range(2)]
     done = together(lines, [environment(devices)] * 2)
-    for each in done:
-        assert each.returncode == 0, each.stderr[-3000:]
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr[-2000:] + done[1].stderr[-2000:]
     return done
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -143,5 +145,9 @@ def trained(folder: Path) -> None:
 if __name__ == "__main__":
     flags = sys.argv[3:]
     cli.join(**cli.job(flags))
-    {"joined": joined, "agreed": agreed, "trained": trained}[sys.argv[1]](Path(sys.argv[2]))
+    try:
+        {"joined": joined, "agreed": agreed, "trained": trained}[sys.argv[1]](Path(sys.argv[2]))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # at once: the other one waits for this one, and this one's end would wait for the other
     print(f"{jax.process_index()} is done")
