@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import numpy as np
 
 # Typed from Nvidia's figures; they choose kernels, and take no part in what is measured.
 H100 = """
@@ -15,13 +18,55 @@ H100 = """
   runtime_version { major: 12 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3" """
 
 
-def place(name: str) -> jax.sharding.Sharding:
-    """The first device that is here, or for `h100` one that need not be, by jax-cuda12-pjrt and jax-cuda12-plugin; from there
-    on the library builds its programs for a GPU."""
-    if name != "h100":
-        return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def devices(name: str, count: int) -> list[Any]:
+    """Devices that are here (`cpu`), or for `h100` and `v5e` ones that need not be; from there on the library builds its
+    programs for a GPU or a TPU.
+
+    Raises:
+        ValueError: more devices than are here, or another target.
+    """
+    if name == "cpu":
+        if jax.device_count() < count:
+            raise ValueError(
+                f"{count} devices are needed, {jax.device_count()} are here: set "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+            )
+        return list(jax.devices())
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(platform="cuda", topology_name="h100", target_config=H100, topology="1x1x1").devices
-    jax.default_backend = lambda: "gpu"  # the library asks it which form of a product and how many logits at a time are best
-    return jax.sharding.SingleDeviceSharding(devices[0])
+    if name == "h100":
+        given = {"platform": "cuda", "topology_name": f"h100x{count}", "target_config": H100, "topology": f"1x1x{count}"}
+    elif name == "v5e":
+        given = {"platform": "tpu", "topology_name": "v5e:2x2x1", "chips_per_host_bounds": (2, 2, 1), "num_slices": 1}
+    else:
+        raise ValueError(f"target '{name}' is not known: cpu, h100 or v5e")
+    found = topologies.get_topology_desc(**given).devices
+    jax.default_backend = lambda: "tpu" if name == "v5e" else "gpu"  # the library asks it which forms of its programs are best
+    return list(found)
+
+
+def with_host_memory(mesh: jax.sharding.Mesh) -> Any:
+    """The mesh, or for H100s that are not here an abstract one: jax 0.10 forgets that such devices have a host's memory.
+    Programs are then lowered for CUDA, and compiled by `compiled`."""
+    if mesh.devices.flat[0].platform != "gpu":
+        return mesh
+    jax.stages.Traced.lower.__kwdefaults__["lowering_platforms"] = ("cuda",)  # pyright: ignore[reportOptionalSubscript]
+    return mesh.abstract_mesh
+
+
+def compiled(lowered: Any, devices: list[Any]) -> Any:
+    """The compiled program, also of one that was lowered for an abstract mesh over all of the devices."""
+    if devices[0].platform != "gpu":
+        return lowered.compile()
+    # What `lowered.compile(device_assignment=...)` is for; in jax 0.10 it asks a client that is here.
+    from jax._src import compiler
+    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+
+    options = compiler.get_compile_options(num_replicas=1, num_partitions=len(devices), device_assignment=np.array([devices]))
+    listed = _jax.DeviceList(tuple(devices))
+    return devices[0].client.compile(lowered.compiler_ir(), executable_devices=listed, compile_options=options)
+
+
+def place(name: str) -> jax.sharding.Sharding:
+    """The first device that is here, or for `h100` one that need not be."""
+    return jax.sharding.SingleDeviceSharding(devices("h100", 1)[0] if name == "h100" else jax.devices()[0])

@@ -54,10 +54,10 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
+    mesh = stage.mesh(config.mesh, batch=config.batch, held_out_prompts=config.held_out_prompts)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         pairs = arithmetic.demonstrations(config.demonstrations, config.careless, config.seed)
         tokenizer = tokenizers.train((prompt for prompt, _ in pairs), config.model.vocab_size)
         model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
@@ -82,7 +82,7 @@ def run(config: Config) -> dict[str, Any]:
             params = step.served(state)
             trained = stage.Trained(model_config, model, params, tokenizer, {})
             accuracy, answers = tasks.greedy(trained, params, config.sampling, config.held_out_prompts, mesh)
-        stage.save(config.out / "model", "policy", jax.device_get(params), model_config, tokenizer)
+        stage.save(config.out / "model", "policy", params, model_config, tokenizer)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         pairs = zip(tasks.held_out_sums(config.held_out_prompts), answers, strict=True)
         careless = [answer == str(arithmetic.without_carry(row["left"], row["right"])) for row, answer in pairs]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -49,6 +49,7 @@ class Config:
     algorithm: dpo.Config = dpo.Config(beta=0.3)  # at 0.1 this small model leaves 18 nats between itself and the reference
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     frozen: stage.Weights = "float32"  # of the frozen start: what adapters lie over, and the reference
+    offload: Literal["none", "optimizer"] = "none"  # rests in the hosts' memory between updates
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=1e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -62,10 +63,10 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
+    mesh = stage.mesh(config.mesh, batch=config.batch, held_out_prompts=config.held_out_prompts)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh), tasks.make(config, mesh, config.frozen) as task:
             return train(run, config, task, mesh)
 
@@ -80,7 +81,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
     update = optimizer.make(config.optimizer, config.steps, params)
     tasks.tell_memory(run, config, task, params, update)
-    state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
+    state = stage.at_rest(run.restore(step.init_state(params, update, jax.random.key(config.seed))), config.offload)
     outputs = objective.make_outputs(start.model, adapters=config.lora)
     train_step = step.make_train_step(outputs, dpo.loss, config.algorithm, update, config.microbatches)
     train_step = run.clock.learner(train_step, *tasks.learning(config, task, params))

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments import held_out, stage
 from jaxrlhf.algorithms import best_of_n
-from jaxrlhf.core import sharding
+from jaxrlhf.core import processes, sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.evaluation import judges, policy, reward_model, win_rate
@@ -42,10 +42,10 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Write the figures of baseline and candidate to `result.json` in `config.out`."""
+    mesh = stage.mesh(config.mesh, prompts=config.prompts, best_of_prompts=config.best_of_prompts if config.best_of else 0)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             baseline, candidate = stage.load(config.baseline, mesh), stage.load(config.candidate, mesh)
             judged = stage.load_reward(config.reward, mesh, baseline)
@@ -88,8 +88,8 @@ def choose_best(config: Config, setting: held_out.Setting, params: Any, start: d
     most = max(config.best_of)
     drawn = generate.generate(setting.model, params, sharding.shard_batch(few, setting.mesh), setting.spec, key, most)
     texts = [prompt + response for prompt, response in zip(*stage.texts(drawn, setting.tokenizer), strict=True)]
-    proxy = np.asarray(setting.reward(drawn)).reshape(-1, most)
-    values = {"length": np.asarray(drawn.response_len, np.float64).reshape(-1, most)}
+    proxy = processes.to_host(setting.reward(drawn)).reshape(-1, most)
+    values = {"length": processes.to_host(drawn.response_len).astype(np.float64).reshape(-1, most)}
     for name, judge in judging.items():
         values[name] = judge(texts).reshape(-1, most)
         values[f"win_{name}"] = win_rate.outcomes(values[name], start[name][: len(proxy), None])

@@ -45,6 +45,7 @@ class Config:
     algorithm: grpo.Config = dataclasses.replace(grpo.GRPO, kl_coef=0.12, samples=4, minibatches=4, epochs=2)
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     frozen: stage.Weights = "float32"  # of the frozen start: what adapters lie over, and the reference
+    offload: stage.Offload = "none"  # rests in the hosts' memory between the programs that use it
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -57,11 +58,16 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` (the policy alone) and `result.json` into `config.out`."""
+    mesh = stage.mesh(
+        config.mesh,
+        (config.batch * config.algorithm.samples, config.algorithm.minibatches),
+        batch=config.batch,
+        held_out_prompts=config.held_out_prompts,
+    )
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
-        with jax.set_mesh(mesh), tasks.make(config, mesh, config.frozen) as task:
+        with jax.set_mesh(mesh), tasks.make(config, mesh, config.frozen, config.offload) as task:
             return train(run, config, task, mesh)
 
 
@@ -75,6 +81,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = step.init_state(params, update, keys[0], grpo.init(algorithm))
     state, begun = run.restore((state, tasks.under_way(config, task, algorithm.samples, mesh)))
+    state = stage.at_rest(state, config.offload)
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
     run_epochs = step.make_epochs(
         outputs, grpo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches, config.microbatches

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from experiments import stage
-from jaxrlhf.core import masking, sharding
+from jaxrlhf.core import masking, processes, sharding
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -56,16 +56,19 @@ def sample(setting: Setting, params: Any, key: jax.Array) -> policy.Samples:
     reference, _ = rollout.score_rollout(setting.model, setting.reference, drawn, setting.spec)
     mask = masking.response_mask(drawn.response_len, logprobs.shape[1])
     starts, responses = stage.texts(drawn, setting.tokenizer)
-    length = np.asarray(drawn.response_len)
+    entropy, divergence = masking.masked(entropy, mask).sum(1), masking.masked(logprobs - reference, mask).sum(1)
+    found = {"entropy": entropy, "kl": divergence, "proxy": setting.reward(drawn)}
+    found |= {} if setting.gold is None else {"gold": setting.gold(drawn)}
+    found = processes.to_host(found | {"length": drawn.response_len, "finished": drawn.finished})
     return policy.Samples(
         prompts=starts,
         responses=responses,
-        length=length,
-        finished=np.asarray(drawn.finished),
-        entropy=np.asarray(masking.masked(entropy, mask).sum(1)) / length,
-        kl=np.asarray(masking.masked(logprobs - reference, mask).sum(1)),
-        proxy=np.asarray(setting.reward(drawn)),
-        gold=None if setting.gold is None else np.asarray(setting.gold(drawn)),
+        length=found["length"],
+        finished=found["finished"],
+        entropy=found["entropy"] / found["length"],
+        kl=found["kl"],
+        proxy=found["proxy"],
+        gold=found.get("gold"),
     )
 
 

@@ -59,10 +59,10 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
+    mesh = stage.mesh(config.mesh, batch=config.batch, held_out_prompts=config.held_out_prompts)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh), tasks.make(config, mesh) as task:
             return train(run, config, task, mesh)
 

@@ -62,10 +62,12 @@ def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
     if config.n < 2:
         raise ValueError(f"n={config.n} must be at least 2: one answer is no pair")
+    mesh = stage.mesh(
+        config.mesh, (config.batch, config.minibatches), batch=config.batch, held_out_prompts=config.held_out_prompts
+    )
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh), tasks.make(config, mesh) as task:
             return train(run, config, task, mesh)
 

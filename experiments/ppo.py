@@ -17,7 +17,7 @@ import jax
 
 from experiments import ahead, pretrain, stage, tasks
 from jaxrlhf.algorithms import lm, ppo
-from jaxrlhf.core import sharding
+from jaxrlhf.core import processes, sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import pipeline
 from jaxrlhf.models import heads, lora, roles
@@ -48,6 +48,7 @@ class Config:
     critic: Literal["shared", "separate", "reward"] = "shared"  # value head on the policy's trunk; its own; the reward model's
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train adapters over the frozen start, of policy and separate critic
     frozen: stage.Weights = "float32"  # of the frozen start: what adapters lie over, and the reference
+    offload: stage.Offload = "none"  # rests in the hosts' memory between the programs that use it
     ema_decay: float | None = None  # serve an average of the policy's weights over iterations instead of the last ones
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
@@ -61,11 +62,16 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` (the policy alone) and `result.json` into `config.out`."""
+    mesh = stage.mesh(
+        config.mesh,
+        (config.batch, config.algorithm.minibatches),
+        batch=config.batch,
+        held_out_prompts=config.held_out_prompts,
+    )
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
-        with jax.set_mesh(mesh), tasks.make(config, mesh, config.frozen) as task:
+        with jax.set_mesh(mesh), tasks.make(config, mesh, config.frozen, config.offload) as task:
             return train(run, config, task, mesh)
 
 
@@ -83,6 +89,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     if config.ema_decay is not None:
         state = step.update_ema(state, config.ema_decay)
     state, begun = run.restore((state, tasks.under_way(config, task, 1, mesh)))
+    state = stage.at_rest(state, config.offload)
     in_loss = exact and algorithm.kl_in == "loss"
     outputs = objective.make_outputs(
         start.model, task.spec, entropy=True, values=True, ref_kl=in_loss, text=mixed, trunk="policy", adapters=config.lora
@@ -137,7 +144,7 @@ def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh
     if config.critic == "separate":
         return {"critic": roles.critic(stage.trainable(start, config.lora, mesh, config.seed + 1), start.config.width)}
     value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
-    return {"value": jax.device_put(value, sharding.replicated(mesh))}
+    return {"value": processes.from_host(value, sharding.replicated(mesh))}
 
 
 def text_batches(config: Config, start: stage.Trained) -> Any:

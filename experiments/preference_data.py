@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments import label, sample_pairs, tasks
 from jaxrlhf.algorithms import dpo
-from jaxrlhf.core import sharding
+from jaxrlhf.core import processes, sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Preferences
 from jaxrlhf.data import comparisons
@@ -127,7 +127,7 @@ def judged(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, seed: int)
         policy = {"policy": start.params}, {"reference": start.params}
         experience, *_ = rollout.collect(start.model, *policy, prompts, task.spec, key, config.n, options=options)
         score, weight, _ = task.score(experience.rollout, prompts)
-        pairs = jax.device_get(dpo.from_experience(dataclasses.replace(experience, score=score, weight=weight), config.n))
+        pairs = processes.to_host(dpo.from_experience(dataclasses.replace(experience, score=score, weight=weight), config.n))
         parts.append(jax.tree.map(lambda x, kept=pairs.weight > 0: x[kept], pairs))
         drawn += len(pairs.weight)
     # The scripts compute log-probs of the plain softmax, as for pairs from anywhere.

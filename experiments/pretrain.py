@@ -53,10 +53,10 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
+    mesh = stage.mesh(config.mesh, batch=config.batch)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         chat, reviews = [pipeline.clean(text) for text in chitchat.messages()], texts("train")
         tokenizer = tokenizers.train([*reviews, *reviews, *chat[:40_000]], config.model.vocab_size)
         model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
@@ -80,7 +80,7 @@ def run(config: Config) -> dict[str, Any]:
                 run.maybe_save(i, state)
             trained = step.served(state)
             nll, bits = bits_per_character(outputs, trained, held_out)
-        stage.save(config.out / "model", "policy", jax.device_get(trained), model_config, tokenizer)
+        stage.save(config.out / "model", "policy", trained, model_config, tokenizer)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         return run.done({"nll_per_token": nll, "bits_per_character": bits, "parameters": parameters})
 

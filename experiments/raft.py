@@ -54,10 +54,15 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` (the policy alone) and `result.json` into `config.out`."""
+    mesh = stage.mesh(
+        config.mesh,
+        (config.batch * config.algorithm.samples, config.algorithm.minibatches),
+        batch=config.batch,
+        held_out_prompts=config.held_out_prompts,
+    )
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh), tasks.make(config, mesh) as task:
             return train(run, config, task, mesh)
 

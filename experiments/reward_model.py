@@ -25,7 +25,7 @@ import numpy as np
 
 from experiments import preference_data, stage
 from jaxrlhf.algorithms import pairwise, reward
-from jaxrlhf.core import members, sharding
+from jaxrlhf.core import members, processes, sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Prompts
 from jaxrlhf.data import comparisons, human_sentiment, pipeline
@@ -99,10 +99,10 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
+    mesh = stage.mesh(config.mesh, reference_samples=config.reference_samples)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             trunk, base, params = initial(config, mesh)
             data, held_out = dataset(config, trunk.tokenizer, run=run)
@@ -316,7 +316,7 @@ def scaled(config: Config, model: Any, params: Any, policy: stage.Trained, promp
     spec, key = stage.spec(config.sampling, policy.tokenizer), jax.random.key(config.seed)
     drawn = generate.generate(policy.model, policy.params, sharding.shard_batch(prompts, mesh), spec, key)
     scores = scores_of(config, model)(params, drawn.tokens, drawn.prompt_len + drawn.response_len)
-    return rewards.normalise(params, scores)
+    return rewards.normalise(params, processes.to_host(scores))
 
 
 def score_texts(config: Config, model: Any, params: Any, rows: dict[str, np.ndarray], size: int = 256) -> np.ndarray:
@@ -326,7 +326,7 @@ def score_texts(config: Config, model: Any, params: Any, rows: dict[str, np.ndar
     whole = -(-height // size) * size
     tokens, length = (np.resize(rows[name], (whole, *rows[name].shape[1:])) for name in ("tokens", "length"))
     found = [fn(params, tokens[i : i + size], length[i : i + size]) for i in range(0, whole, size)]
-    return np.concatenate(found, axis=-1)[..., :height]
+    return np.concatenate(processes.to_host(found), axis=-1)[..., :height]
 
 
 def together(config: Config, scores: np.ndarray) -> np.ndarray:
@@ -381,7 +381,7 @@ def choice_accuracy(config: Config, trunk: stage.Trained, params: Any, rows: lis
 
 def save(folder: Path, config: Config, params: Any, shape: TransformerConfig, tokenizer: Tokenizer) -> None:
     """Write the reward model, or the ensemble of them, for the stages that read it."""
-    stage.save(folder, "reward_model", jax.device_get(params), shape, tokenizer, **notes(config))
+    stage.save(folder, "reward_model", params, shape, tokenizer, **notes(config))
 
 
 def save_adapter(folder: Path, config: Config, params: Any, base: Any, start: stage.Trained) -> None:
@@ -392,7 +392,7 @@ def save_adapter(folder: Path, config: Config, params: Any, base: Any, start: st
     over_init = config.refresh is None or stage.kind(config.refresh) == "reward_adapter"
     folder_of_base = config.init if over_init else config.refresh
     told["base"] = {"folder": str(folder_of_base), "blake2b": pretrained.fingerprint(base)}
-    stage.save(folder, "reward_adapter", jax.device_get(own), start.config, start.tokenizer, **told)
+    stage.save(folder, "reward_adapter", own, start.config, start.tokenizer, **told)
 
 
 def notes(config: Config) -> dict[str, Any]:

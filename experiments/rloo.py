@@ -42,6 +42,7 @@ class Config:
     rollouts: rollout.Options = rollout.Options()
     algorithm: rloo.Config = rloo.Config(samples=4, kl_coef=0.12, minibatches=4, epochs=2)
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
+    offload: stage.Offload = "none"  # rests in the hosts' memory between the programs that use it
     optimizer: OptimizerConfig = OptimizerConfig(
         name="adamw", learning_rate=3e-4, b2=0.98, warmup_fraction=0.1, final_fraction=0.1, clip_norm=1.0
     )
@@ -54,11 +55,16 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` (the policy alone) and `result.json` into `config.out`."""
+    mesh = stage.mesh(
+        config.mesh,
+        (config.batch * config.algorithm.samples, config.algorithm.minibatches),
+        batch=config.batch,
+        held_out_prompts=config.held_out_prompts,
+    )
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
-        with jax.set_mesh(mesh), tasks.make(config, mesh) as task:
+        with jax.set_mesh(mesh), tasks.make(config, mesh, offloaded=config.offload) as task:
             return train(run, config, task, mesh)
 
 
@@ -72,6 +78,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
     state = step.init_state(params, update, keys[0], rloo.init(algorithm))
     state, begun = run.restore((state, tasks.under_way(config, task, algorithm.samples, mesh)))
+    state = stage.at_rest(state, config.offload)
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
     run_epochs = step.make_epochs(
         outputs, rloo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches, config.microbatches

@@ -41,10 +41,10 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Draw the pairs and add them to `config.store`; pairs of equal answers are left out."""
+    mesh = stage.mesh(config.mesh, batch=config.batch)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         with jax.set_mesh(mesh), contextlib.closing(store.open_store(config.store)) as db:
             writers = [stage.load(folder, mesh) for folder in config.policies]
             if not 1 <= len(writers) <= 2:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -46,6 +46,7 @@ class Config:
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     frozen: stage.Weights = "float32"  # of the frozen start
     watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
+    offload: Literal["none", "optimizer"] = "none"  # rests in the hosts' memory between updates
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon", muon_dtype="bfloat16", learning_rate=0.002, adam_learning_rate=4e-4, warmup_fraction=0.1, clip_norm=None
     )
@@ -55,10 +56,10 @@ def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
     if config.frozen != "float32" and not config.lora.rank:
         raise ValueError(f"frozen='{config.frozen}' with lora.rank=0: then nothing is frozen; set a rank, 8 say")
+    mesh = stage.mesh(config.mesh, batch=config.batch)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result
-        mesh = sharding.make_mesh(config.mesh)
         start = stage.load(config.init, mesh, weights=config.frozen)
         data, test, left_out = dataset(config, start.tokenizer, run)
         held_out = batch_of({name: array[:512] for name, array in test.items()})
@@ -80,7 +81,7 @@ def train(
     """`config.steps` updates of a model, or of its adapter, on `batches[step]` (`lm.Batch`), from where `run` left off."""
     update = optimizer.make(config.optimizer, config.steps, params)
     stage.tell_memory(run, plan.training(params, update) + plan.frozen(frozen or {}))
-    state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
+    state = stage.at_rest(run.restore(step.init_state(params, update, jax.random.key(config.seed))), config.offload)
     train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
     train_step = run.clock.learner(train_step, Pass(shape, gradient=True, lora=config.lora))
     batches = stage.timed(run.clock, batches)

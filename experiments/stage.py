@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxrlhf.core import sharding
-from jaxrlhf.core.types import Rollout, SamplingSpec
+from jaxrlhf.core import offload, processes, sharding
+from jaxrlhf.core.types import Rollout, SamplingSpec, TrainState
 from jaxrlhf.data import pipeline
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.data.tokenizer import Tokenizer
@@ -26,6 +25,17 @@ from jaxrlhf.rewards import model as rewards
 from jaxrlhf.sampling import stop_strings
 from jaxrlhf.training import metrics, plan, timing
 from jaxrlhf.training.run import Run
+
+
+def mesh(config: sharding.MeshConfig, minibatches: tuple[int, int] | None = None, **rows: int) -> jax.sharding.Mesh:
+    """The mesh of a script, if it can share these numbers of rows, each by the name of its setting.
+
+    Raises:
+        ValueError: the mesh does not fit the devices, or does not divide the rows.
+    """
+    made = sharding.make_mesh(config)
+    sharding.check_rows(made, rows, minibatches)
+    return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +64,7 @@ def stop_table(spec: SamplingSpec, tokenizer: Tokenizer, vocab_size: int) -> jax
     return jnp.asarray(stop_strings.table(spec.stop_strings, tokenizer.pieces(), vocab_size)) if spec.stop_strings else None
 
 
+Offload = Literal["none", "optimizer", "reference", "both"]  # what rests in the hosts' memory while it is not used
 Weights = Literal["float32", "int8"]  # of a model that is read and not trained: as the folder has them, or in eight bits
 
 
@@ -132,7 +143,7 @@ def load(folder: Path, mesh: jax.sharding.Mesh, kind: str = "policy", weights: W
     places = sharding.shardings(declared, mesh)
     for line in sharding.undivided(declared, mesh):
         print(f"{folder}: {line}", flush=True)
-    params = int8.quantise(params, places) if weights == "int8" else jax.device_put(params, places)
+    params = int8.quantise(params, places) if weights == "int8" else processes.from_host(params, places)
     return Trained(config, transformer.build(config), params, tokenizer, settings, folder)
 
 
@@ -168,7 +179,7 @@ def load_reward(folder: Path, mesh: jax.sharding.Mesh, start: Trained) -> Traine
     config, several, over = TransformerConfig(**settings["transformer"]), ensembled(settings), adapted(settings)
     placed = {name: spec for name, spec in specs(config, "reward_model", several).items() if name != "trunk"}
     placed |= {"adapter": lora.specs(config, over)} if over.rank else {}
-    own = jax.device_put(own, sharding.shardings(placed, mesh))
+    own = processes.from_host(own, sharding.shardings(placed, mesh))
     trunk = lora.attach(start.params, own.pop("adapter"), over) if over.rank else start.params
     return Trained(config, transformer.build(config), {"trunk": trunk} | own, tokenizers.load(folder), settings)
 
@@ -205,13 +216,24 @@ def trainable(start: Trained, config: LoraConfig, mesh: jax.sharding.Mesh, seed:
         return adapter(start.config, config, mesh, seed)
     if start.folder is not None and int8.inside(start.params):
         return load(start.folder, mesh).params
-    return start.params
+    return offload.to_device_memory(start.params)
+
+
+def at_rest(state: TrainState, choice: Offload) -> TrainState:
+    """The state with its optimizer's part in the hosts' memory, where that is chosen.
+
+    Raises:
+        ValueError: a device has no such memory.
+    """
+    if choice not in ("optimizer", "both"):
+        return state
+    return dataclasses.replace(state, opt_state=offload.to_host_memory(state.opt_state))
 
 
 def adapter(shape: TransformerConfig, config: LoraConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
     """A new adapter, under which the model is as it was."""
     fresh = lora.specs(shape, config)
-    return jax.device_put(sharding.init_params(fresh, jax.random.key(seed)), sharding.shardings(fresh, mesh))
+    return processes.from_host(sharding.init_params(fresh, jax.random.key(seed)), sharding.shardings(fresh, mesh))
 
 
 def timed(clock: timing.Clock, data: Any) -> Any:
@@ -230,7 +252,7 @@ def tell_memory(run: Run, rows: Sequence[plan.Row]) -> None:
     most = plan.limit(jax.local_devices())
     print(f"\n{plan.table(rows, most)}\n", flush=True)
     told = {"rows": [dataclasses.asdict(row) for row in rows], "device_bytes": most}
-    metrics.write_atomic(run.out / "memory.json", json.dumps(told, indent=1) + "\n")
+    processes.by_first(lambda: metrics.write_atomic(run.out / "memory.json", json.dumps(told, indent=1) + "\n"))
     plan.check([row for row in rows if row.role != "activations"], most)
 
 
@@ -240,21 +262,26 @@ def save_policy(out: Path, start: Trained, params: Any, config: LoraConfig, base
 
     Of a start in eight bits the merged model has the weights that those stand for, wide: it is the policy that was trained.
     """
-    whole = jax.device_get(lora.merge(start.params, params, config))
-    save(out / "model", "policy", whole, start.config, start.tokenizer)
+    save(out / "model", "policy", lora.merge(start.params, params, config), start.config, start.tokenizer)
     if config.rank and peft.holds(start.config):
-        peft.save(out / "adapter", jax.device_get(params), start.config, config, base)
+        params = processes.to_host(params)
+        processes.by_first(lambda: peft.save(out / "adapter", params, start.config, config, base))
 
 
 def save(folder: Path, kind: str, params: Any, config: TransformerConfig, tokenizer: Tokenizer, **notes: Any) -> None:
     """Write a model for the next stage: weights, config.json and tokenizer, nothing else."""
-    pretrained.save(folder, params, {"kind": kind, "transformer": dataclasses.asdict(config), **notes})
-    tokenizer.save(folder)
+    params = processes.to_host(params)
+
+    def write() -> None:
+        pretrained.save(folder, params, {"kind": kind, "transformer": dataclasses.asdict(config), **notes})
+        tokenizer.save(folder)
+
+    processes.by_first(write)
 
 
 def texts(rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
     """Prompts and responses as text. A response keeps its leading space, so that prompt + response is the whole text."""
-    tokens, start, length = (np.asarray(x) for x in jax.device_get((rollout.tokens, rollout.prompt_len, rollout.response_len)))
+    tokens, start, length = processes.to_host((rollout.tokens, rollout.prompt_len, rollout.response_len))
     prompts = [tokenizer.decode(row[:p]) for row, p in zip(tokens, start, strict=True)]
     spans = zip(tokens, start, start + length, strict=True)
     return prompts, [tokenizer.decode(row[p:end], continuation=True) for row, p, end in spans]

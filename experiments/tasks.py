@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import held_out, stage
-from jaxrlhf.core import sharding
+from jaxrlhf.core import offload, processes, sharding
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
 from jaxrlhf.data import arithmetic as sums
 from jaxrlhf.data import human_sentiment, pipeline
@@ -132,14 +132,24 @@ class OnlineSettings(Settings, Protocol):
 
 
 @contextlib.contextmanager
-def make(config: Settings, mesh: jax.sharding.Mesh, frozen: stage.Weights = "float32") -> Iterator[Task]:
-    """The task called `config.task`, its start with the weights `frozen`; at the end of the `with` its child processes end.
+def make(
+    config: Settings, mesh: jax.sharding.Mesh, frozen: stage.Weights = "float32", offloaded: stage.Offload = "none"
+) -> Iterator[Task]:
+    """The task called `config.task`, its start with the weights `frozen`, and as `offloaded` says in the hosts' memory; at the
+    end of the `with` its child processes end.
 
     Raises:
-        ValueError, FileNotFoundError: a folder holds no such model, more held-out prompts are asked for than there are, or
-            there is no such reward function.
+        ValueError, FileNotFoundError: a folder holds no such model, more held-out prompts are asked for than there are, there
+            is no such reward function, or the reference is to be offloaded where it cannot.
     """
     start = stage.load(config.policy, mesh, weights=frozen)
+    if offloaded in ("reference", "both"):
+        if config.lora.rank or (config.task != "arithmetic" and stage.kind(config.reward) == "reward_adapter"):
+            raise ValueError(
+                f"offload='{offloaded}': the reference is the base that adapters lie over, which every program reads: offload "
+                "the optimizer alone, or train without --lora.rank and give a reward model with a trunk of its own"
+            )
+        start = dataclasses.replace(start, params=offload.to_host_memory(start.params))
     own = {place.rpartition(":")[2]: pool.Source(place) for place in config.pool.functions}
     if len(own) < len(config.pool.functions) or (taken := own.keys() & {"model", *SUMS}):
         raise ValueError(f"pool.functions={config.pool.functions}: two rewards of one name ({', '.join(taken) or 'twice'})")
@@ -183,7 +193,7 @@ def tell_memory(
     if n:
         shape = (width + written, written, heads.at_once(jax.default_backend(), start.config.vocab_size))
         kept += plan.update(learning(config, task, params), rows_at_once(config, n), *shape)
-        kept += plan.scoring(scoring(config, task, params, options), options.rows, *shape)
+        kept += plan.scoring(scoring(config, task, params, options), options.rows * sharding.ways(), *shape)
         sampled += plan.prefill(start.config, prompts, width)
     stage.tell_memory(run, (*trained, *kept, *sampled))
 
@@ -282,17 +292,23 @@ def answering(
     def answer(
         policy: Any, prompts: Prompts, key: jax.Array, version: int, begun: Begun | None = None
     ) -> tuple[Rollout, Prompts, Begun | None]:
-        before = 0 if begun is None else int(np.asarray(begun.rollout.response_len).sum())
+        before = written_of(begun)
         answers, prompts, begun, chunks = sample(policy, prompts, key, version, begun)
         if timing.is_here(prompts.length):
             asked, written = np.asarray(prompts.length), np.asarray(answers.response_len)
             # Of answers under way, the tokens of this batch.
-            left = 0 if begun is None else int(np.asarray(begun.rollout.response_len).sum())
-            new = int(written.sum()) + left - before
+            new = int(written.sum()) + written_of(begun) - before
             clock.count.sampled(flops.sampling(start.config, asked, written, n), new, chunks)
         return answers, prompts, begun
 
     return answer
+
+
+def written_of(begun: Begun | None) -> int:
+    """Tokens of the answers under way, as far as this process can read them."""
+    if begun is None or not timing.is_here(begun.rollout.response_len):
+        return 0
+    return int(np.asarray(begun.rollout.response_len).sum())
 
 
 def scoring(config: Settings, task: Task, params: dict[str, Any], options: rollout.Options) -> tuple[Pass, ...]:
@@ -386,7 +402,7 @@ def arithmetic(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh, 
     _, before = greedy(first, first.params, config.sampling, config.held_out_prompts, mesh)
 
     def score(rollout: Rollout, prompts: Prompts) -> tuple[jax.Array, jax.Array, Figures]:
-        index = np.repeat(np.asarray(prompts.row), rollout.tokens.shape[0] // prompts.row.shape[0])
+        index = np.repeat(processes.to_host(prompts.row), rollout.tokens.shape[0] // prompts.row.shape[0])
         problems = [rows[i] for i in index]
         given = {name: functions.apply(part, rollout, tokenizer.decode, problems, name) for name, part in parts.items()}
         total, figures = functions.weighted_sum(given, weights)

@@ -226,7 +226,9 @@ def held(config: Config, shape: TransformerConfig, chip: Chip) -> tuple[Row, ...
         rows += plan.frozen(kept)
         if config.sampled:
             width = config.prompt + config.response
-            rows += plan.scoring(scoring(config, shape), config.rollouts.rows, width, config.response, block_of(chip, shape))
+            rows += plan.scoring(
+                scoring(config, shape), config.rollouts.rows * sharding.ways(), width, config.response, block_of(chip, shape)
+            )
             rows += sampling(config, shape, roles.attach(base, params, config.lora)["policy"])
     return rows
 

@@ -35,7 +35,7 @@ def run_tests(folder: pathlib.Path, mutation: Mutation | None) -> tuple[int, str
     nodes = dict.fromkeys(each.test for each in (MUTATIONS if mutation is None else [mutation]))
     folder = folder / ("unchanged" if mutation is None else mutation.name)
     ignored = shutil.ignore_patterns("__pycache__")
-    for part in ("jaxrlhf", "tests", "experiments"):
+    for part in ("jaxrlhf", "tests", "experiments", "benchmarks"):
         shutil.copytree(ROOT / part, folder / part, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", folder)
     if mutation is not None:

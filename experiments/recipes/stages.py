@@ -161,7 +161,7 @@ def language_model(
         outputs = objective.make_outputs(start.model)
         params = sft.train(run, settings, start.config, start.params, None, outputs, batches) if part.steps else start.params
         nll = sft.loss(outputs, params, None, responses(test, response))
-        stage.save(out / "model", "policy", jax.device_get(params), start.config, start.tokenizer)
+        stage.save(out / "model", "policy", params, start.config, start.tokenizer)
         return run.done({"nll_per_token": nll, "steps": part.steps, "left_out": left_out})
 
 

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxrlhf.core import processes
+
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # sequences
     "length": None,  # positions of a row
@@ -151,6 +153,11 @@ def undivided(specs: Any, mesh: Mesh) -> list[str]:
     return found
 
 
+def parts(axis: str | None, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the mesh splits a logical axis."""
+    return _split(axis, mesh)[1]
+
+
 def _split(axis: str | None, mesh: Mesh | AbstractMesh) -> tuple[tuple[str, ...], int]:
     """The mesh axes that split a logical axis, and into how many parts."""
     names = () if axis is None else RULES[axis]
@@ -178,6 +185,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
     """Put every array of a batch on the mesh, its leading axis split over `data` and `fsdp`.
 
+    In a job of several processes every one has the whole batch and puts its own rows down: what is a function of the step need
+    not be sent.
+
     Raises:
         ValueError: the leading axis is not divisible by data x fsdp.
     """
@@ -188,7 +198,37 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
                 f"batch field {path_name(path)} has {leaf.shape[0]} rows, not divisible by data x fsdp = {ways}: "
                 "choose a batch size that is a multiple of it"
             )
-    return jax.device_put(batch, batch_sharding(mesh))
+    return processes.from_host(batch, batch_sharding(mesh))
+
+
+def ways() -> int:
+    """Parts into which the mesh that is set splits the rows of a batch; 1 where none is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_rows(mesh: Mesh, rows: dict[str, int], minibatches: tuple[int, int] | None = None) -> None:
+    """Refuse numbers of rows that the mesh cannot share, before anything is compiled for them.
+
+    `rows`: by the setting that names them. `minibatches`: (rows, parts that they are dealt into).
+
+    Raises:
+        ValueError: with the numbers and what would do.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, count in rows.items():
+        if count % ways:
+            near = f"{count // ways * ways} or {(count // ways + 1) * ways}" if count > ways else str(ways)
+            raise ValueError(
+                f"--{name.replace('_', '-')} {count} cannot be shared by data x fsdp = {ways} devices: choose {near}, or a "
+                "mesh whose data x fsdp divides it (--mesh.tensor takes devices and splits no rows)"
+            )
+    count, parts = minibatches or (0, 1)
+    if count % (parts * ways):
+        raise ValueError(
+            f"{count} answers cannot be dealt into minibatches={parts} of a multiple of data x fsdp = {ways} rows: choose a "
+            f"--batch that makes them a multiple of {parts * ways}, or fewer minibatches"
+        )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -199,9 +239,3 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
-
-
-def ways() -> int:
-    """How many devices of the mesh in use share the rows of a batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]

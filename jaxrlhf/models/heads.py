@@ -17,8 +17,8 @@ from jaxrlhf.core.sharding import ParamSpec
 from jaxrlhf.core.types import SamplingSpec
 from jaxrlhf.models.model import Model
 
-# Logit of an impossible token. Finite, because the gradient of a softmax of -inf is NaN.
 FEWEST = 128  # tokens of a block of logits on a CPU
+# Logit of an impossible token. Finite, because the gradient of a softmax of -inf is NaN.
 IMPOSSIBLE = -1e30
 
 
@@ -138,6 +138,8 @@ def token_logprobs(
     backward pass, so that [B, R, V] never stands in memory.
     """
 
+    params = model.head(params)
+
     def one(args):
         hidden, tokens, kept, position = args
         logits = _policy(model, params, hidden, position, spec, seen)
@@ -162,6 +164,8 @@ def token_kl(
     sum over v of p(v) (log p(v) - log q(v)), both at the spec's temperature and constraints. `seen`: `seen_from` of the rows.
     """
 
+    params, reference = model.head(params), model.head(reference)
+
     def one(args):
         states, ref_states, position = args
         log_p = jax.nn.log_softmax(_policy(model, params, states, position, spec, seen), axis=-1)
@@ -176,6 +180,7 @@ def token_kl(
 
 def most_probable(model: Model, params: Any, hidden: Float[Array, "b r d"], block: int = 0) -> Int[Array, "b r"]:
     """The most probable token after each state under the plain softmax, of several alike the first; blocks as above."""
+    params = model.head(params)
     return _by_positions(lambda args: model.logits(params, args[0]).argmax(-1), (hidden,), model.vocab_size, block)
 
 
@@ -188,15 +193,17 @@ def _policy(model, params, hidden, position, spec, seen):
 
 
 def at_once(backend: str, vocab: int) -> int:
-    """How many logits a block has: few enough for the cache of a CPU, but of tokens enough for its products to be worth reading
-    the head once more; on an accelerator, few against its memory, many against its cores."""
+    """How many logits a device has of a block: few enough for the cache of a CPU, but of tokens enough for its products to be
+    worth reading the head once more; on an accelerator, few against its memory, many against its cores."""
     return max(2**20, FEWEST * vocab) if backend == "cpu" else 2**26
 
 
 def _by_positions(function: Callable[[tuple], Any], arrays: tuple, vocab: int, block: int) -> Any:
     """`function((*arrays, position [r]))` of arrays [B, R, ...] or None, for blocks of R so that few logits exist at a time."""
     b, r = arrays[0].shape[:2]
-    blocks = -(-r // (block or max(1, at_once(jax.default_backend(), vocab) // (b * vocab))))
+    # Every device has its share of a block; a mesh adds up the gradient of the head once for each.
+    elements = sharding.ways() * at_once(jax.default_backend(), vocab)
+    blocks = -(-r // (block or max(1, elements // (b * vocab))))
     block = -(-r // blocks)
     if blocks == 1:
         return function((*arrays, jnp.arange(r)))

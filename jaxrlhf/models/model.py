@@ -24,6 +24,10 @@ class CacheConfig:
 EXACT = CacheConfig()  # what was read is kept as it was computed
 
 
+def _as_they_are(params: Any) -> Any:
+    return params
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A decoder-only language model as pure functions. Compared by identity, so it may be a static argument of `jit`."""
@@ -56,6 +60,8 @@ class Model:
     """(cache, rows [m], part) -> the cache with that of m other rows in these places; those of either come from `take`."""
     grow: Callable[[Any, int], dict[str, Any]]
     """(cache, extra) -> those entries of the cache, a dict, that change with room for `extra` response tokens more a row."""
+    head: Callable[[Any], Any] = _as_they_are
+    """(params) -> params whose `logits` are read block by block in one program: on a mesh, with the head gathered once."""
 
 
 def decode_changes(model: Model, params: Any) -> Any:

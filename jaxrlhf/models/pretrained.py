@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from jaxrlhf.core import processes
 from jaxrlhf.models import int8
 
 PARAMS, CONFIG = "params.safetensors", "config.json"
@@ -98,7 +99,7 @@ def fingerprint(params: Any) -> str:
     """A hash of names, types, shapes and numbers, by which parameters are known again wherever they were read from."""
     found = hashlib.blake2b(digest_size=16)
     for name, leaf in sorted(traverse_util.flatten_dict(params, sep="/").items()):
-        array = np.ascontiguousarray(jax.device_get(leaf))  # leaf by leaf: the host need not hold a second model
+        array = np.ascontiguousarray(processes.to_host(leaf))  # leaf by leaf: the host need not hold a second model
         found.update(f"{name} {array.dtype} {array.shape} ".encode())
         found.update(array.reshape(-1).view(np.uint8).data)
     return found.hexdigest()

@@ -8,6 +8,7 @@ On a CPU the backward pass of a language model is 2 to 3 times slower if left to
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -20,6 +21,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from jaxrlhf.core import sharding
 
 
 @struct.dataclass
@@ -41,23 +44,35 @@ class Adapted:
 
 
 Weight = jax.Array | Quantised | Adapted
+Axes = tuple[str | None, str | None]  # logical axes of a weight, as `ParamSpec` has them
 
 
 def product(
-    dtype: str, x: Float[Array, "*s i"], weight: Float[Array, "a b"] | Quantised | Adapted, flipped: bool = False
+    dtype: str,
+    x: Float[Array, "*s i"],
+    weight: Float[Array, "a b"] | Quantised | Adapted,
+    flipped: bool = False,
+    axes: Axes | None = None,
 ) -> Float[Array, "*s o"]:
-    """x [..., in] @ weight [in, out] (`flipped`: [out, in]), operands rounded to `dtype`, sums and result float32."""
+    """x [..., in] @ weight [in, out] (`flipped`: [out, in]), operands rounded to `dtype`, sums and result float32.
+
+    Of `axes` those that the mesh axis `fsdp` splits are gathered before the product, narrow, and the gradient is split so
+    again. Left to the partitioner, a backward pass with recomputation would gather a weight twice, once to recompute and once,
+    transposed, for the gradient of x.
+    """
     if isinstance(weight, Adapted):  # never flipped: an embedding table has no adapter
-        low = product(dtype, product(dtype, x, weight.a), weight.b)
-        return product(dtype, x, weight.weight) + weight.scale * low
+        inner, outer = ((axes[0], None), (None, axes[1])) if axes else (None, None)
+        low = product(dtype, product(dtype, x, weight.a, axes=inner), weight.b, axes=outer)
+        return product(dtype, x, weight.weight, axes=axes) + weight.scale * low
     # Flattened: the gradient of a 3-D product contracts two axes, which XLA's CPU backend transposes first.
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, Quantised):
         shape = weight.values.shape
-        result: jax.Array = _matmul_int8(jnp.dtype(dtype), flipped, rows, weight.values, weight.scale)
+        values = _gathered(weight.values, axes) if axes else weight.values
+        result: jax.Array = _matmul_int8(jnp.dtype(dtype), flipped, rows, values, weight.scale)
     else:
         shape = weight.shape
-        result = _matmul(jnp.dtype(dtype), flipped, rows, weight)
+        result = _matmul(jnp.dtype(dtype), flipped, axes, rows, weight)
     # Named for `TransformerConfig.remat`.
     return checkpoint_name(result, "product").reshape(*x.shape[:-1], shape[0 if flipped else 1])
 
@@ -101,17 +116,62 @@ def table_for_decoding(table: jax.Array | Quantised, dtype: str) -> jax.Array | 
     return transpose(table.astype(dtype))
 
 
+def gathered(tree: Any, axes: Any) -> Any:
+    """Weights with every device holding what the mesh axis `fsdp` splits; where it splits nothing, the tree as it is.
+
+    `axes`: the logical axes of each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return tree
+
+    def one(weight: Weight, split: tuple[str | None, ...]) -> Weight:
+        if isinstance(weight, Adapted):
+            return dataclasses.replace(weight, weight=one(weight.weight, split))
+        if isinstance(weight, Quantised):
+            return Quantised(_gathered(weight.values, split), _gathered(weight.scale, split))
+        return _gathered(weight, split)
+
+    return jax.tree.map(one, tree, axes, is_leaf=is_weight)
+
+
+def _gathered(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    kept = tuple(None if axis is not None and sharding.RULES[axis] == "fsdp" else axis for axis in axes)
+    return x if kept == axes else _pinned(kept, axes, x)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(dtype, flipped, x, weight):
-    return _matmul_forward(dtype, flipped, x, weight)[0]
+def _pinned(now, before, x):
+    """x with its axes split as `now`, and its gradient as `before`: that of a constraint would be gathered too."""
+    del before
+    return _constrained(x, now)
 
 
-def _matmul_forward(dtype, flipped, x, weight):
+_pinned.defvjp(lambda now, before, x: (_constrained(x, now), None), lambda now, before, _, g: (_constrained(g, before),))
+
+
+def _constrained(x, axes):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    # An axis that the mesh does not divide is whole everywhere (`sharding.WHOLE_IF_UNEVEN`), and so is one of size 1.
+    divided = (None if size % sharding.parts(axis, mesh) else axis for size, axis in zip(x.shape, axes, strict=True))
+    return sharding.constrain(x, *divided)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _matmul(dtype, flipped, axes, x, weight):
+    return _matmul_forward(dtype, flipped, axes, x, weight)[0]
+
+
+def _matmul_forward(dtype, flipped, axes, x, weight):
     x, weight = x.astype(dtype), weight.astype(dtype)
+    if axes is not None:
+        weight = _gathered(weight, axes)
     return _dot(x, transpose(weight) if flipped else weight), (x, weight)
 
 
-def _matmul_backward(dtype, flipped, residual, g):
+def _matmul_backward(dtype, flipped, axes, residual, g):
     # The rule that autodiff derives would multiply a float32 gradient with narrow operands, in float32.
     x, weight = residual
     g = g.astype(dtype)
@@ -119,7 +179,8 @@ def _matmul_backward(dtype, flipped, residual, g):
     # One operand must be moved in memory: the narrower.
     wide = x.shape[1] > g.shape[1]
     dweight = _dot(transpose(g), x) if wide else _dot(transpose(x), g)
-    return dx, dweight if wide == flipped else dweight.T
+    dweight = dweight if wide == flipped else dweight.T
+    return dx, dweight if axes is None else _constrained(dweight, axes)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -78,6 +78,16 @@ def param_specs(config: TransformerConfig) -> Params:
     return specs
 
 
+HEAD, TABLE = ("embed", "vocab"), ("vocab", "embed")
+
+
+@functools.cache
+def _layer_axes(config: TransformerConfig) -> dict[str, Any]:
+    """Logical axes of the parameters of one layer."""
+    own = param_specs(config)["layers"]
+    return jax.tree.map(lambda spec: spec.axes[1:], own, is_leaf=lambda x: isinstance(x, ParamSpec))
+
+
 def _norm_specs(config: TransformerConfig, lead: tuple[int, ...], axes: tuple[str, ...]) -> dict[str, ParamSpec]:
     specs = {"scale": _scale_spec(config, (*lead, config.width))}
     if config.norm == "layer":
@@ -104,6 +114,7 @@ def build(config: TransformerConfig) -> Model:
         init=lambda key: sharding.init_params(param_specs(config), key),
         hidden=functools.partial(hidden, config),
         logits=functools.partial(logits, config),
+        head=head,
         decode_params=functools.partial(decode_params, config),
         prefill=functools.partial(prefill, config),
         decode=functools.partial(decode, config),
@@ -182,8 +193,14 @@ def expert_load(
 def logits(config: TransformerConfig, params: Params, hidden: Float[Array, "*s d"]) -> Float[Array, "*s v"]:
     """Unnormalised log-probabilities of the next token, from the head or, where there is none, the embedding table."""
     if "head" in params:
-        return capped(products.product(config.dtype, hidden, params["head"]), config.logit_cap)
-    return capped(products.product(config.dtype, hidden, params["embed"], flipped=True), config.logit_cap)
+        return capped(products.product(config.dtype, hidden, params["head"], axes=HEAD), config.logit_cap)
+    return capped(products.product(config.dtype, hidden, params["embed"], flipped=True, axes=TABLE), config.logit_cap)
+
+
+def head(params: Params) -> Params:
+    """Parameters whose `logits` are read block by block: what they read is gathered before."""
+    name, axes = ("head", HEAD) if "head" in params else ("embed", TABLE)
+    return params | products.gathered({name: params[name]}, {name: axes})
 
 
 def _positions(tokens, segments):
@@ -261,7 +278,7 @@ def _attended(config, weights, x, mixed, key=None):
 
 def _linear(config, weights, name, x):
     """x times the weight of this name, plus its bias where it has one."""
-    y = products.product(config.dtype, x, weights[name])
+    y = products.product(config.dtype, x, weights[name], axes=_layer_axes(config)[name])
     bias = weights.get("bias", {}).get(name)
     return y if bias is None else y + bias
 
@@ -364,6 +381,9 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
     """Weights as `prefill`, `decode` and `logits` read them while sampling: products' operands in `config.dtype`, adapters
     merged; those in eight bits as they are.
 
+    On a mesh they are gathered over `fsdp`, here and once: left split, all of them would be gathered anew for every chunk of
+    tokens, and stand whole in memory all the same. What one device cannot hold so is split over `tensor`.
+
     The stack of layers becomes a tuple: a layer of a stacked array is copied before its products, on a CPU at every step, on a
     GPU once a chunk (half of the weights as temporaries, compiled for an H100).
     The embedding table stays float32 for look-ups; a tied head becomes a separate narrow copy of it.
@@ -372,10 +392,15 @@ def decode_params(config: TransformerConfig, params: Params) -> Params:
     layers = {name: w if isinstance(w, dict) else read(w) for name, w in params["layers"].items()}
     if config.experts:
         layers["experts"] = experts.decode_weights(config, params["layers"]["experts"])
-    layers = tuple(_at(layers, i) for i in range(config.layers))
-    if config.tied_head:
-        return params | {"layers": layers, "head": products.table_for_decoding(params["embed"], config.dtype)}
-    return params | {"layers": layers, "head": read(params["head"])}
+    tied = config.tied_head
+    head = products.table_for_decoding(params["embed"], config.dtype) if tied else read(params["head"])
+    axes = jax.tree.map(lambda spec: spec.axes, param_specs(config), is_leaf=lambda x: isinstance(x, ParamSpec)) | {
+        "head": HEAD
+    }
+    del axes["layers"]
+    layers = tuple(products.gathered(_at(layers, i), _layer_axes(config)) for i in range(config.layers))
+    rest = {name: weight for name, weight in params.items() if name != "layers"} | {"head": head}
+    return products.gathered(rest, axes) | {"layers": layers}
 
 
 def prefill(

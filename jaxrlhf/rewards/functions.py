@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrlhf.core import processes
 from jaxrlhf.core.types import Rollout
 from jaxrlhf.rewards import pool
 
@@ -44,7 +45,7 @@ class Scores:
 
     score: np.ndarray  # [B] float32, 0 where there is a fault
     weight: np.ndarray  # [B] float32, 0 where there is a fault, else 1
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[Fault, ...] = ()  # of the rows that this process scored
 
 
 # ------------------------------------------------------------------------------------------------ from a reward to scores
@@ -52,7 +53,7 @@ class Scores:
 
 def texts(rollout: Rollout, decode: Decode) -> tuple[list[str], list[str]]:
     """The prompts and the responses of a rollout as text, one of each a row."""
-    tokens, prompt_len, response_len = jax.device_get((rollout.tokens, rollout.prompt_len, rollout.response_len))
+    tokens, prompt_len, response_len = processes.to_host((rollout.tokens, rollout.prompt_len, rollout.response_len))
     ends = prompt_len + response_len
     prompts = [decode(row[:start].tolist()) for row, start in zip(tokens, prompt_len, strict=True)]
     responses = [decode(row[start:end].tolist()) for row, start, end in zip(tokens, prompt_len, ends, strict=True)]
@@ -67,6 +68,7 @@ def apply(
     name: str = "",
 ) -> Scores:
     """Scores by a function of one response. What it raises costs that row, not the run; a warning names the first fault.
+    In a job of several processes each scores its share of the rows, and all learn of all.
 
     `rows` are the data-set rows (a reference answer, ...), one a rollout row. `name`: in reports; the function's own if empty.
     A function of a pool (`rewards/pool.open_pool`) runs in its child processes, within their limits.
@@ -79,17 +81,24 @@ def apply(
     if len(rows) != len(prompts):
         raise ValueError(f"reward function: {len(rows)} data rows for {len(prompts)} responses; pass one a response")
     items = list(zip(prompts, responses, rows, strict=True))
+    mine = range(jax.process_index(), len(prompts), jax.process_count())
+    given: list[Any] = [0.0] * len(items)
+    raised = {}
     if isinstance(function, pool.Remote):
-        given, raised = function.pool.score(function.name, items)
-        return _scores(given, name or function.name, prompts.__getitem__, raised)
-    given, raised = [], {}
-    for i, item in enumerate(items):
-        try:
-            given.append(function(*item))
-        except Exception as error:  # of any kind: it is not our code
-            given.append(None)
-            raised[i] = f"raised {type(error).__name__}: {error}"
-    return _scores(given, name or getattr(function, "__name__", "reward"), prompts.__getitem__, raised)
+        own = function.name
+        values, causes = function.pool.score(own, [items[i] for i in mine])
+        given[mine.start :: mine.step] = values
+        raised = {mine[k]: cause for k, cause in causes.items()}
+    else:
+        own = getattr(function, "__name__", "reward")
+        for i in mine:
+            try:
+                given[i] = function(*items[i])
+            except Exception as error:  # of any kind: it is not our code
+                raised[i] = f"raised {type(error).__name__}: {error}"
+    found = _scores(given, name or own, prompts.__getitem__, raised)
+    score, fault = processes.added(found.score, 1 - found.weight)
+    return Scores(score, 1 - fault, found.faults)
 
 
 def of_values(values: Any, rollout: Rollout, decode: Decode, name: str) -> Scores:
@@ -98,15 +107,14 @@ def of_values(values: Any, rollout: Rollout, decode: Decode, name: str) -> Score
     Raises:
         ValueError: another number of values than the rollout has rows.
     """
-    values = jax.device_get(values)
+    values, tokens, prompt_len = processes.to_host((values, rollout.tokens, rollout.prompt_len))
     given = values.tolist() if isinstance(values, np.ndarray) else list(values)
     count = rollout.tokens.shape[0]
     if len(given) != count:
         raise ValueError(f"reward '{name}' gave {len(given)} values for {count} responses: it must give one a response")
 
     def prompt(i: int) -> str:
-        length = int(jax.device_get(rollout.prompt_len)[i])
-        return decode(jax.device_get(rollout.tokens)[i, :length].tolist())
+        return decode(tokens[i, : int(prompt_len[i])].tolist())
 
     return _scores(given, name, prompt, {})
 

@@ -71,8 +71,12 @@ class Shape:
 
 def decode_params(model: Model, params: Any) -> Any:
     """Weights as the other programs read them. What stays as it is is handed on: a program would copy it."""
+    return over(params, _decode_changes(model, params))
+
+
+def over(params: Any, changes: Any) -> Any:
+    """The leaves that sampling has of its own, and in the place of None those of the parameters."""
     given = dict(jax.tree_util.tree_leaves_with_path(params))
-    changes = _decode_changes(model, params)
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: given.get(path) if leaf is None else leaf, changes, is_leaf=lambda leaf: leaf is None
     )

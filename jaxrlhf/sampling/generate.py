@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from jaxrlhf.core import offload, processes
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.models.model import EXACT, CacheConfig, Model
 from jaxrlhf.sampling import decode
@@ -103,7 +104,7 @@ def stream(
     state = job.start(job.spec.max_tokens)
     for begin in range(0, job.shape.width, job.steps):
         state, live = job.advance(state)
-        tokens, length = (np.asarray(x) for x in (state.rows.written.tokens, state.rows.written.length))
+        tokens, length = processes.to_host((state.rows.written.tokens, state.rows.written.length))
         yield [row[begin:end].tolist() for row, end in zip(tokens, length, strict=True)]
         if not np.asarray(live).any():
             return
@@ -296,7 +297,7 @@ def make_job(
     chunks = -(-spec.max_tokens // options.chunk)
     steps = -(-spec.max_tokens // chunks)  # chunks of equal length: one compiled program, the fewest steps past the end
     shape = Shape(n, chunks * steps, options.cache)
-    weights = decode.decode_params(model, params)
+    weights = decode.decode_params(model, offload.to_device_memory(params))
     stop_table = stop_table if spec.stop_strings else None
     return Job(model, spec, shape, steps, weights, prompts, key, options, stop_table, besides)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt32
 
-from jaxrlhf.core import masking, sharding
+from jaxrlhf.core import masking, offload, sharding
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
 from jaxrlhf.models import heads, roles
 from jaxrlhf.models.model import Model
@@ -29,7 +29,7 @@ class Options:
     reuse_sampler_logprobs: bool = False
     checked: int = 8  # rows that the learner reads all the same, at least; they learn from its own log-probs
     exact_kl: bool = False  # also the KL to the reference of the whole distribution at each token
-    rows: int = 32  # scored at a time, a matter of memory and speed only
+    rows: int = 32  # of a device, scored at a time: a matter of memory and speed only
     generation: generate.Options = generate.Options()
     stragglers: int = 0  # prompts whose answers are left unfinished by each batch and go on in the next; 0: wait for all
 
@@ -82,7 +82,7 @@ def experience(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _experience(model, spec, options, params, reference, rollout) -> Experience:
-    critic = roles.has_value(params)
+    critic, reference = roles.has_value(params), offload.fetch(reference)
     own = rollout.sampled_logprobs if spec.replayed else rollout.logprobs
     width = own.shape[1]
 
@@ -140,6 +140,8 @@ def score_rollout(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score_rollout(model, spec, rows, policy, rollout):
+    policy = offload.fetch(policy)
+
     def score(part: Rollout):
         return _logprobs(model, policy, model.hidden(policy, part.tokens), part, rollout.logprobs.shape[1], spec, entropy=True)
 
@@ -208,8 +210,9 @@ def _values(head: Any, hidden: Float[Array, "b t d"], part: Rollout) -> tuple[Fl
 
 
 def _by_rows(function: Callable[[Any], Any], tree: Any, rows: int) -> Any:
-    """`function` of about `rows` rows at a time, so that logits stay in the cache; of all where no near number divides them."""
-    count = jax.tree.leaves(tree)[0].shape[0]
+    """`function` of about `rows` rows of a device at a time, so that logits stay in the cache; of all where no near number
+    divides them. Of fewer, a mesh would gather all weights more often than the work is worth."""
+    count, rows = jax.tree.leaves(tree)[0].shape[0], rows * sharding.ways()
     rows = next((size for size in range(rows, rows // 2, -1) if count % size == 0), count)
     if rows == count:
         return function(tree)

@@ -4,6 +4,9 @@ Orbax alone restores flipped bits and casts types in silence. So a checkpoint `D
 `manifest.json` (shape, type and hash of every leaf, hash of every file, and the run's notes), is written under a temporary
 name, and is renamed when whole: a step that is listed is complete, and what is restored is what was saved or an error that
 names file and leaf. Arrays and notes are one commit: there is no moment at which the one is newer than the other.
+
+Of several processes all must save and restore alike, on one file system: each writes the parts of arrays that it holds, the
+first all else. There nothing goes on in the background, see `save_async`.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any
 
 import jax
 
+from jaxrlhf.core import processes
 from jaxrlhf.training import manifest as manifests
 
 SLACK = 1_000_000  # bytes of a checkpoint beside its arrays: manifest, Orbax's own files
@@ -79,6 +83,8 @@ def save_async(directory: str | Path, step: int, state: Any, keep: int = 2, note
 
     Returns as soon as the arrays are on the host, so that the caller may donate them; the rest goes on in a thread. Nothing
     older is touched before the new one is complete. A step that exists already is left as it is. One at a time: `wait` first.
+    Of several processes it returns when the checkpoint is complete: arrays are gathered to be hashed and all wait for the
+    commit, which in a thread beside the steps would not come in the same order in every process.
 
     Raises:
         OSError: the disk has not room enough; nothing was written.
@@ -88,49 +94,52 @@ def save_async(directory: str | Path, step: int, state: Any, keep: int = 2, note
         raise ValueError(f"keep={keep} checkpoints: at least 1, the newest, is kept")
     started = time.monotonic()
     directory, ended = Path(directory).resolve(), futures.Future()  # Orbax refuses relative paths, after having made the folder
-    if step in steps(directory):
+    if processes.by_first(lambda: step in steps(directory)):
         ended.set_result(started)
         return Saving(step, 0.0, started, ended)
     leaves = manifests.leaves_of(state)
-    primary = jax.process_index() == 0
-    if primary:
-        directory.mkdir(parents=True, exist_ok=True)
-        clean(directory)
-        shutil.rmtree(_folder(directory, step), ignore_errors=True)  # one that never became complete
-        _check_space(directory, step, sum(x.nbytes for x in leaves.values()))
-    temporary = _temporary(directory, step)
+    processes.by_first(lambda: _make_room(directory, step, sum(x.nbytes for x in leaves.values())))
+    temporary, several = _temporary(directory, step), jax.process_count() > 1
     for x in leaves.values():
         x.copy_to_host_async()
     try:
         written = _orbax().save_async(temporary / "state", leaves)
     except OSError as error:
         raise _unwritten(directory, step, error) from error
-    values = {name: manifests.on_host(x) for name, x in leaves.items()}
+    # Of several processes one leaf after the other: no host need hold all of them whole.
+    values = leaves if several else {name: manifests.on_host(x) for name, x in leaves.items()}
 
     def finish() -> None:
         try:
             told = {name: manifests.describe(x) | {"blake2b": manifests.hash_of(x)} for name, x in values.items()}
             written.result()
-            if primary:
-                _commit(directory, step, keep, told, notes or {})
+            processes.by_first(lambda: _commit(directory, step, keep, told, notes or {}))
         except BaseException as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if processes.is_first():
+                shutil.rmtree(temporary, ignore_errors=True)
             raise _unwritten(directory, step, error) from error
 
-    _in_thread(finish, ended)
+    if several:
+        _into(ended, finish)
+    else:
+        # A daemon: a process that is told to stop at once does not wait for it; what it leaves is a temporary folder.
+        threading.Thread(target=_into, args=(ended, finish), name="checkpoint", daemon=True).start()
     return Saving(step, time.monotonic() - started, started, ended)
 
 
-def _in_thread(work: Callable[[], None], ended: futures.Future) -> None:
-    def run() -> None:
-        try:
-            work()
-            ended.set_result(time.monotonic())
-        except BaseException as error:
-            ended.set_exception(error)
+def _into(ended: futures.Future, work: Callable[[], None]) -> None:
+    try:
+        work()
+        ended.set_result(time.monotonic())
+    except BaseException as error:
+        ended.set_exception(error)
 
-    # A daemon: a process that is told to stop at once does not wait for it; what it leaves is a temporary folder.
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+
+def _make_room(directory: Path, step: int, size: int) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    clean(directory)
+    shutil.rmtree(_folder(directory, step), ignore_errors=True)  # one that never became complete
+    _check_space(directory, step, size)
 
 
 def _commit(directory: Path, step: int, keep: int, leaves: dict[str, Any], notes: dict[str, Any]) -> None:
@@ -225,15 +234,15 @@ def restore(directory: str | Path, like: Any, step: int | None = None) -> tuple[
         ValueError: it does not fit `like` (naming leaf and both shapes or types), or it is damaged (naming files and leaves).
     """
     directory = Path(directory).resolve()
-    step = starting(directory, step)
+    asked = step
+    step = processes.by_first(lambda: starting(directory, asked))
     if step is None:
         raise FileNotFoundError(f"no complete checkpoint in {directory}")
     folder = _folder(directory, step)
     manifest = manifests.read(folder)
     wanted = manifests.leaves_of(like)
     manifests.check_fit(folder, manifest["leaves"], wanted)
-    hashes = manifests.file_hashes(folder / "state")
-    changed = [name for name in {**manifest["files"], **hashes} if hashes.get(name) != manifest["files"].get(name)]
+    changed = processes.by_first(lambda: _changed_files(folder, manifest["files"]))
     if changed:  # Orbax may restore such files without a word
         raise _damaged(directory, step, f"file {_few(changed)}", _damaged_leaves(folder, manifest, wanted))
     found = _orbax().load(folder / "state", {name: manifests.abstract(x) for name, x in wanted.items()})
@@ -241,6 +250,12 @@ def restore(directory: str | Path, like: Any, step: int | None = None) -> tuple[
     if leaves:
         raise _damaged(directory, step, "", leaves)
     return manifests.unflatten(like, found), step
+
+
+def _changed_files(folder: Path, written: dict[str, str]) -> list[str]:
+    """Files that are not as they were written, one of them missing or new included."""
+    hashes = manifests.file_hashes(folder / "state")
+    return [name for name in {**written, **hashes} if hashes.get(name) != written.get(name)]
 
 
 def _damaged_leaves(folder: Path, manifest: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxrlhf.training import session
-from jaxrlhf.training.ending import SIGNALS
 
 C = TypeVar("C")
 
@@ -56,6 +55,10 @@ def parse(
     if presets:
         notes.append(f"--preset NAME starts from one of: {', '.join(presets)}.")
     notes += [f"--model PATH is another name of --{model}."] if model else []
+    notes.append(
+        "--coordinator HOST:PORT --processes N --process I join a job of several processes, one started with each I; a "
+        "launcher (srun, mpirun, an indexed job of Kubernetes, a slice of TPUs) needs no flag: docs/scaling.md."
+    )
     notes.append("--config FILE starts from the settings of an earlier run (its config.yaml). Flags override either.")
     description = "\n\n".join(notes)
     default = _preset(presets or {}, preset) if file is None else load(cls, Path(file))
@@ -205,9 +208,10 @@ def main(
     """
     try:
         argv = sys.argv[1:]
-        asked = take_session(argv)
+        found, asked = job(argv), take_session(argv)
         about = (about or sys.modules["__main__"].__doc__ or "").strip()
         config = parse(cls, argv, presets, f"{about}\n\n{SESSION}", model)
+        join(**found)
         keep_programs()
         keep_memory()
         with session.use(asked):
@@ -219,7 +223,7 @@ def main(
     except KeyboardInterrupt:
         sys.exit(130)
     except SystemExit as ended:
-        for number in SIGNALS:  # the process ends already: one more would only break that off with a traceback
+        for number in session.SIGNALS:  # the process ends already: one more would only break that off with a traceback
             signal.signal(number, signal.SIG_IGN)
         if isinstance(ended.code, int) and any(thread.name == "checkpoint" for thread in threading.enumerate()):
             sys.stdout.flush()
@@ -230,6 +234,29 @@ def main(
             raise
         print(f"{Path(sys.argv[0]).name}: {_one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def job(argv: list[str]) -> dict[str, Any]:
+    """Remove from argv which job of several processes this one belongs to, and give it."""
+    found: dict[str, Any] = {"coordinator": _take(argv, "--coordinator")}
+    for name in ("processes", "process"):
+        value = _take(argv, f"--{name}")
+        if value is not None and not value.isdigit():
+            raise ValueError(f"--{name} {value} must be a whole number")
+        found[name] = None if value is None else int(value)
+    return found
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Join a job of several processes (`core/processes.start`); what all but the first would print goes nowhere.
+
+    Raises:
+        ValueError: the job is not wholly described, or cannot be joined.
+    """
+    from jaxrlhf.core import processes as those
+
+    if those.start(coordinator, processes, process) and not those.is_first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  open as long as the process
 
 
 def keep_programs() -> None:

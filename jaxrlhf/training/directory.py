@@ -32,6 +32,23 @@ def read_json(path: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is not readable JSON ({error}): remove it, or choose another --out") from error
 
 
+def take(out: Path, config: Any, free: tuple[str, ...]) -> int:
+    """Make the directory this run's, and give the lock of it (`take_lock`).
+
+    Raises:
+        ValueError: it belongs to something else, to a run with settings other than those in `free`, or to one that is running.
+    """
+    check_own(out)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = take_lock(out)
+    try:
+        settle_config(out, config, free)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
 def check_own(out: Path) -> None:
     """Nothing, an empty directory, or one of ours.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from jaxrlhf.core import sharding
+from jaxrlhf.core import offload, sharding
 from jaxrlhf.core.types import Outputs, Term
 from jaxrlhf.training.objective import OutputsFn
 
@@ -37,13 +37,14 @@ def update_from(
     """Parameters and state after one update, both as they were where gradient or loss is not finite; and what to report."""
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(total(seen[0]))
-    updates, inner = optimizer.update(gradient, opt_state.inner, params)
+    old_inner = offload.fetch(opt_state.inner, after=gradient)
+    updates, inner = optimizer.update(gradient, old_inner, params)
 
     def keep(new, old):
         return jnp.where(finite, new, old)
 
     opt_state = GuardedState(
-        inner=jax.tree.map(keep, inner, opt_state.inner),
+        inner=offload.leave(jax.tree.map(keep, inner, old_inner), opt_state.inner),
         skipped=opt_state.skipped + ~finite,
         in_a_row=jnp.where(finite, 0, opt_state.in_a_row + 1),
     )

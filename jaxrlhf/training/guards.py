@@ -68,14 +68,15 @@ def _keep(rows: list[float], value: int | float, most: int) -> None:
 
 
 def dump(path: Path, batch: Any) -> str:
-    """Write the arrays of a batch as an .npz file, and name it; '' where there is none."""
+    """Write the arrays of a batch as an .npz file, and name it; '' where there is none. Of several processes all must call it;
+    the first writes."""
     import jax
     import numpy as np
 
-    if not all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(batch)):
-        return ""  # shared by processes: none of them has it
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(batch))
-    if leaves:
+    from jaxrlhf.core import processes
+
+    leaves = jax.tree_util.tree_leaves_with_path(processes.to_host(batch))
+    if leaves and processes.is_first():
         # NumPy's files know no bfloat16.
         wide = {jax.tree_util.keystr(k).strip("."): x.astype(np.float32) if x.dtype.kind == "V" else x for k, x in leaves}
         with open(path, "wb") as file:

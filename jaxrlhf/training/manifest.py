@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.core import processes
 from jaxrlhf.core.sharding import path_name
 from jaxrlhf.training.metrics import write_atomic
 
@@ -121,10 +122,8 @@ def _text(leaf: dict[str, Any]) -> str:
 
 def on_host(x: Any) -> np.ndarray:
     """All values of an array. Where processes share it, each of them must call this."""
-    if not x.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return multihost_utils.process_allgather(x, tiled=True)
+    if not x.is_fully_addressable and not x.is_fully_replicated:
+        return processes.to_host(x)
     # Of one device the very array that Orbax copies from: then there is one copy to the host, not two.
     return np.asarray(x.addressable_shards[0].data if x.is_fully_replicated else x)
 

@@ -44,22 +44,25 @@ def read(path: Path) -> list[dict[str, Any]]:
 class Metrics:
     """Appends a row a step. A row is fetched from the device when the next one comes, so that no step waits for its own."""
 
-    def __init__(self, directory: Path, start: int = 0, size: int = 0, tensorboard: bool = True):
+    def __init__(self, directory: Path, start: int = 0, size: int = 0, tensorboard: bool = True, writes: bool = True):
         """Open the files of a run that begins, or goes on, at step `start`, where the file had `size` bytes: what came after
-        them is dropped, because it will be written again.
+        them is dropped, because it will be written again. Without `writes` there are no files: a process beside the first only
+        knows the last row.
 
         Raises:
             ValueError: the file is shorter than that, or tensorboardX is absent.
         """
         self.path = Path(directory) / FILE
-        there = self.path.stat().st_size if self.path.is_file() else 0
+        there = self.path.stat().st_size if writes and self.path.is_file() else 0
         if there < size:
             raise ValueError(f"{self.path} has {there} bytes, but {size} when step {start} was saved: rows are missing in it")
         if there > size:
             os.truncate(self.path, size)
-        self._file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  open as long as the run
+        path = self.path if writes else os.devnull
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  open as long as the run
         self._pending: tuple[int, dict[str, Any]] | None = None
-        self._board = _board(Path(directory) / "tensorboard", start) if tensorboard else None
+        self._board = _board(Path(directory) / "tensorboard", start) if tensorboard and writes else None
+        self._writes = writes
         self.last: dict[str, Any] = {}  # the latest row written
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -85,7 +88,8 @@ class Metrics:
         """Write what is pending and have it on the disk when this returns."""
         self.flush()
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._writes:
+            os.fsync(self._file.fileno())
         if self._board is not None:
             self._board.flush()
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from jaxrlhf.core import members as ensembles
-from jaxrlhf.core import sharding
+from jaxrlhf.core import offload, sharding
 from jaxrlhf.core.types import Outputs, SamplingSpec
 from jaxrlhf.models import heads, lora, roles
 from jaxrlhf.models.model import Model
@@ -83,7 +83,7 @@ def make_outputs(
             head, value_hidden = roles.value_states(model, params, rows.tokens, hidden)
             found["values"] = heads.values(head, heads.response_hidden(value_hidden, rows.prompt_len, width))
         if ref_kl:
-            reference = jax.lax.stop_gradient(frozen["reference"])
+            reference = jax.lax.stop_gradient(offload.fetch(frozen["reference"]))
             ref_states = heads.response_hidden(model.hidden(reference, rows.tokens), rows.prompt_len, width)
             found["ref_kl"] = heads.token_kl(model, tree_of(params), reference, (states, ref_states), spec, seen=seen)
         found = {name: None if x is None else x.reshape(*batch.tokens.shape[:-1], width) for name, x in found.items()}

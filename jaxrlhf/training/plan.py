@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrlhf.core import sharding
+from jaxrlhf.core import offload, sharding
 from jaxrlhf.core.types import SamplingSpec
 from jaxrlhf.models.config import GATED, TransformerConfig
 from jaxrlhf.models.model import EXACT, CacheConfig, Model, decode_changes
@@ -56,6 +56,8 @@ def size(tree: Any) -> Size:
 def _leaf(x: Any, place: jax.sharding.Sharding | None = None) -> Size:
     place = place or getattr(x, "sharding", None)
     shape, width = tuple(x.shape), jnp.dtype(x.dtype).itemsize
+    if getattr(place, "memory_kind", None) == offload.KIND:
+        return Size(math.prod(shape) * width, 0)
     return Size(math.prod(shape) * width, math.prod(place.shard_shape(shape) if place else shape) * width)
 
 
@@ -104,12 +106,13 @@ def sampling(
     weights = jax.eval_shape(model.decode_params, policy)
     # Backwards, so that of a weight and its adapter, which have one name, the weight stays.
     sources = {_names(path): x for path, x in reversed(jax.tree_util.tree_leaves_with_path(policy))}
-    copied = Size()
+    copied, mesh = Size(), jax.sharding.get_abstract_mesh()
+    gathered = 1 if mesh.empty else mesh.shape["fsdp"]  # over which the sampler's weights are not split
     changed = jax.eval_shape(functools.partial(decode_changes, model), policy)
     for path, leaf in jax.tree_util.tree_leaves_with_path(changed):
         source = _leaf(sources.get(_names(path), sources.get(("embed",), leaf)))  # a tied head is cut as the embedding
         whole = _leaf(leaf).total
-        copied += Size(whole, whole * source.device // max(source.total, 1))
+        copied += Size(whole, min(whole, whole * gathered * source.device // max(source.total, 1)))
     rows, width = prompts
     tokens, length = jax.ShapeDtypeStruct((rows, width), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
 
@@ -194,8 +197,8 @@ def _scores(shape: TransformerConfig, rows: int, width: int, arrays: int) -> Siz
 
 
 def _logits(shape: TransformerConfig, rows: int, predicted: int, block: int, gradient: bool) -> Size:
-    """A block of logits, of as many positions as fit into `block` elements, and what is computed of them."""
-    positions = min(predicted, max(1, block // (rows * shape.vocab_size)))
+    """A block of logits, of as many positions as fit into `block` elements of a device, and what is computed of them."""
+    positions = min(predicted, max(1, sharding.ways() * block // (rows * shape.vocab_size)))
     return _states(rows, positions, _LOGITS[gradient] * shape.vocab_size, _ways("tensor"))
 
 

@@ -7,6 +7,9 @@ with Run.open(config.out, config) as run:
         run.log(step, metrics, batch)
         run.maybe_save(step, state)
     run.done({"loss": ...})
+
+In a job of several processes all call the same methods in the same order. The first one holds the lock and writes; it tells
+the others what it read, and all agree when to save and to end.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxrlhf
+from jaxrlhf.core import processes
 from jaxrlhf.training import directory, events, session, timing
 from jaxrlhf.training.ending import Ending
 from jaxrlhf.training.guards import IN_A_ROW, Guard, dump
@@ -31,18 +35,22 @@ from jaxrlhf.training.progress import Progress
 class Run:
     """A run in its own directory. Made by `Run.open`, used as a context manager."""
 
-    def __init__(self, out: Path, lock: int, save_seconds: int | float, tensorboard: bool, watch: timing.Options | None = None):
+    def __init__(
+        self, out: Path, lock: int | None, save_seconds: int | float, tensorboard: bool, watch: timing.Options | None = None
+    ):
         self.out = out
-        self.clock = timing.Clock(watch or timing.Options(), out)
+        self.clock = timing.Clock(watch or timing.Options(), out if processes.is_first() else None)
         self._watched = watch is not None
         self.start = 0  # number of steps already done, set by `restore`
-        self.result: dict[str, Any] | None = directory.read_json(out / "result.json")  # of a run that is done, else None
-        self._mark = directory.read_json(out / directory.MARK) or {"seconds": 0.0, "cpu_seconds": 0.0}
+        # Of a run that is done, else None.
+        self.result: dict[str, Any] | None = processes.by_first(lambda: directory.read_json(out / "result.json"))
+        mark = processes.by_first(lambda: directory.read_json(out / directory.MARK))
+        self._mark: dict[str, Any] = mark or {"seconds": 0.0, "cpu_seconds": 0.0}
         self._lock = lock
         self._save_seconds = save_seconds
         self._tensorboard = tensorboard
         self._metrics: Metrics | None = None
-        self._events = events.Events(out)
+        self._events = events.Events(out, writes=processes.is_first())
         self._described = False  # environment.json is of this process
         self._noted: dict[str, Any] | None = None  # what is saved beside the arrays
         self._guard: Guard | None = None
@@ -61,7 +69,7 @@ class Run:
         config: Any,
         save_seconds: int | float = 30,
         tensorboard: bool = True,
-        free: tuple[str, ...] = ("out", "mesh", "watch"),
+        free: tuple[str, ...] = ("out", "mesh", "watch", "offload"),
     ) -> Run:
         """Take the directory `out`: a new or empty one, or that of a run with the same settings but those in `free`.
 
@@ -74,16 +82,15 @@ class Run:
         """
         out = Path(out).expanduser().absolute()
         try:
-            directory.check_own(out)
-            out.mkdir(parents=True, exist_ok=True)
-            lock = directory.take_lock(out)
+            lock = processes.by_first(lambda: directory.take(out, config, free))
+            lock = lock if processes.is_first() else None  # the number means nothing to another process
             try:
-                directory.settle_config(out, config, free)
                 asked = session.current().save_seconds
                 seconds = save_seconds if asked is None else asked
                 return cls(out, lock, seconds, tensorboard, getattr(config, "watch", None))
             except BaseException:
-                os.close(lock)
+                if lock is not None:
+                    os.close(lock)
                 raise
         except OSError as error:
             raise ValueError(f"cannot write to the run directory {out}: {error.strerror}; choose another --out") from error
@@ -112,7 +119,8 @@ class Run:
                 self._events.close()
             finally:
                 self._ending.leave()
-                os.close(self._lock)  # which gives the lock back
+                if self._lock is not None:
+                    os.close(self._lock)  # which gives the lock back
 
     def restore(self, state: Any) -> Any:
         """`state` as the newest checkpoint has it (or that of `--from-step`), or as it is where there is none. Sets `start`.
@@ -124,15 +132,16 @@ class Run:
         from jaxrlhf.training import checkpoint
 
         self._describe()
-        if removed := checkpoint.clean(self._checkpoints):
+        if removed := processes.by_first(lambda: checkpoint.clean(self._checkpoints)):
             self._events.write("cleaned", removed=removed)
         self._notes()
         back = session.current().from_step
-        if checkpoint.numbered(self._checkpoints):
+        if processes.by_first(lambda: checkpoint.numbered(self._checkpoints)):
             state, self.start = checkpoint.restore(self._checkpoints, state, back)
             self._events.write("restored", step=self.start)
             if back is not None:
-                self._events.write("went back", step=back, aside=checkpoint.set_aside(self._checkpoints, back))
+                aside = processes.by_first(lambda: checkpoint.set_aside(self._checkpoints, back))
+                self._events.write("went back", step=back, aside=aside)
                 session.went_back()
         return state
 
@@ -143,11 +152,13 @@ class Run:
         """
         noted = self._notes()
         if name not in noted:
-            noted[name] = value()
+            noted[name] = processes.by_first(value)
         return noted[name]
 
     def left_out(self, path: Path, rejects: Path) -> None:
         """Say how many lines of a data file are not used, which a reader wrote to `rejects`."""
+        if not processes.is_first():
+            return
         count = rejects.read_text(encoding="utf-8").count("\n")
         self._events.write("left out", file=str(path), lines=count)
         if count:
@@ -160,7 +171,7 @@ class Run:
             SystemExit: before the next step, when a signal came or the time is up and no `maybe_save` took it.
         """
         self._describe()
-        progress = Progress(name, start, total) if sys.stderr.isatty() else None
+        progress = Progress(name, start, total) if sys.stderr.isatty() and processes.is_first() else None
         try:
             for step in self.clock.steps(self._ending.steps(start, total), total):
                 if progress is not None:
@@ -188,7 +199,8 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl so far, without the clock's figures: what the run found, the same on any machine."""
         self._log().flush()
-        return [{k: v for k, v in row.items() if not k.startswith(timing.FIGURES)} for row in read_metrics(self.out)]
+        rows = processes.by_first(lambda: read_metrics(self.out))
+        return [{k: v for k, v in row.items() if not k.startswith(timing.FIGURES)} for row in rows]
 
     def maybe_save(self, step: int, state: Any, last: bool = False) -> None:
         """After step `step`: save when it is time, when `last`, or when a signal or the clock asks the run to end.
@@ -199,10 +211,12 @@ class Run:
             SystemExit: 128 + the signal, or 75 when the time is up (`--max-minutes`), after a whole save.
             OSError, ValueError: this or the last save could not be written.
         """
-        ending, ready = self._ending.asked(), self._saving is None or self._saving.done()
+        # Of several processes one may be past the time and another not; `ready` is alike, because they wait for a save.
+        ready = self._saving is None or self._saving.done()
+        ending, due = self._ending.asked(ready and time.monotonic() - self._saved_at >= self._save_seconds)
         if ready:
             self._finish_saving()
-        if last or ending or (ready and time.monotonic() - self._saved_at >= self._save_seconds):
+        if last or ending or due:
             with self.clock.within("save"):
                 self._save(step, state)
         if ending:
@@ -257,7 +271,7 @@ class Run:
             self._events.write("alarm", step=row["step"], metric=metric, reason=alarm)
             if session.current().stop_on_alarm:
                 self._stop(row["step"], alarm, "Without --stop-on-alarm the run would go on")
-            if metric not in self._alarmed:
+            if metric not in self._alarmed and processes.is_first():
                 self._alarmed.add(metric)
                 print(f"{self.out}: step {row['step']}: {alarm}; further ones go to {events.FILE} alone", file=sys.stderr)
 
@@ -271,12 +285,16 @@ class Run:
     def done(self, result: dict[str, Any]) -> dict[str, Any]:
         """Write result.json, with the seconds that the run took in all its sessions; a run that has one is not done again."""
         self._finish_saving()
+        self.result = written = processes.by_first(lambda: self._write_result(result))
+        self._events.write("done")
+        return written
+
+    def _write_result(self, result: dict[str, Any]) -> dict[str, Any]:
         self._write_times()
         times = {k: round(self._mark[k], 3) for k in ("seconds", "cpu_seconds")}
-        self.result = {**result, **times}
-        write_atomic(self.out / "result.json", json.dumps(self.result, indent=1, default=lambda x: x.item()) + "\n")
-        self._events.write("done")
-        return self.result
+        result = {**result, **times}
+        write_atomic(self.out / "result.json", json.dumps(result, indent=1, default=lambda x: x.item()) + "\n")
+        return result
 
     @property
     def _checkpoints(self) -> Path:
@@ -284,7 +302,14 @@ class Run:
 
     def _log(self) -> Metrics:
         if self._metrics is None:
-            self._metrics = Metrics(self.out, self.start, self._notes().get("metrics_bytes", 0), self._tensorboard)
+            size = self._notes().get("metrics_bytes", 0)
+
+            def first() -> None:
+                self._metrics = Metrics(self.out, self.start, size, self._tensorboard)
+
+            processes.by_first(first)
+        if self._metrics is None:
+            self._metrics = Metrics(self.out, self.start, writes=False)
         return self._metrics
 
     def _notes(self) -> dict[str, Any]:
@@ -292,15 +317,19 @@ class Run:
         if self._noted is None:
             from jaxrlhf.training import checkpoint
 
-            step = checkpoint.starting(self._checkpoints, session.current().from_step)
-            self._noted = {} if step is None else checkpoint.notes(self._checkpoints, step)
+            def saved() -> dict[str, Any]:
+                step = checkpoint.starting(self._checkpoints, session.current().from_step)
+                return {} if step is None else checkpoint.notes(self._checkpoints, step)
+
+            self._noted = noted = processes.by_first(saved)
+            return noted
         return self._noted
 
     def _describe(self) -> None:
         """Write environment.json once a process, and say what is another than before."""
         if not self._described:
             self._described = True
-            changed = events.settle_environment(self.out)
+            changed = processes.by_first(lambda: events.settle_environment(self.out))
             self._events.write("started", version=jaxrlhf.__version__, changed=changed)
 
     def _write_times(self) -> None:
@@ -309,4 +338,5 @@ class Run:
         self._mark["cpu_seconds"] += cpu - self._cpu_opened
         self._opened, self._cpu_opened = now, cpu
         self._mark["version"] = jaxrlhf.__version__
-        write_atomic(self.out / directory.MARK, json.dumps(self._mark, indent=1) + "\n")
+        if processes.is_first():
+            write_atomic(self.out / directory.MARK, json.dumps(self._mark, indent=1) + "\n")

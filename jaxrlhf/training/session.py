@@ -6,10 +6,12 @@ import contextlib
 import contextvars
 import dataclasses
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that ask a run to end
 OUT_OF_TIME = 75  # exit code: EX_TEMPFAIL of sysexits.h, "try again later"
 
 

@@ -14,7 +14,7 @@ import optax
 import optax.contrib
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrlhf.core import sharding
+from jaxrlhf.core import offload, sharding
 from jaxrlhf.core.types import TrainState
 from jaxrlhf.models import int8
 from jaxrlhf.training import by_length, gradient
@@ -253,6 +253,7 @@ def served(state: TrainState) -> Any:
 
 @jax.jit
 def _averaged(params: Any, z: Any, b1: jax.Array) -> Any:
+    z, b1 = offload.fetch((z, b1))
     b1 = b1.reshape(-1)[0]  # of an ensemble one a member, all alike
     return jax.tree.map(lambda y, z: (y - (1.0 - b1) * z) / b1, params, z)
 
