@@ -61,7 +61,8 @@ def test_an_algorithm_learns_sums(start, tmp_path, name, flags):
     done = script(name, "--preset", "arithmetic", "--policy", start / "model", "--out", tmp_path / name, *SMALL, *flags)
     assert done.returncode == 0, done.stderr
     rows = check(tmp_path / name, start)
-    check_clock(tmp_path / name, ("data", "rollout", "score", "update", "evaluate", "other"), updates=2)
+    stages = ("data", "rollout", "score", "update", "evaluate", "other")
+    check_clock(tmp_path / name, stages, updates=2, once=("train_step", "prepare", "_experience"))
     assert rows[0]["rollout/sampler_gap_max"] < 1e-4
     if name != "raft":
         assert rows[0]["importance/max"] == pytest.approx(1, abs=1e-4)
