@@ -51,9 +51,10 @@ def check(out: pathlib.Path, start: pathlib.Path) -> list[dict]:
     [
         pytest.param("ppo", ("--batch", 32), marks=pytest.mark.full),  # plain pytest runs it below, with options
         ("grpo", ("--batch", 8, "--watch.strict")),
+        ("grpo", ("--batch", 8, "--microbatches.tokens", 64, "--microbatches.multiple", 7)),
         pytest.param("rloo", ("--batch", 8), marks=pytest.mark.full),  # and this as the fork
         ("reinforce", ("--batch", 32, "--algorithm.baseline", "greedy", "--algorithm.no-whiten-advantages")),
-        ("raft", ("--batch", 8)),
+        ("raft", ("--batch", 8, "--optimizer.name", "schedule_free", "--optimizer.schedule", "constant")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
