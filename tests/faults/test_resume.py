@@ -204,7 +204,7 @@ def pairwise(module, start: pathlib.Path):
 
 ADAPTIVE = dataclasses.replace(ppo.ARITHMETIC.algorithm, kl_target=1.0)
 STAGES = {
-    "ppo": lambda start: online(ppo, start, ema_decay=0.5, algorithm=ADAPTIVE),
+    "ppo": lambda start: online(ppo, start, batch=32, ema_decay=0.5, algorithm=ADAPTIVE),
     "grpo": lambda start: online(grpo, start),
     "rloo": lambda start: online(rloo, start),
     "raft": lambda start: online(raft, start),
