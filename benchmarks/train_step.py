@@ -58,11 +58,15 @@ def compare(config: argparse.Namespace) -> dict[str, Any]:
     product = [tokens.size, shape.width, shape.mlp_width]
     losses: dict[str, list[float]] = {}
     cases: dict[str, Callable[[], Any]] = {}
-    for name, changes in {"jaxrlhf": {}, "jaxrlhf, nothing recomputed": {"remat": False}}.items():
+    for name, changes in {"jaxrlhf": {}, "jaxrlhf, nothing recomputed": {"remat": "none"}}.items():
         cases[name] = ours(dataclasses.replace(shape, **changes), params, tokens, config.task, losses.setdefault(name, []))
     for name in ("jaxrlhf", "jaxrlhf, nothing recomputed"):
         cases[name + ", bfloat16 products"] = ours(
-            dataclasses.replace(shape, dtype="bfloat16", remat=name == "jaxrlhf"), params, tokens, config.task, []
+            dataclasses.replace(shape, dtype="bfloat16", remat="layers" if name == "jaxrlhf" else "none"),
+            params,
+            tokens,
+            config.task,
+            [],
         )
     with tempfile.TemporaryDirectory() as folder:
         peers = {}

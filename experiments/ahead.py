@@ -39,9 +39,9 @@ def start(
         return
     prepare, config, run_epochs = later
     found: dict[str, Any] = {}
+    drawn = answers(task, n, mesh)  # here, since the clock that times the task's prompts is this thread's
 
     def score() -> None:
-        drawn = answers(task, n, mesh)
         args = (task.start.model, task.spec, options, params, frozen["reference"], drawn)
         one = jax.ShapeDtypeStruct(drawn.prompt_len.shape, jnp.float32, sharding=sharding.batch_sharding(mesh))
         found["experience"] = dataclasses.replace(result(rollout.experience_program.lower(*args)), score=one, weight=one)

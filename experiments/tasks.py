@@ -31,6 +31,7 @@ from jaxrlhf.rewards import functions, pool
 from jaxrlhf.sampling import generate, rollout, stragglers
 from jaxrlhf.sampling.stragglers import Begun
 from jaxrlhf.training import flops, plan, timing
+from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.flops import Pass
 from jaxrlhf.training.run import Run
 
@@ -99,6 +100,11 @@ class Settings(Protocol):
     @property
     def seed(self) -> int:
         """Of the order of the prompts."""
+        ...
+
+    @property
+    def microbatches(self) -> Microbatches:
+        """Parts of the rows of an update."""
         ...
 
     @property
@@ -178,7 +184,7 @@ def tell_memory(
     where n is 0 those of the judgement alone.
     """
     start, tree = task.start, params if "policy" in params else {"policy": params}
-    trained = plan.training(params, update, average)
+    trained = plan.training(params, update, average, config.microbatches.parts)
     kept = plan.frozen({"base and reference" if config.lora.rank else "reference": start.params, "reward": task.reward})
     width, written = task.prompts[0].tokens.shape[1], task.spec.max_tokens
     policy = roles.attach(start.params, tree, config.lora)["policy"]
@@ -217,7 +223,7 @@ def under_way(config: OnlineSettings, task: Task, n: int, mesh: jax.sharding.Mes
 def rows_at_once(config: Any, n: int) -> int:
     """Rows that a gradient is taken of at a time."""
     minibatches = getattr(config.algorithm, "minibatches", None) or config.minibatches
-    return config.batch * n // minibatches
+    return config.batch * n // (minibatches * config.microbatches.parts)
 
 
 def timed(clock: timing.Clock, task: Task) -> Task:

@@ -806,8 +806,8 @@ MUTATIONS = (
     Mutation(
         "sampling-and-update-counted-together",
         "training/plan.py",
-        'sums["always"] + max(sums["sampling"], sums["update"], key=lambda size: size.device)',
-        'sums["always"] + sums["sampling"] + sums["update"]',
+        "    return max(sums.values(), key=lambda size: size.device)",
+        "    return sum(sums.values(), Size())",
         "test_plan.py::test_the_most_at_once_is_what_stands_together",
     ),
     Mutation(

@@ -76,7 +76,8 @@ def test_a_step_is_that_of_any_other_split():
     whole, metrics = steps.run(steps.ppo_step(), steps.ppo_batch(), calls=2)
     train_step = step.make_train_step(steps.OUTPUTS, ppo.loss, steps.PPO, steps.optimizer_named("sgd"), SORTED)
     found, sorted_metrics = steps.run(train_step, steps.ppo_batch(), calls=2)
-    steps.assert_close(steps.less(found.params, steps.parameters()), steps.less(whole.params, steps.parameters()), 1e-5)
+    # Two updates of learning rate 1: the second magnifies the rounding of the first.
+    steps.assert_close(steps.less(found.params, steps.parameters()), steps.less(whole.params, steps.parameters()), 1e-4)
     assert metrics.keys() == sorted_metrics.keys()
     batch = steps.ppo_batch()
     length = np.asarray(batch.prompt_len + batch.response_len)
@@ -87,7 +88,7 @@ def test_a_step_is_that_of_any_other_split():
     assert sorted_metrics["train/padding_efficiency"] == pytest.approx(length.sum() / places)
     assert sorted_metrics["train/padding_efficiency"] > metrics["train/padding_efficiency"]
     for label in metrics.keys() - {"train/padding_efficiency"}:
-        np.testing.assert_allclose(sorted_metrics[label], metrics[label], rtol=1e-5, atol=1e-7, err_msg=label)
+        np.testing.assert_allclose(sorted_metrics[label], metrics[label], rtol=1e-4, atol=1e-6, err_msg=label)
 
 
 def test_epochs_deal_the_same_minibatches_as_the_scan_and_each_shape_is_compiled_once():

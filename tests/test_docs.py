@@ -91,10 +91,10 @@ def test_files_and_tests_that_are_named_exist(page):
         assert (ROOT / file).is_file(), file
     for file in re.findall(r"`((?:algorithms|models|rewards|evaluation|training|data)/[\w/]+\.py)`", text):
         assert (ROOT / "jaxrlhf" / file).is_file(), file
-    for file, name in re.findall(r"(test_\w+\.py)::(\w+)", text):
+    for file, name in re.findall(r"((?:faults/)?test_\w+\.py)::(\w+)", text):
         functions = [x.name for x in ast.parse((ROOT / "tests" / file).read_text()).body if isinstance(x, ast.FunctionDef)]
         assert name in functions, f"{file}::{name}"
-    for name in re.findall(r"`(test_\w+\.py)`", text):
+    for name in re.findall(r"`((?:faults/)?test_\w+\.py)`", text):
         assert (ROOT / "tests" / name).is_file(), name
 
 

@@ -16,12 +16,14 @@ from jaxrlhf.training import flops
 from jaxrlhf.training.flops import Pass
 
 # Unrolled, because XLA counts the body of a loop once, however often it runs.
-SHAPE = TransformerConfig(512, 256, 3, 4, 2, 64, 768, 64, scan=False, remat=False)
+SHAPE = TransformerConfig(512, 256, 3, 4, 2, 64, 768, 64, scan=False, remat="none")
 SHAPES = {
     "grouped heads": SHAPE,
-    "remat": dataclasses.replace(SHAPE, remat=True),
-    "parallel": dataclasses.replace(SHAPE, remat=True, parallel=True, post_norms=False),
-    "norms after": dataclasses.replace(SHAPE, remat=True, post_norms=True),
+    "remat": dataclasses.replace(SHAPE, remat="layers"),
+    "attention kept": dataclasses.replace(SHAPE, remat="attention"),
+    "products kept": dataclasses.replace(SHAPE, remat="dots"),
+    "parallel": dataclasses.replace(SHAPE, remat="layers", parallel=True, post_norms=False),
+    "norms after": dataclasses.replace(SHAPE, remat="layers", post_norms=True),
     "gpt2": dataclasses.replace(SHAPE, mlp="gelu", norm="layer", positions="learned", kv_heads=4, tied_head=False),
 }
 ROWS, WIDTH, RESPONSE = 2, 48, 16

@@ -145,7 +145,7 @@ UPDATES = {
     "whole": (WIDE, 32, 1),
     "few rows": (WIDE, 8, 1),
     "microbatches": (WIDE, 32, 4),
-    "all is kept": (dataclasses.replace(WIDE, remat=False), 16, 1),
+    "all is kept": (dataclasses.replace(WIDE, remat="none"), 16, 1),
     "gpt2": (dataclasses.replace(WIDE, mlp="gelu", norm="layer"), 32, 1),
     "wide MLP": (dataclasses.replace(WIDE, mlp_width=768), 16, 1),
     "deep": (dataclasses.replace(WIDE, layers=12), 16, 1),

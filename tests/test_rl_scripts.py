@@ -51,9 +51,10 @@ def check(out: pathlib.Path, start: pathlib.Path) -> list[dict]:
     [
         pytest.param("ppo", ("--batch", 32), marks=pytest.mark.full),  # plain pytest runs it below, with options
         ("grpo", ("--batch", 8, "--watch.strict")),
+        ("grpo", ("--batch", 8, "--microbatches.tokens", 64, "--microbatches.multiple", 7)),
         pytest.param("rloo", ("--batch", 8), marks=pytest.mark.full),  # and this as the fork
         ("reinforce", ("--batch", 32, "--algorithm.baseline", "greedy", "--algorithm.no-whiten-advantages")),
-        ("raft", ("--batch", 8)),
+        ("raft", ("--batch", 8, "--optimizer.name", "schedule_free", "--optimizer.schedule", "constant")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -61,7 +62,8 @@ def test_an_algorithm_learns_sums(start, tmp_path, name, flags):
     done = script(name, "--preset", "arithmetic", "--policy", start / "model", "--out", tmp_path / name, *SMALL, *flags)
     assert done.returncode == 0, done.stderr
     rows = check(tmp_path / name, start)
-    check_clock(tmp_path / name, ("data", "rollout", "score", "update", "evaluate", "other"), updates=2)
+    stages = ("data", "rollout", "score", "update", "evaluate", "other")
+    check_clock(tmp_path / name, stages, updates=2, once=("train_step", "prepare", "_experience"))
     assert rows[0]["rollout/sampler_gap_max"] < 1e-4
     if name != "raft":
         assert rows[0]["importance/max"] == pytest.approx(1, abs=1e-4)

@@ -123,8 +123,9 @@ def model(which: Pass, rows: Rows) -> float:
 def hardware(which: Pass, rows: Rows) -> float:
     """Operations that our programs do for it: the numerator of HFU, `model` and what the backward pass computes again.
 
-    That is the layers' forward pass under remat, but for the products whose results only the residual stream takes; the scores
-    in attention's own backward pass; and the logits, where there are so many that `models/heads.py` makes them in blocks.
+    That is the layers' forward pass by `remat` layers or attention, but for the products whose results only the residual stream
+    takes, and by the latter but for attention itself; the scores in attention's own backward pass; and the logits, where there
+    are so many that `models/heads.py` makes them in blocks.
     """
     done = model(which, rows)
     if not which.gradient:
@@ -132,8 +133,10 @@ def hardware(which: Pass, rows: Rows) -> float:
     again = attention(which.shape, rows) / 2
     if which.logits:
         again += 2 * which.shape.width * which.shape.vocab_size * rows.predicted
-    if which.shape.remat:
+    if which.shape.remat in ("layers", "attention"):
         again += forward(which.shape, rows, False, which.lora) - _last(which.shape) * rows.tokens
+    if which.shape.remat == "attention":
+        again -= attention(which.shape, rows)
     return done + which.times * again
 
 

@@ -150,14 +150,17 @@ _LOGITS = {True: 3, False: 2}  # arrays of a block of logits, with the gradient 
 
 def update(passes: Sequence[Pass], rows: int, width: int, predicted: int, block: int) -> tuple[Row, ...]:
     """What a gradient of `rows` rows of `width` tokens at a time holds beside itself: what the forward pass keeps for the
-    backward pass, by remat one state a layer and else all of it, and the layer at work, or a block of logits, of which there
-    are `predicted` a row (`heads.token_logprobs`). Call it under the mesh of the run.
+    backward pass, by `remat` layers one state a layer, by attention its result too, else all (a little more than by dots), and
+    the layer at work, or a block of logits, of which there are `predicted` a row (`heads.token_logprobs`). Call it under
+    the mesh of the run.
     """
     saved, working = Size(), Size()
     for one in passes:
         layer = _layer(one.shape, rows, width, _LEARNING)
         if one.gradient:
-            kept = _states(rows, width, one.shape.width) if one.shape.remat else layer
+            mixed = one.shape.heads * one.shape.head_width * (one.shape.remat == "attention")
+            by_name = one.shape.remat in ("layers", "attention")
+            kept = _states(rows, width, one.shape.width + mixed) if by_name else layer
             saved += Size(one.shape.layers * kept.total, one.shape.layers * kept.device)
         logits = _logits(one.shape, rows, predicted, block, True) if one.logits else Size()
         working = max(working, layer + _scores(one.shape, rows, width, 2), logits, key=lambda size: size.device)

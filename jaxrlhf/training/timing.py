@@ -71,7 +71,7 @@ class Counted:
 
 
 class Clock:
-    """Made by `Run`; scripts call `timed`, `learner`, and `count.add` through `experiments/tasks.py`."""
+    """Made by `Run`. Scripts wrap what they call (`timed`, `learner`) and leave their loop as it is."""
 
     def __init__(
         self, options: Options = Options(), out: Path | None = None, now: Callable[[], int | float] = time.perf_counter
@@ -96,7 +96,8 @@ class Clock:
             ValueError: a step to profile that the run does not have.
         """
         if late := [step for step in self.options.profile_steps if step >= total]:
-            raise ValueError(f"profile_steps={self.options.profile_steps}: it ends before step {total}, so {late} never come")
+            asked = self.options.profile_steps
+            raise ValueError(f"profile_steps={asked}: the run ends before step {total}, so {late} never come")
         self._restart()
         first = True
         try:

@@ -235,7 +235,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_step_is_exact(tmp_path, fault
     """Noticed before a save; or, where something else fills the disk meanwhile, in the middle of it."""
     mount = tmp_path / "disk"
     # A checkpoint is 1.9 MB of arrays, which Orbax packs into 0.6: after two, the third has no room.
-    run = " ".join(toy(mount / "run", "--steps", 4, "--width", 400, "--save-seconds", 0, "--pause", 1))
+    run = " ".join(toy(mount / "run", "--steps", 12, "--width", 400, "--save-seconds", 0, "--pause", 1))
     keep = f"cp -r {mount}/run {tmp_path}/kept; echo $code > {tmp_path}/code"
     in_small_disk(f"{{ FAULT='{fault}' {run} 2> {tmp_path}/said; code=$?; {keep}; }}", mount, f"{size}k")
     said = (tmp_path / "said").read_text().strip().splitlines()

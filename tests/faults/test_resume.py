@@ -32,6 +32,7 @@ from experiments import (
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Outputs, Term
+from jaxrlhf.data import arithmetic as sums
 from jaxrlhf.data import pipeline, sources
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.feedback import store
@@ -190,14 +191,20 @@ def online(module, start: pathlib.Path, **more):
 
 
 def pairwise(module, start: pathlib.Path):
+    """Of choices in a file, for an untrained model's own answers to sums are all wrong."""
     small = {"policy": start / "policy", "steps": 3, "batch": 8, "evaluate_every": 2, "held_out_prompts": 8}
-    pairs = dataclasses.replace(module.PRESETS["arithmetic"].pairs, prompts=32, n=8)
-    return dataclasses.replace(module.PRESETS["arithmetic"], pairs=pairs, **small)
+    path = start / "choices.jsonl"
+    rows = [
+        {"prompt": row["prompt"], "chosen": row["answer"], "rejected": str(int(row["answer"]) + 1)}
+        for row in sums.problems("train")[:40]
+    ]
+    sources.write_jsonl(path, rows)
+    return dataclasses.replace(module.PRESETS["arithmetic"], choices=path, **small)
 
 
 ADAPTIVE = dataclasses.replace(ppo.ARITHMETIC.algorithm, kl_target=1.0)
 STAGES = {
-    "ppo": lambda start: online(ppo, start, ema_decay=0.5, algorithm=ADAPTIVE),
+    "ppo": lambda start: online(ppo, start, batch=32, ema_decay=0.5, algorithm=ADAPTIVE),
     "grpo": lambda start: online(grpo, start),
     "rloo": lambda start: online(rloo, start),
     "raft": lambda start: online(raft, start),
