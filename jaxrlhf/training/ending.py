@@ -23,6 +23,7 @@ class Ending:
 
     def __init__(self) -> None:
         self.at_once = False  # a signal came twice, or where there was nothing to finish
+        self.reason = ""  # asked to end: by what
         self.save_took = 0.0  # seconds of the last save
         self._asked = 0  # this process, to end with this code
         self._code = 0  # the same of any process of the job, as all know
@@ -30,13 +31,6 @@ class Ending:
         self._offered = True  # this step could have saved
         self._durations: list[float] = []  # of the last steps
         self._handlers: dict[int, Any] = {}
-
-    @property
-    def reason(self) -> str:
-        """By what the run was asked to end; '' if by nothing."""
-        if self._code == session.OUT_OF_TIME:
-            return f"out of time (--max-minutes {session.current().max_minutes})"
-        return f"stopped by {signal.Signals(self._code - 128).name}" if self._code else ""
 
     def listen(self) -> None:
         """Take the signals, in the main thread."""
@@ -89,6 +83,10 @@ class Ending:
     def _agree(self, due: bool = False) -> bool:
         """Take over what any process of the job was asked; whether a save is due in one of them."""
         self._code, due_somewhere = processes.largest(self._asked, int(due))
+        if self._code == session.OUT_OF_TIME:
+            self.reason = f"out of time (--max-minutes {session.current().max_minutes})"
+        elif self._code:
+            self.reason = f"stopped by {signal.Signals(self._code - 128).name}"
         return bool(due_somewhere)
 
     def end_if_asked(self) -> None:

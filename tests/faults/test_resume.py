@@ -52,10 +52,10 @@ BROKEN = 99  # exit code of a session that was broken off
 def one_step(monkeypatch):
     """Every session is asked to end after its first step."""
 
-    def asked(self) -> bool:
+    def asked(self, due: bool = False) -> tuple[bool, bool]:
         if self._stepping:  # not in the save after the last step
             self._offered, self.reason, self._code = True, "a test", BROKEN
-        return self._stepping
+        return self._stepping, due
 
     return lambda: monkeypatch.setattr(ending.Ending, "asked", asked)
 
