@@ -250,7 +250,7 @@ def test_watching_otherwise_is_no_other_run(tmp_path):
 
 def test_steps_that_do_not_come_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"profile_steps=\(1, 9\).*ends before step 4, so \[9\]"):
-        list(Clock(Options(profile_steps=(1, 9)), tmp_path).steps(0, 4))
+        list(Clock(Options(profile_steps=(1, 9)), tmp_path).steps(range(4), 4))
     with pytest.raises(ValueError, match="steps are 0, 1, 2"):
         Options(profile_steps=(-1,))
     with pytest.raises(ValueError, match="product_rate=0 must be > 0"):
