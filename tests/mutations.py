@@ -1298,8 +1298,8 @@ MUTATIONS = (
     Mutation(
         "remat-counted-as-nothing",
         "training/flops.py",
-        "    if which.shape.remat:\n",
-        "    if not which.shape.remat:\n",
+        '    if which.shape.remat in ("layers", "attention"):\n',
+        '    if which.shape.remat not in ("layers", "attention"):\n',
         "test_flops.py::test_a_gradient_is_what_xla_counts[remat]",
     ),
     Mutation(
