@@ -32,6 +32,7 @@ class Rows:
     tokens: jax.Array
     prompt_len: jax.Array
     response_len: jax.Array
+    mask: jax.Array  # its width is R
 
 
 def rows(shape: tuple[int, ...] = (4,), width: int = 12) -> Rows:
@@ -40,6 +41,7 @@ def rows(shape: tuple[int, ...] = (4,), width: int = 12) -> Rows:
         jnp.asarray(rng.integers(3, 23, (*shape, width)), jnp.int32),
         jnp.asarray(rng.integers(1, 8, shape), jnp.int32),
         jnp.asarray(rng.integers(1, 6, shape), jnp.int32),
+        jnp.ones((*shape, SPEC.max_tokens), bool),
     )
 
 

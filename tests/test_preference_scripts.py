@@ -74,6 +74,8 @@ def test_kto_learns_from_a_tfds_folder(start, choices, tmp_path):
 
 def test_online_dpo_learns_from_its_own_scored_answers(start, tmp_path):
     _, rows = learned("online_dpo", start, tmp_path / "online", "--iterations", 4, "--batch", 16, "--n", 4)
-    assert rows[0]["rollout/sampler_gap_max"] == 0  # a pair needs the reference's log-probs alone
+    assert (
+        rows[0]["rollout/sampler_gap_max"] < 1e-4
+    )  # of the rows that are checked: a pair needs the reference's log-probs alone
     assert 0 < rows[0]["preferences/pairs"] <= 16
     assert rows[0]["reward/score"] == pytest.approx(rows[0]["reward/correct"] + 0.1 * rows[0]["reward/digits"], abs=1e-5)

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from scripts import ROOT, check_clock, environment, script
 
 from experiments import grpo
-from jaxrlhf.sampling import generate, rollout
+from jaxrlhf.sampling import generate, rollout, stragglers
 from jaxrlhf.training.run import Run
 
 SMALL = ("--iterations", 2, "--evaluate-every", 1, "--held-out-prompts", 48)
@@ -93,23 +93,23 @@ def test_answers_under_way_survive_a_run_that_is_stopped(start, tmp_path, monkey
         held_out_prompts=16,
         rollouts=rollout.Options(stragglers=4, generation=generate.Options(chunk=2)),
     )
-    save, collect, calls = Run.maybe_save, rollout.collect, []
+    save, carry_on, calls = Run.maybe_save, stragglers.carry_on, []
     monkeypatch.setattr(Run, "maybe_save", lambda run, step, state, last=False: save(run, step, state, last=True))
 
     def broken(*given):
         if len(calls) == 2:
             raise KeyboardInterrupt
-        calls.append(collect(*given))
+        calls.append(carry_on(*given))
         return calls[-1]
 
     whole = grpo.run(dataclasses.replace(settings, out=tmp_path / "whole"))
-    monkeypatch.setattr(rollout, "collect", broken)
+    monkeypatch.setattr(stragglers, "carry_on", broken)
     with pytest.raises(KeyboardInterrupt):
         grpo.run(dataclasses.replace(settings, out=tmp_path / "stopped"))
     begun = calls[-1][2]
     assert begun.row.size == 4 * settings.algorithm.samples
     assert (begun.rollout.response_len > 0).any()  # or nothing was under way
-    monkeypatch.setattr(rollout, "collect", collect)
+    monkeypatch.setattr(stragglers, "carry_on", carry_on)
     again = grpo.run(dataclasses.replace(settings, out=tmp_path / "stopped"))
     assert again["samples"] == whole["samples"]
     one, other = (load_file(tmp_path / name / "model" / "params.safetensors") for name in ("whole", "stopped"))

@@ -37,7 +37,7 @@ def test_nothing_is_put_on_a_device_and_nothing_compiled():
     finally:
         listening.close()
     assert not listening.found
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before  # others may have been let go meanwhile
     assert found["bytes"] <= found["limit"] == int(0.9 * 141e9)
 
 

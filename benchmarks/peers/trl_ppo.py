@@ -30,16 +30,19 @@ class Turns(transformers.TrainerCallback):
         self.updates = 0
 
     def on_train_begin(self, args, state, control, **given):
+        """Say that the models are there, and wait for the first line."""
         print(json.dumps(self.about), flush=True)
         self.wait()
 
     def on_step_end(self, args, state, control, **given):
+        """Answer with what this iteration took, and wait for the next line."""
         wall, processor = time.perf_counter() - self.start, time.process_time() - self.used
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(json.dumps({"wall": wall, "processor": processor, "peak_bytes": peak, "updates": self.updates}), flush=True)
         self.wait()
 
     def wait(self):
+        """Until a line comes; the end of stdin ends the process."""
         if not sys.stdin.readline():
             os._exit(0)
         self.start, self.used = time.perf_counter(), time.process_time()

@@ -225,6 +225,7 @@ def _matched(stops: Int[Array, "m v"], written: Written) -> Int[Array, " b"]:
 
 
 def limits(prompts: Prompts, spec: SamplingSpec) -> Int[Array, " b"]:
+    """Most tokens of the responses to each prompt."""
     if prompts.limit is None:
         return jnp.full(prompts.length.shape, spec.max_tokens, jnp.int32)
     return jnp.minimum(prompts.limit, spec.max_tokens).astype(jnp.int32)

@@ -185,6 +185,7 @@ class Job:
 
     @property
     def in_slots(self) -> bool:
+        """Whether rows wait for a slot."""
         return 0 < self.options.slots < self.count * self.shape.n
 
     @property
@@ -212,14 +213,17 @@ class Job:
         return rows
 
     def start(self, room: int) -> State:
+        """All rows, with room for so many response tokens."""
         given = (self.weights, self.prompts, self.key, self.stop_table)
         return decode.start(self.model, self.spec, self.shape, room, *given)
 
     def start_slots(self) -> tuple[Written, State]:
+        """The first rows, as many as there are slots."""
         given = (self.weights, self.prompts, self.key, self.stop_table)
         return decode.start_slots(self.model, self.spec, self.shape, self.options.slots // self.shape.n, *given)
 
     def refill(self, done: Written | None, state: State, first: int, slots: np.ndarray) -> tuple[Written | None, State]:
+        """The samples of the prompts from `first` on in the place of what was in these slots."""
         given = (self.weights, self.prompts, first, self.key, slots, done, state)
         return decode.refill(self.model, self.spec, self.shape, self.refilled, *given)
 

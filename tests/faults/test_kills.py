@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import run_cases
 from scripts import ROOT, command, environment
 
 from experiments import stage
@@ -61,11 +62,11 @@ def kill(process: subprocess.Popen) -> None:
 
 def ends(out: pathlib.Path) -> dict[str, bytes]:
     """What a finished run must be equal in."""
-    files = [out / metrics.FILE, *out.glob("params.npy"), *out.glob("model/params.safetensors")]
-    assert len(files) == 2
+    found = run_cases.ends(out)
+    assert len(found) == 2
     rows = [row["step"] for row in metrics.read(out)]
     assert rows == list(range(len(rows))), "each step once"
-    return {path.name: path.read_bytes() for path in files}
+    return found
 
 
 def kinds(out: pathlib.Path) -> list[str]:

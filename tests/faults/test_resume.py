@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from run_cases import ends
 
 from experiments import (
     arithmetic,
@@ -241,9 +242,10 @@ def test_a_stage_broken_at_every_step(start, tmp_path, one_step, use, name, data
     run(dataclasses.replace(config, out=tmp_path / "whole"))
     one_step()
     assert to_the_end(run, dataclasses.replace(config, out=tmp_path / "broken")) >= 3
-    for file in ("model/params.safetensors", metrics.FILE):
-        whole, broken = ((tmp_path / side / file).read_bytes() for side in ("whole", "broken"))
-        assert whole == broken, file
+    whole, broken = (ends(tmp_path / side) for side in ("whole", "broken"))
+    assert whole.keys() == broken.keys() == {"params.safetensors", metrics.FILE}
+    for file, content in whole.items():
+        assert content == broken[file], file
     kinds = [event["kind"] for event in events.read(tmp_path / "broken")]
     assert kinds[:6] == ["started", "saved", "asked to end", "started", "restored", "saved"]
     assert kinds[-1] == "done"
@@ -328,7 +330,7 @@ def test_rewards_in_children_are_those_of_this_process(start, tmp_path, use):
         limits = pool.Config(workers=workers, seconds=20.0, functions=(f"{own}:brevity",))
         out = tmp_path / str(workers)
         ppo.run(dataclasses.replace(config, out=out, pool=limits))
-        figures.append([(out / file).read_bytes() for file in ("model/params.safetensors", metrics.FILE)])
+        figures.append(ends(out))
         row = metrics.read(out)[0]
         assert row["reward/brevity"] < 0
         total = row["reward/correct"] + 0.1 * row["reward/digits"] + row["reward/brevity"]
