@@ -52,7 +52,10 @@ def start(
     def update() -> None:
         run_epochs.lower(state, frozen, found["batch"]).compile()
 
-    clock.programs.ahead({"score": score, "prepare": advantages, "update": update}, lambda: jax.set_mesh(mesh))
+    jobs = {"score": score, "prepare": advantages}
+    if getattr(run_epochs, "lower", None) is not None:  # not of rows sorted by length, whose programs depend on the lengths
+        jobs["update"] = update
+    clock.programs.ahead(jobs, lambda: jax.set_mesh(mesh))
 
 
 def answers(task: tasks.Task, n: int, mesh: jax.sharding.Mesh) -> Rollout:

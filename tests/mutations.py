@@ -1544,6 +1544,20 @@ MUTATIONS = (
         "test_processes.py::test_two_processes_agree",
     ),
     Mutation(
+        "facts-from-outside-asked-by-each-process",
+        "training/run.py",
+        "noted[name] = processes.by_first(value)",
+        "noted[name] = value()",
+        "test_processes.py::test_two_processes_agree",
+    ),
+    Mutation(
+        "events-told-by-every-process",
+        "training/run.py",
+        "events.Events(out, writes=processes.is_first())",
+        "events.Events(out)",
+        "test_processes.py::test_two_processes_agree",
+    ),
+    Mutation(
         "minibatches-are-not-held-against-the-mesh",
         "core/sharding.py",
         "if count % (parts * ways):",

@@ -31,11 +31,14 @@ def kinds(tree: Any) -> set[str]:
     return {x.sharding.memory_kind for x in jax.tree.leaves(tree) if x.ndim}
 
 
-def two_updates(offloaded: bool) -> tuple[Any, Any, Any]:
-    """The state after two updates on the mesh, its metrics, and the program's bytes."""
+ADAMW = OptimizerConfig(learning_rate=1e-3)
+
+
+def two_updates(offloaded: bool, split: Any = 1, settings: OptimizerConfig = ADAMW) -> tuple[Any, Any, Any]:
+    """The state after two updates on the mesh, its metrics, and the bytes of the program, if it is one."""
     mesh = sharding.make_mesh(MeshConfig(fsdp=2), jax.devices()[:2])
     params, recorded = sameness.start(), sameness.recorded()[0]
-    update = optimizer.make(OptimizerConfig(learning_rate=1e-3), 20, params)
+    update = optimizer.make(settings, 20, params)
     with jax.set_mesh(mesh):
         placed = processes.from_host(params, sharding.shardings(sameness.SPECS, mesh))
         state = step.init_state(placed, update, jax.random.key(1), algorithm.init(sameness.PPO))
@@ -48,12 +51,23 @@ def two_updates(offloaded: bool) -> tuple[Any, Any, Any]:
         experience = rollout.experience(sameness.MODEL, state.params, frozen, drawn, sameness.SPEC)
         experience = dataclasses.replace(experience, score=sharding.shard_batch(sameness.scores(0), mesh))
         batch, _, _ = algorithm.prepare(experience, state.algorithm, sameness.PPO)
-        train = step.make_epochs(sameness.OUTPUTS, algorithm.loss, sameness.PPO, update, 1, 2)
-        sizes = train.lower(state, None, batch).compile().memory_analysis()
+        train = step.make_epochs(sameness.OUTPUTS, algorithm.loss, sameness.PPO, update, 1, 2, split)
+        sizes = train.lower(state, None, batch).compile().memory_analysis() if split == 1 else None
         before = state
         state, metrics = train(state, None, batch)
         assert all(x.is_deleted() for x in jax.tree.leaves((before.params, before.opt_state.inner)))
     return state, metrics, sizes
+
+
+def test_rows_sorted_by_length_and_the_average_of_schedule_free():
+    """Programs of their own, and a model that is served out of the optimizer's state."""
+    settings = OptimizerConfig(name="schedule_free", schedule="constant", learning_rate=1e-3)
+    split = step.Microbatches(tokens=64, multiple=4)
+    (here, metrics, _), (there, other_metrics, _) = (two_updates(each, split, settings) for each in (False, True))
+    assert kinds(there.opt_state) == {offload.KIND}
+    assert kinds(step.served(there)) == {"device"}
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(metrics), jax.device_get(other_metrics))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(step.served(here)), jax.device_get(step.served(there)))
 
 
 def test_updates_are_the_same_and_the_state_stays_where_it_was(tmp_path):

@@ -152,7 +152,7 @@ def test_rows_of_the_start_are_problem_and_answer_and_the_end(task):
 
 def test_a_run_that_cannot_fit_is_refused_before_it_trains(mesh, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stage.plan, "limit", lambda devices: 1 << 16)
-    config = dataclasses.replace(ppo.ARITHMETIC, policy=folder, out=tmp_path, batch=8, held_out_prompts=48)
+    config = dataclasses.replace(ppo.ARITHMETIC, policy=folder, out=tmp_path, batch=32, held_out_prompts=48)
     with pytest.raises(ValueError, match=r"this run takes .* a device, .* more than the 0.1 MiB that it has"):
         ppo.run(config)
     assert "% of 0.1 MiB" in capsys.readouterr().out

@@ -19,8 +19,8 @@ import sameness
 from jaxrlhf.core import processes, sharding
 from jaxrlhf.core.sharding import MeshConfig, ParamSpec
 from jaxrlhf.core.types import Rollout
-from jaxrlhf.rewards import functions
-from jaxrlhf.training import checkpoint, cli
+from jaxrlhf.rewards import functions, pool
+from jaxrlhf.training import checkpoint, cli, events, session
 from jaxrlhf.training.run import Run
 
 
@@ -79,6 +79,14 @@ def _score(mesh: jax.sharding.Mesh, folder: Path) -> None:
     np.testing.assert_array_equal(given.weight, [1, 1, 1, 1, 1, 0, 1, 1])
     assert len(given.faults) == jax.process_index()  # the one who scored it tells of it
     assert seen == list(range(jax.process_index(), 8, 2))
+    own = folder / f"own{jax.process_index()}.py"
+    own.write_text("def reward(prompt, response, row):\n    return 1 / (row['i'] - 5)\n")
+    with pool.open_pool({"own": pool.Source(f"{own}:reward")}, pool.Config(workers=1, seconds=60.0)) as given:
+        rows = [{"i": i} for i in range(8)]
+        told = functions.apply(given["own"], sharding.shard_batch(drawn, mesh), lambda ids: str(ids[0]), rows)
+    np.testing.assert_allclose(told.score, [1 / (i - 5) if i != 5 else 0 for i in range(8)], rtol=1e-6)
+    np.testing.assert_array_equal(told.weight, [1, 1, 1, 1, 1, 0, 1, 1])
+    assert [fault.row for fault in told.faults] == [5] * jax.process_index()
 
 
 def _state(mesh: jax.sharding.Mesh, axes: tuple[str | None, ...]) -> Any:
@@ -109,6 +117,7 @@ def _stopped(mesh: jax.sharding.Mesh, folder: Path) -> None:
 
     def work() -> None:
         with Run.open(where, MeshConfig(), tensorboard=False) as run:
+            assert run.once("asked", lambda: me) == 0  # of the first
             for step in run.steps(run.start, 50, "work"):
                 reached.append(step)
                 if me == 1 and step == 4:
@@ -126,12 +135,52 @@ def _stopped(mesh: jax.sharding.Mesh, folder: Path) -> None:
     with Run.open(where, MeshConfig(), tensorboard=False) as run:
         run.restore(state)
         assert run.start == 5
+        assert run.once("asked", lambda: 7) == 0  # as it was saved
         for step in run.steps(run.start, 7, "work"):
             run.log(step, {"x": float(step)})
         assert [row["step"] for row in run.metrics()] == [0, 1, 2, 3, 4, 5, 6]
         assert run.done({"by": me})["by"] == 0
+    processes.wait("done")
+    told = ["started", "saved", "asked to end", "started", "restored", "done"]
+    assert [event["kind"] for event in events.read(where)] == told  # by one alone
+    _out_of_time(folder / "late", state)
+    _stopped_by_a_guard(mesh, folder / "bad")
     with pytest.raises(ValueError, match="not made by this program"):  # the first process looked; both are refused
         Run.open(folder / "checkpoints", MeshConfig(), tensorboard=False)
+
+
+def _out_of_time(where: Path, state: Any) -> None:
+    """The time of one process is up: both save after the same step and end."""
+    reached = []
+    minutes = 1e-9 if jax.process_index() == 1 else None
+
+    def work() -> None:
+        with session.use(session.Session(max_minutes=minutes)), Run.open(where, MeshConfig(), tensorboard=False) as run:
+            for step in run.steps(run.start, 50, "work"):
+                reached.append(step)
+                run.maybe_save(step, state)
+
+    with pytest.raises(SystemExit) as ended:
+        work()
+    assert ended.value.code == session.OUT_OF_TIME
+    assert reached == [0]
+    assert checkpoint.steps(where / "checkpoints") == [1]
+
+
+def _stopped_by_a_guard(mesh: jax.sharding.Mesh, where: Path) -> None:
+    """Both end; the batch, of which each held a part, is kept whole."""
+    batch = sharding.shard_batch({"tokens": np.arange(16).reshape(8, 2)}, mesh)
+
+    def work() -> None:
+        with Run.open(where, MeshConfig(), tensorboard=False) as run:
+            for step in run.steps(0, 9, "work"):
+                run.log(step, {"optimizer/skipped_in_a_row": 3}, batch)
+
+    with pytest.raises(ValueError, match=r"3 updates in a row; .* what it learned from is in bad_batch_"):
+        work()
+    processes.wait("kept")
+    (kept,) = where.glob("bad_batch_*.npz")
+    np.testing.assert_array_equal(np.load(kept)["['tokens']"], np.arange(16).reshape(8, 2))
 
 
 def trained(folder: Path) -> None:

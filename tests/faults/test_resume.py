@@ -338,7 +338,8 @@ def test_rewards_in_children_are_those_of_this_process(start, tmp_path, use):
     assert figures[0] == figures[1]
 
 
-def test_rewards_of_one_name_are_refused(start, tmp_path):
+def test_rewards_of_one_name_are_refused(start, tmp_path, use):
+    use(1)
     config = online(ppo, start, out=tmp_path / "run", pool=pool.Config(functions=("mine.py:correct",)))
     with pytest.raises(ValueError, match=r"two rewards of one name \(correct\)"):
         ppo.run(config)
