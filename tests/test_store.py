@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 
 import pytest
 from labelling import derived_is_true
@@ -157,13 +158,46 @@ def test_a_choice_survives_a_killed_program(tmp_path):
         assert [choice.choice for choice in store.choices(db)] == ["left"]
 
 
-def test_two_programs_may_create_the_store_at_once(tmp_path):
+def test_programs_may_create_the_store_at_once(tmp_path):
+    program = (
+        "import multiprocessing, sys; from jaxrlhf.feedback import store; fork = multiprocessing.get_context('fork')\n"
+        "def create(path, barrier): barrier.wait(); store.open_store(path).close()\n"
+        "for number in range(40):\n"
+        "    barrier = fork.Barrier(4)\n"
+        "    creators = [fork.Process(target=create, args=(f'{sys.argv[1]}/{number}', barrier)) for _ in range(4)]\n"
+        "    for creator in creators: creator.start()\n"
+        "    for creator in creators: creator.join()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+    for number in range(40):
+        with contextlib.closing(store.open_store(tmp_path / str(number))) as db:
+            assert store.pairs(db) == []
+
+
+def test_a_store_made_while_another_program_looks_is_no_foreign_file(tmp_path):
     path = tmp_path / "feedback.sqlite"
-    program = "import sys; from jaxrlhf.feedback import store; store.open_store(sys.argv[1]).close()"
-    running = [
-        subprocess.Popen([sys.executable, "-c", program, str(path)], stderr=subprocess.PIPE, text=True) for _ in range(3)
-    ]
-    assert [(process.communicate()[1], process.returncode) for process in running] == [("", 0)] * 3
+    creator = threading.Thread(target=lambda: store.open_store(path).close())
+
+    def create(statement: str) -> None:
+        if "sqlite_master" in statement:
+            creator.start()
+            creator.join(timeout=0.3)  # as long as it may: what is read must be of one moment
+
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5.0)) as db:
+        db.set_trace_callback(create)
+        schema.prepare(db, path)
+        creator.join()
+        assert store.pairs(db) == []
+
+
+def test_a_store_that_another_program_holds_is_not_called_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(schema, "BUSY_SECONDS", 0.05)
+    path = tmp_path / "feedback.sqlite"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ValueError, match=r"database is locked.*end the program that holds it"):
+            store.open_store(path)
 
 
 def test_files_that_are_no_store_are_refused(tmp_path):

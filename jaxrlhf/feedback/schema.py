@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,6 +122,7 @@ CREATE TABLE labelers (
 
 STEPS = (_FIRST, _SECOND)
 VERSION = len(STEPS)
+BUSY_SECONDS = 5.0  # how long one program waits for another's write
 
 
 def prepare(db: sqlite3.Connection, path: Path) -> None:
@@ -129,8 +131,10 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
     Raises:
         ValueError: the file is another program's, is damaged, or was written by a newer version.
     """
+    db.execute("BEGIN")  # both of one moment: another program may be making the tables just now
     version = _version(db)
     tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    db.execute("COMMIT")
     if version > VERSION:
         raise ValueError(f"{path}: schema version {version} is newer than this program's {VERSION}; update jaxrlhf")
     if tables and (version == 0 or not {"pairs", "events"} <= tables):
@@ -138,7 +142,7 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
     problem = db.execute("PRAGMA quick_check").fetchone()[0]
     if problem != "ok":
         raise ValueError(f"{path}: damaged ({problem}); restore a copy or give another path")
-    db.execute("PRAGMA journal_mode = WAL")
+    _write_ahead(db)
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
     db.execute("PRAGMA secure_delete = ON")  # a text that is withdrawn is overwritten, not only forgotten
@@ -148,6 +152,19 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
                 for statement in _statements(script):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {number}")
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Let readers go on beside the writer. SQLite does not wait for others here, as it does everywhere else, so we do."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _version(db: sqlite3.Connection) -> int:

@@ -85,12 +85,14 @@ def open_store(path: str | Path) -> sqlite3.Connection:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
     try:
-        db = sqlite3.connect(path, timeout=5.0, isolation_level=None)
+        db = sqlite3.connect(path, timeout=schema.BUSY_SECONDS, isolation_level=None)
         try:
             schema.prepare(db, path)
         except BaseException:
             db.close()
             raise
+    except sqlite3.OperationalError as error:  # locked, not permitted, no room: the file may be sound
+        raise ValueError(f"{path}: cannot be opened now ({error}); end the program that holds it") from error
     except sqlite3.DatabaseError as error:
         raise ValueError(f"{path}: not a readable feedback store ({error}); restore a copy or give another path") from error
     return db
