@@ -138,7 +138,7 @@ def make_stages(model: Any, spec: SamplingSpec, algorithm: ppo.Config, update: A
     score = jax.jit(even)
 
     def run(state, frozen, given, key, number):
-        experience, *_ = rollout.collect(model, state.params, frozen, given, spec, key, version=number)
+        experience = rollout.collect(model, state.params, frozen, given, spec, key, version=number)
         found = score(experience.rollout)
         experience = dataclasses.replace(experience, score=found, weight=jnp.ones(found.shape))
         drawn = describe(experience)

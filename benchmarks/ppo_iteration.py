@@ -193,7 +193,7 @@ def iteration(config: argparse.Namespace, shape: TransformerConfig, trunk: Any, 
         state = held[0]
         current = roles.attach(trunk, state.params, adapters)
         key = jax.random.fold_in(jax.random.key(1), i)
-        experience, *_ = rollout.collect(model, current, frozen, prompts, spec, key, version=i, options=options)
+        experience = rollout.collect(model, current, frozen, prompts, spec, key, version=i, options=options)
         experience = dataclasses.replace(experience, score=reward(judge, experience.rollout))
         batch, kept, _ = prepare(experience, state.algorithm, config=ALGORITHM)
         held[0], metrics = run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)

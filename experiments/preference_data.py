@@ -125,7 +125,7 @@ def judged(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, seed: int)
     while drawn < config.prompts:
         prompts, key = sharding.shard_batch(task.prompts[len(parts)], mesh), jax.random.key(seed)
         policy = {"policy": start.params}, {"reference": start.params}
-        experience, *_ = rollout.collect(start.model, *policy, prompts, task.spec, key, config.n, options=options)
+        experience = rollout.collect(start.model, *policy, prompts, task.spec, key, config.n, options=options)
         score, weight, _ = task.score(experience.rollout, prompts)
         pairs = processes.to_host(dpo.from_experience(dataclasses.replace(experience, score=score, weight=weight), config.n))
         parts.append(jax.tree.map(lambda x, kept=pairs.weight > 0: x[kept], pairs))

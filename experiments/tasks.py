@@ -191,8 +191,11 @@ def tell_memory(
     drawn = [(config.held_out_prompts, 1, EXACT)]
     if n:
         generation = options.generation
-        in_slots = 0 < generation.slots < config.batch * n  # each with a prompt of its own
-        prompts, samples = (generation.slots, 1) if in_slots else (config.batch, n)
+        prompts, samples = config.batch, n
+        if options.stragglers:  # each row with a prompt of its own, and so in slots
+            prompts, samples = (config.batch + options.stragglers) * n, 1
+        elif 0 < generation.slots < config.batch * n:
+            prompts, samples = generation.slots, 1
         drawn.append((prompts, samples, generation.cache))
     prompts, samples, cache = max(drawn, key=lambda rows: rows[0] * rows[1])
     sampled = plan.sampling(start.model, policy, task.spec, (prompts, width), samples, cache)
@@ -255,8 +258,8 @@ def collector(
     clock: timing.Clock, config: Settings, task: Task, frozen: Any, n: int, options: rollout.Options
 ) -> Callable[[dict[str, Any], Prompts, jax.Array, int, Begun | None], Collected]:
     """(params, prompts, key, version, begun) -> n answers to each prompt, scored by learner and reference, the prompts that
-    they answer, and what is under way after it (`rollout.collect`): its two halves timed as rollout and score, and their work
-    counted, that of the reward model included.
+    they answer, and what is under way after it (`rollout.collect`, or with stragglers `stragglers.carry_on`): its two halves
+    timed as rollout and score, and their work counted, that of the reward model included.
     """
     answer = answering(clock, task, task.spec, n, options.generation)
     score = clock.timed("score", rollout.experience, after="score")

@@ -302,9 +302,7 @@ def test_twenty_iterations_of_ppo_compile_nothing_after_the_first():
 
     def iterate(state, i: int):
         found = given()
-        experience, *_ = rollout.collect(
-            model, state.params, frozen, found, rules, jax.random.key(i), version=i, options=options
-        )
+        experience = rollout.collect(model, state.params, frozen, found, rules, jax.random.key(i), version=i, options=options)
         experience = dataclasses.replace(experience, score=experience.rollout.response_len * 0.1)
         batch, kept, _ = prepare(experience, state.algorithm, config=config)
         return run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)[0]

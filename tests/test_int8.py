@@ -189,7 +189,7 @@ def test_merged_is_what_was_trained(shape, config):
 def test_the_reference_in_eight_bits_is_scored_as_such():
     """A whole float policy beside it; at a start on one base the adapter off is that base."""
     model, base, narrow = transformer.build(LLAMA), base_of(LLAMA), narrow_of(LLAMA)
-    found, *_ = rollout.collect(model, {"policy": base}, {"reference": narrow}, prompts(), SPEC, jax.random.key(1))
+    found = rollout.collect(model, {"policy": base}, {"reference": narrow}, prompts(), SPEC, jax.random.key(1))
     forced, _ = rollout.score_rollout(model, narrow, found.rollout, SPEC)
     np.testing.assert_allclose(found.ref_logprobs, forced, atol=1e-6)
     assert np.abs(found.ref_logprobs - found.logprobs).max() > 1e-4

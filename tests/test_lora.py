@@ -153,7 +153,7 @@ def test_the_reference_is_the_base_and_the_critic_an_adapter_of_its_own():
     own = adapter_of(LLAMA, CONFIG, seed=7)
     params = {"policy": adapter_of(LLAMA, CONFIG), "critic": {"trunk": own, "head": head}}
     beside = roles.attach(base, params, CONFIG)
-    found, *_ = rollout.collect(model, beside, {"reference": base}, prompts(), SPEC, jax.random.key(1), n=2)
+    found = rollout.collect(model, beside, {"reference": base}, prompts(), SPEC, jax.random.key(1), n=2)
     merged = {
         "policy": lora.merge(base, params["policy"], CONFIG),
         "critic": {"trunk": lora.merge(base, own, CONFIG), "head": head},

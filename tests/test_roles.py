@@ -44,7 +44,7 @@ def collect(params, options=OPTIONS, count: int = 8):
     rng = np.random.default_rng(0)
     tokens, length, uid = rng.integers(3, VOCAB, (count, 5)), rng.integers(1, 6, count), np.arange(count)
     given = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), Prompts(tokens=tokens, length=length, uid=uid, row=uid))
-    return rollout.collect(MODEL, params, {"reference": language_model(1)}, given, SPEC, jax.random.key(2), options=options)[0]
+    return rollout.collect(MODEL, params, {"reference": language_model(1)}, given, SPEC, jax.random.key(2), options=options)
 
 
 def by_hand(trunk, head, data) -> np.ndarray:

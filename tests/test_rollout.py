@@ -59,7 +59,7 @@ def prompts(count: int = 12) -> Prompts:
 @pytest.fixture(scope="module")
 def collected(params, frozen) -> Experience:
     with jax.default_matmul_precision("highest"):
-        return rollout.collect(MODEL, params, frozen, prompts(), SPEC, KEY, n=2, version=4)[0]
+        return rollout.collect(MODEL, params, frozen, prompts(), SPEC, KEY, n=2, version=4)
 
 
 def policy_logprobs(tree, experience: Experience) -> np.ndarray:
@@ -174,14 +174,14 @@ def test_what_stands_after_a_response_changes_nothing(params, frozen, collected)
 
 def test_experience_does_not_depend_on_devices(params, frozen):
     given = prompts(16)
-    alone, *_ = rollout.collect(MODEL, params, frozen, given, SPEC, KEY, options=rollout.Options(rows=8))
+    alone = rollout.collect(MODEL, params, frozen, given, SPEC, KEY, options=rollout.Options(rows=8))
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
     trunk = sharding.shardings(transformer.param_specs(CONFIG), mesh)
     value = jax.device_put(params["value"], sharding.replicated(mesh))
     placed = {"policy": jax.device_put(params["policy"], trunk), "value": value}
     with jax.set_mesh(mesh):
         reference = {"reference": jax.device_put(frozen["reference"], trunk)}
-        spread, *_ = rollout.collect(
+        spread = rollout.collect(
             MODEL, placed, reference, sharding.shard_batch(given, mesh), SPEC, KEY, options=rollout.Options(rows=8)
         )
     np.testing.assert_array_equal(spread.rollout.tokens, alone.rollout.tokens)

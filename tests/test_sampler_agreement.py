@@ -64,7 +64,7 @@ def case(request) -> tuple[SamplingSpec, dict, Experience, Experience]:
     zeros = {"weight": jnp.zeros(MODEL.width), "bias": jnp.zeros([])}
     params, frozen = {"policy": language_model(0), "value": zeros}, {"reference": language_model(1)}
     with jax.default_matmul_precision("highest"):
-        replayed, *_ = rollout.collect(MODEL, params, frozen, prompts(ROWS), spec, jax.random.key(3), n=2)
+        replayed = rollout.collect(MODEL, params, frozen, prompts(ROWS), spec, jax.random.key(3), n=2)
         drawn = dataclasses.replace(replayed.rollout, kept=None)
         plain = rollout.experience(MODEL, params, frozen, drawn, dataclasses.replace(spec, replay=False))
     return spec, params, replayed, plain
@@ -136,7 +136,7 @@ def test_the_first_ratio_is_one_and_nothing_is_clipped(case):
 def test_without_replay_a_filtered_sampler_is_off_policy_and_says_so():
     spec = dataclasses.replace(BASE, top_p=0.8, replay=False)
     params = {"policy": language_model(0), "value": {"weight": jnp.zeros(MODEL.width), "bias": jnp.zeros([])}}
-    plain, *_ = rollout.collect(MODEL, params, {"reference": language_model(1)}, prompts(ROWS), spec, jax.random.key(3))
+    plain = rollout.collect(MODEL, params, {"reference": language_model(1)}, prompts(ROWS), spec, jax.random.key(3))
     _, _, metrics = ppo.prepare(plain, ppo.init(ppo.Config()), ppo.Config())
     assert metrics["importance/mean"] < 0.95  # the mass that top-p keeps
     assert float(metrics["policy/kl_ref"]) > 0
@@ -154,7 +154,7 @@ def test_kept_sets_are_packed_and_unpacked():
 def test_replay_needs_the_kept_sets():
     spec = dataclasses.replace(BASE, top_p=0.8)
     params = {"policy": language_model(0), "value": {"weight": jnp.zeros(MODEL.width), "bias": jnp.zeros([])}}
-    data, *_ = rollout.collect(MODEL, params, {"reference": language_model(1)}, prompts(8), spec, jax.random.key(0))
+    data = rollout.collect(MODEL, params, {"reference": language_model(1)}, prompts(8), spec, jax.random.key(0))
     batch, _, _ = ppo.prepare(data, ppo.init(ppo.Config()), ppo.Config())
     outputs = objective.make_outputs(MODEL, spec, values=True, trunk="policy")
     with pytest.raises(ValueError, match="no kept sets"):

@@ -15,8 +15,7 @@ from jaxrlhf.core import masking, offload, sharding
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
 from jaxrlhf.models import heads, roles
 from jaxrlhf.models.model import Model
-from jaxrlhf.sampling import generate, stragglers
-from jaxrlhf.sampling.stragglers import Begun
+from jaxrlhf.sampling import generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,21 +43,13 @@ def collect(
     n: int = 1,
     version: int | jax.Array = 0,
     options: Options = Options(),
-    begun: Begun | None = None,
-) -> tuple[Experience, Prompts, Begun | None]:
-    """Sample n responses to each prompt from `params["policy"]` and score them: see `generate.generate` and `experience`. Also
-    the prompts that they answer, and what is under way after it.
+) -> Experience:
+    """Sample n responses to each prompt from `params["policy"]` and score them: see `generate.generate` and `experience`.
 
-    With responses that are `begun` (`options.stragglers` of them, `stragglers.begin` at first) those n * B that end first are
-    given, so that row i answers prompt i // n of the prompts returned: see `stragglers.carry_on`.
+    Responses that stop early and go on in the next batch are `stragglers.carry_on`'s, which `experience` scores as any others.
     """
-    if begun is None:
-        rollout = generate.generate(model, params["policy"], prompts, spec, key, n, version, options.generation)
-    else:
-        rollout, prompts, begun, _ = stragglers.carry_on(
-            model, params["policy"], prompts, begun, spec, key, n, version, options.generation
-        )
-    return experience(model, params, frozen, rollout, spec, options), prompts, begun
+    rollout = generate.generate(model, params["policy"], prompts, spec, key, n, version, options.generation)
+    return experience(model, params, frozen, rollout, spec, options)
 
 
 def experience(

@@ -1,4 +1,7 @@
-"""What one chip can do, by name: the ceilings that rates are measured against. Dense figures of the makers' data sheets."""
+"""What one chip can do, by name: the ceilings that rates are measured against.
+
+Dense figures of the makers' data sheets, typed from memory: check the one that you rely on.
+"""
 
 from __future__ import annotations
 

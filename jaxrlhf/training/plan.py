@@ -166,7 +166,7 @@ def update(passes: Sequence[Pass], rows: int, width: int, predicted: int, block:
         working = max(working, layer + _scores(one.shape, rows, width, 2), logits, key=lambda size: size.device)
     found = [
         Row("activations", "kept for the backward pass", "update", saved),
-        Row("activations", "at work", "update", working),
+        Row("activations", "at work in the update", "update", working),
     ]
     return tuple(found)
 
@@ -178,7 +178,7 @@ def scoring(passes: Sequence[Pass], rows: int, width: int, predicted: int, block
         layer = _layer(one.shape, rows, width, _READING)
         logits = _logits(one.shape, rows, predicted, block, False) if one.logits else Size()
         working = max(working, layer + _scores(one.shape, rows, width, 1), logits, key=lambda size: size.device)
-    return (Row("activations", "at work", "scoring", working),)
+    return (Row("activations", "at work in scoring", "scoring", working),)
 
 
 def prefill(shape: TransformerConfig, prompts: int, width: int) -> tuple[Row, ...]:
