@@ -109,7 +109,8 @@ def kill_at_random(out: pathlib.Path, kills: int, horizon: float, seed: int) -> 
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("kills", [2, 5])
 def test_a_killed_loop_ends_with_the_same_figures(loop, tmp_path, kills):
     kill_at_random(tmp_path / "killed", kills, horizon=25, seed=kills)
     assert figures(tmp_path / "killed") == figures(loop)
@@ -275,9 +276,8 @@ def test_help_is_quick():
     assert time.monotonic() - started < 30  # a machine under load; the figure is in the README
 
 
-@pytest.mark.parametrize(
-    "kind", ["heads", pytest.param("adapters", marks=pytest.mark.full), pytest.param("models", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["heads", "adapters", "models"])
 def test_an_ensemble_is_trained_and_ppo_reads_it(loop, tmp_path, kind):
     start = ("--reference", loop / "sft/model", "--init", loop / "pretrain/model")
     flags = ("--ensemble", 3, "--ensemble-of", kind, "--aggregation", "worst", "--normalise", "demonstrations")
@@ -329,6 +329,7 @@ def test_over_optimisation_goes_on_where_it_stopped(loop, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.full
 def test_dpo_samples_its_own_pairs_where_there_are_none(loop, tmp_path):
     """A simulated person chooses between the policy's own reviews."""
     flags = ("--policy", loop / "sft" / "model", "--reward", loop / "reward_model" / "model", "--choices", "None")

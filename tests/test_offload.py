@@ -59,6 +59,7 @@ def two_updates(offloaded: bool, split: Any = 1, settings: OptimizerConfig = ADA
     return state, metrics, sizes
 
 
+@pytest.mark.full
 def test_rows_sorted_by_length_and_the_average_of_schedule_free():
     """Programs of their own, and a model that is served out of the optimizer's state."""
     settings = OptimizerConfig(name="schedule_free", schedule="constant", learning_rate=1e-3)

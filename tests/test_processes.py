@@ -196,6 +196,7 @@ def rows(out: pathlib.Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if not name.startswith(timing.FIGURES)} for row in found]
 
 
+@pytest.mark.full
 def test_ppo_in_two_processes_is_ppo_in_one(start, tmp_path):
     """The same number of devices: the script's metrics and the policy are the same."""
     one = together([ppo(start, tmp_path / "one")], [environment(2)])[0]

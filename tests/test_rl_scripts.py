@@ -50,7 +50,7 @@ def check(out: pathlib.Path, start: pathlib.Path) -> list[dict]:
     ("name", "flags"),
     [
         pytest.param("ppo", ("--batch", 32), marks=pytest.mark.full),  # plain pytest runs it below, with options
-        ("grpo", ("--batch", 8, "--watch.strict")),
+        pytest.param("grpo", ("--batch", 8, "--watch.strict"), marks=pytest.mark.full),
         ("grpo", ("--batch", 8, "--microbatches.tokens", 64, "--microbatches.multiple", 7)),
         pytest.param("rloo", ("--batch", 8), marks=pytest.mark.full),  # and this as the fork
         ("reinforce", ("--batch", 32, "--algorithm.baseline", "greedy", "--algorithm.no-whiten-advantages")),
@@ -84,6 +84,7 @@ def test_ppo_with_every_option_that_is_off_by_default(start, tmp_path):
     assert rows[0]["rollout/sampler_gap_max"] < 1e-4  # against what was drawn from
 
 
+@pytest.mark.full
 def test_answers_under_way_survive_a_run_that_is_stopped(start, tmp_path, monkeypatch):
     settings = dataclasses.replace(
         grpo.ARITHMETIC,
@@ -162,11 +163,12 @@ def test_an_adapter_is_trained_over_the_start_and_saved_twice(start, tmp_path, n
     assert moved == {f"layers/{target}" for target in targets}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
         ("grpo", ("--batch", 8, "--lora.rank", 4, "--lora.targets", "query", "down")),
-        pytest.param("ppo", ("--batch", 32), marks=pytest.mark.full),
+        ("ppo", ("--batch", 32)),
     ],
     ids=("adapter", "reference"),
 )
@@ -213,6 +215,7 @@ def test_a_new_algorithm_is_two_new_files_and_no_edit(start, tmp_path):
     check(tmp_path / "run", start)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "flags"),
     [

@@ -116,7 +116,7 @@ def save_async(directory: str | Path, step: int, state: Any, keep: int = 2, note
             processes.by_first(lambda: _commit(directory, step, keep, told, notes or {}))
         except BaseException as error:
             if processes.is_first():
-                shutil.rmtree(temporary, ignore_errors=True)
+                _remove(temporary)
             raise _unwritten(directory, step, error) from error
 
     if several:
@@ -152,6 +152,15 @@ def _commit(directory: Path, step: int, keep: int, leaves: dict[str, Any], notes
         going = directory / f".tmp-old-{old:08d}"  # a kill while it is removed leaves nothing that looks like a checkpoint
         os.replace(_folder(directory, old), going)
         shutil.rmtree(going)
+
+
+def _remove(temporary: Path) -> None:
+    """Remove what a failed save wrote; Orbax's other threads may still be writing into it. What is left `clean` finds."""
+    for _ in range(20):
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not temporary.exists():
+            return
+        time.sleep(0.1)
 
 
 def _check_space(directory: Path, step: int, size: int) -> None:
