@@ -11,9 +11,10 @@ policy alone: python -m experiments.chat --policy runs/demo/policy
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,12 +80,21 @@ def run(config: Config) -> dict[str, Any]:
         steps = plan(config)
         for number, (name, fn, settings) in enumerate(steps, 1):
             print(f"[{number:2}/{len(steps)}] {name:<20}", end="", flush=True)
-            result = fn(dataclasses.replace(settings, out=config.out / name, seed=config.seed))
+            with printing_to(config.out / "printed" / f"{name}.txt") if fn is not label.run else contextlib.nullcontext():
+                result = fn(dataclasses.replace(settings, out=config.out / name, seed=config.seed))
             print(f" {result['seconds']:6.1f} s", flush=True)
         export(config.out / "ppo_2" / "model", config.out / "policy")
         report.write(config.out)
         print(f"open {config.out / 'report.html'}; talk to it: python -m experiments.chat --policy {config.out / 'policy'}")
         return run.done({"stages": [name for name, _, _ in steps]})
+
+
+@contextlib.contextmanager
+def printing_to(file: Path) -> Iterator[None]:
+    """What a stage prints (the memory it will hold, what it found in a model) goes to a file, not between the lines here."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a") as out, contextlib.redirect_stdout(out):
+        yield
 
 
 def plan(config: Config) -> list[tuple[str, Callable[[Any], dict[str, Any]], Any]]:

@@ -46,6 +46,7 @@ def loop(tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("runs") / "smoke"
     done = script("rlhf", "--preset", "smoke", "--out", out)
     assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(STAGES) + 1, f"a line a stage, and where to look: {done.stdout}"
     return out
 
 
