@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from experiments import preference_data, stage, tasks
+from experiments import preference_data, stage, tasks, watched
 from jaxrlhf.algorithms import kto
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -69,7 +69,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy on single answers."""
-    task, start = tasks.timed(run.clock, task), task.start
+    task, start = watched.timed(run.clock, task), task.start
     pairs = preference_data.gather(config, task, mesh, run)
     reference = rollout.batch_logprobs(start.model, start.params, pairs.train, pairs.longest)
     examples = kto.from_preferences(dataclasses.replace(pairs.train, ref_logprobs=reference))
@@ -77,11 +77,11 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     data = stage.timed(run.clock, pipeline.within(data, start.config.vocab_size))
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
     update = optimizer.make(config.optimizer, config.steps, params)
-    tasks.tell_memory(run, config, task, params, update)
+    watched.tell_memory(run, config, task, params, update)
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     outputs = objective.make_outputs(start.model, adapters=config.lora)
     train_step = step.make_train_step(outputs, kto.loss, config.algorithm, update, config.microbatches)
-    train_step = run.clock.learner(train_step, *tasks.learning(config, task, params))
+    train_step = run.clock.learner(train_step, *watched.learning(config, task, params))
     prepare, mismatched = jax.jit(kto.prepare, static_argnames="config"), jax.jit(kto.mismatched)
 
     def with_others(batch: kto.Examples, params: Any) -> kto.Examples:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ppo, reward_model, stage
+from experiments import critics, reward_model, stage
 from jaxrlhf.core import members, sharding
 from jaxrlhf.core.types import Rollout
 from jaxrlhf.data import tokenizer as tokenizers
@@ -104,8 +104,7 @@ def test_a_critic_begins_as_the_reward_whatever_scale_the_policys_adapter_has(tm
     """Its value of a row's last state is the (first member's) score; an adapter beside the policy's, or a model of its own."""
     start = start_of(tmp_path / "start")
     written(tmp_path, start, pooling="last", **settings)
-    config = ppo.Config(reward=tmp_path / "adapter", critic="reward", lora=policy)
-    critic = ppo.value_function(config, start, ONE)["critic"]
+    critic = critics.value_function("reward", start, policy, tmp_path / "adapter", ONE, seed=1)["critic"]
     assert ("embed" in critic["trunk"]) == (policy.rank == 0)
     attached = roles.attach(start.params, critic, policy)
     tokens, length = rollout().tokens, rollout().prompt_len + rollout().response_len
