@@ -1033,7 +1033,7 @@ MUTATIONS = (
     ),
     Mutation(
         "gate-and-up-of-mixtral-exchanged",
-        "models/hf.py",
+        "models/hf_layout.py",
         '(("gate", "w1"), ("up", "w3"), ("down", "w2"))',
         '(("gate", "w3"), ("up", "w1"), ("down", "w2"))',
         "test_hf.py::test_logits_and_scores_equal_those_of_transformers[mixtral]",
