@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.models import hf, hf_layout, transformer
+from jaxrlhf.models import hf, hf_layout, rotary
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.hf_config import config_from_hf
 from jaxrlhf.models.hf_files import Stored
@@ -265,7 +265,7 @@ def _llama3(file: File, values: dict[str, Any]) -> dict[str, Any]:
     config = config_from_hf(values | {"model_type": "llama", "rope_scaling": parameters, "vocab_size": 1})
     half = config.head_width // 2
     frequency = np.float32(config.rope_theta) ** (-np.arange(half, dtype=np.float32) / half)
-    ours = frequency / np.asarray(transformer.stretched(config, frequency))
+    ours = frequency / np.asarray(rotary.stretched(config, frequency))
     if found.shape != ours.shape or not np.allclose(found, ours, rtol=1e-4):  # float32 powers, each made in its own way
         raise ValueError(
             f"{file.path}: {ROPE_FREQS} is not Llama 3's for an original length of 8192, factors 1 and 4, and a stretch of "
