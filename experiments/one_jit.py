@@ -32,7 +32,7 @@ from jaxrlhf.data import arithmetic
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import heads, roles
 from jaxrlhf.sampling import decode, rollout
-from jaxrlhf.sampling.decode import Shape
+from jaxrlhf.sampling.rows import Shape
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.run import Run
 

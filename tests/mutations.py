@@ -378,7 +378,7 @@ MUTATIONS = (
     ),
     Mutation(
         "samples-of-a-prompt-share-their-random-numbers",
-        "sampling/decode.py",
+        "sampling/rows.py",
         "jnp.repeat(sample, width), position])",
         "jnp.repeat(0 * sample, width), position])",
         "test_generate.py::test_streams_are_named_by_key_uid_sample_and_position",
@@ -727,7 +727,7 @@ MUTATIONS = (
     ),
     Mutation(
         "rows-that-left-come-back-in-another-place",
-        "sampling/decode.py",
+        "sampling/rows.py",
         "every.at[row].set(own, mode=",
         "every.at[jnp.arange(row.shape[0])].set(own, mode=",
         "test_generate.py::test_rows_that_have_ended_leave_and_change_nothing[one]",
@@ -956,8 +956,8 @@ MUTATIONS = (
     Mutation(
         "a-slot-is-refilled-and-its-row-forgotten",
         "sampling/decode.py",
-        "done = _collected(done, *own)",
-        "done = _collected(done, own[0] + 10**6, own[1])",
+        "done = collected(done, *own)",
+        "done = collected(done, own[0] + 10**6, own[1])",
         "test_decode.py::test_slots_give_what_a_wave_gives[one]",
     ),
     Mutation(
@@ -976,7 +976,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the-prompt-is-not-penalised",
-        "sampling/decode.py",
+        "sampling/rows.py",
         "jnp.zeros((tokens.shape[0], model.vocab_size), bool).at[rows, tokens].set(True, mode=",
         "jnp.zeros((tokens.shape[0], model.vocab_size), bool).at[rows, tokens].set(False, mode=",
         "test_generate.py::test_logprobs_are_those_of_the_policy_and_of_the_distribution_drawn_from",
@@ -1084,7 +1084,7 @@ MUTATIONS = (
     # ---------------------------------------------------------------------------------------------------- stragglers
     Mutation(
         "a-row-that-goes-on-takes-its-first-numbers-again",
-        "sampling/decode.py",
+        "sampling/rows.py",
         "State(step=rollout.response_len, cache",
         "State(step=jnp.zeros_like(rollout.response_len), cache",
         "test_stragglers.py::test_a_response_that_was_stopped_is_the_same_as_one_that_was_not[plain]",
@@ -1098,7 +1098,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a-stop-string-begun-before-is-forgotten",
-        "sampling/decode.py",
+        "sampling/rows.py",
         "return jax.lax.scan(read_token, start, (written.tokens.T, inside.T))[0]",
         "return start",
         "test_stragglers.py::test_stop_strings_are_found_across_the_place_where_a_row_stopped",
