@@ -59,12 +59,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
-    mesh = stage.mesh(config.mesh, batch=config.batch, held_out_prompts=config.held_out_prompts)
-    with Run.open(config.out, config) as run:
-        if run.result is not None:
-            return run.result
-        with jax.set_mesh(mesh), tasks.make(config, mesh) as task:
-            return train(run, config, task, mesh)
+    return tasks.run(config, train)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:

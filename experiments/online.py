@@ -1,6 +1,5 @@
 """What the scripts share that draw answers at every iteration, so that each shows its algorithm alone.
 
-    run        open the mesh, the run's folder and the task
     begin      tell what will be held in memory; the state before the first step
     resume     the state, and the answers under way, as the newest checkpoint has them
     collector  prompts -> answers with their log-probs
@@ -17,15 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
 from experiments import stage, tasks, watched
+from experiments.settings import Online
 from jaxrlhf.core import sharding
-from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec, TrainState
 from jaxrlhf.models import roles
 from jaxrlhf.sampling import generate, rollout, stragglers
@@ -34,73 +32,20 @@ from jaxrlhf.training import flops, step, timing
 from jaxrlhf.training.run import Run
 
 
-class Settings(tasks.Settings, Protocol):
-    """What the configuration of a script says besides where answers are drawn at each iteration."""
-
-    @property
-    def out(self) -> Path:
-        """Where the run is kept."""
-        ...
-
-    @property
-    def mesh(self) -> MeshConfig:
-        """The devices that share its arrays."""
-        ...
-
-    @property
-    def iterations(self) -> int:
-        """Batches of answers."""
-        ...
-
-    @property
-    def rollouts(self) -> rollout.Options:
-        """How they are drawn."""
-        ...
-
-    @property
-    def algorithm(self) -> Any:
-        """The algorithm's own."""
-        ...
-
-    @property
-    def evaluate_every(self) -> int:
-        """Iterations from one judgement to the next."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """What the functions here read of a run; made by `loop`."""
 
     run: Run
-    config: Settings
+    config: Online
     task: tasks.Task  # timed
     mesh: jax.sharding.Mesh
     n: int  # answers to each prompt
     options: rollout.Options  # how they are drawn and scored
 
 
-def run(
-    config: Settings,
-    train: Callable[[Run, Any, tasks.Task, jax.sharding.Mesh], dict[str, Any]],
-    dealt: tuple[int, int],
-    weights: stage.Weights = "float32",
-    offloaded: stage.Offload = "none",
-) -> dict[str, Any]:
-    """What `train(run, config, task, mesh)` gives, in the run's folder and on its mesh; of a run that is done, what it gave.
-
-    `dealt` are the rows of an iteration, and the minibatches that they are dealt into; for the others see `tasks.make`.
-    """
-    mesh = stage.mesh(config.mesh, dealt, batch=config.batch, held_out_prompts=config.held_out_prompts)
-    with Run.open(config.out, config) as run:
-        if run.result is not None:
-            return run.result
-        with jax.set_mesh(mesh), tasks.make(config, mesh, weights, offloaded) as task:
-            return train(run, config, task, mesh)
-
-
 def loop(
-    run: Run, config: Settings, task: tasks.Task, mesh: jax.sharding.Mesh, n: int, options: rollout.Options | None = None
+    run: Run, config: Online, task: tasks.Task, mesh: jax.sharding.Mesh, n: int, options: rollout.Options | None = None
 ) -> Loop:
     """For n answers to each prompt, drawn as the settings say unless `options` do."""
     return Loop(run, config, watched.timed(run.clock, task), mesh, n, config.rollouts if options is None else options)

@@ -60,7 +60,7 @@ def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
     if config.n < 2:
         raise ValueError(f"n={config.n} must be at least 2: one answer is no pair")
-    return online.run(config, train, (config.batch, config.minibatches))
+    return tasks.run(config, train, (config.batch, config.minibatches))
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` (the policy alone) and `result.json` into `config.out`."""
     dealt = config.batch, config.algorithm.minibatches
-    return online.run(config, train, dealt, config.frozen, config.offload)
+    return tasks.run(config, train, dealt, config.frozen, config.offload)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:

@@ -10,13 +10,14 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import held_out, stage
+from experiments.settings import Settings
 from jaxrlhf.core import offload, processes, sharding
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.data import arithmetic as sums
@@ -24,10 +25,9 @@ from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, policy
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import functions, pool
 from jaxrlhf.sampling import generate
-from jaxrlhf.training.by_length import Microbatches
+from jaxrlhf.training.run import Run
 
 Name = Literal["sentiment", "arithmetic"]
 Figures = dict[str, float]  # ready for `Run.log`
@@ -61,58 +61,23 @@ class Task:
     """(policy params): compile every program that `judge` may want, whatever the lengths of the answers."""
 
 
-class Settings(Protocol):
-    """What the configuration of a script says of its task."""
+def run(
+    config: Settings,
+    train: Callable[[Run, Any, Task, jax.sharding.Mesh], dict[str, Any]],
+    dealt: tuple[int, int] | None = None,
+    weights: stage.Weights = "float32",
+    offloaded: stage.Offload = "none",
+) -> dict[str, Any]:
+    """What `train(run, config, task, mesh)` gives, in the run's folder and on its mesh; of a run that is done, what it gave.
 
-    @property
-    def task(self) -> Name:
-        """Which task."""
-        ...
-
-    @property
-    def policy(self) -> Path:
-        """Where the policy starts."""
-        ...
-
-    @property
-    def reward(self) -> Path:
-        """The reward model; arithmetic reads none."""
-        ...
-
-    @property
-    def sampling(self) -> stage.Sampling:
-        """How answers are drawn."""
-        ...
-
-    @property
-    def batch(self) -> int:
-        """Prompts an iteration."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Of the order of the prompts."""
-        ...
-
-    @property
-    def microbatches(self) -> Microbatches:
-        """Parts of the rows of an update."""
-        ...
-
-    @property
-    def held_out_prompts(self) -> int:
-        """How many prompts the policy is judged on."""
-        ...
-
-    @property
-    def pool(self) -> pool.Config:
-        """Child processes for reward functions, and functions of the user's own."""
-        ...
-
-    @property
-    def lora(self) -> LoraConfig:
-        """The adapter that is trained, if one is."""
-        ...
+    `dealt` are the rows of an iteration, and the minibatches that they are dealt into; the others are those of `make`.
+    """
+    mesh = stage.mesh(config.mesh, dealt, batch=config.batch, held_out_prompts=config.held_out_prompts)
+    with Run.open(config.out, config) as run:
+        if run.result is not None:
+            return run.result
+        with jax.set_mesh(mesh), make(config, mesh, weights, offloaded) as task:
+            return train(run, config, task, mesh)
 
 
 @contextlib.contextmanager

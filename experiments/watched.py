@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from experiments import stage
-from experiments.tasks import Settings, Task
+from experiments.settings import Settings
+from experiments.tasks import Task
 from jaxrlhf.core import sharding
 from jaxrlhf.models import heads, roles
 from jaxrlhf.models.model import EXACT
