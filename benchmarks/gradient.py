@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from measure import alternate, commit
 
-from jaxrlhf.models import heads, transformer
+from jaxrlhf.models import heads, rotary, transformer
 from jaxrlhf.models.config import TransformerConfig
 
 
@@ -92,13 +92,13 @@ def plain(config: TransformerConfig) -> Callable[[Any, jax.Array, jax.Array], ja
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + config.norm_epsilon) * weights["scale"]
 
     def loss(params, tokens, segments):
-        rotation = transformer._of_layer(transformer._rotations(config, transformer.segment_positions(segments)), None)
+        rotation = rotary.of_layer(rotary.rotations(config, transformer.segment_positions(segments)), None)
         visible = jnp.tril(segments[:, :, None] == segments[:, None, :])[:, None]
 
         def layer(x, w):
             y = norm(x, w["attention_norm"])
             q, k, v = (product(y, w[name]).reshape(*y.shape[:2], -1, config.head_width) for name in ("query", "key", "value"))
-            q, k = (transformer._rotate(z, rotation) for z in (q, k))
+            q, k = (rotary.rotate(z, rotation) for z in (q, k))
             mixed = jax.nn.dot_product_attention(q, k, v, mask=visible, implementation="xla")
             x = x + product(mixed.reshape(x.shape), w["output"])
             y = norm(x, w["mlp_norm"])

@@ -12,56 +12,45 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import tasks
+from experiments.online import Loop, over_start
 from jaxrlhf.core import sharding
-from jaxrlhf.core.types import Rollout
+from jaxrlhf.core.types import Rollout, TrainState
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import timing
 
 
-def start(
-    clock: timing.Clock,
-    task: tasks.Task,
-    params: dict[str, Any],
-    frozen: Any,
-    state: Any,
-    later: tuple[Any, Any, Any],
-    n: int,
-    options: rollout.Options,
-) -> None:
-    """Begin to compile `rollout.experience` of n answers to a batch of prompts, and `later`: the jitted `prepare` of an
-    algorithm, its config, and the step made by `step.make_epochs`, which `clock.learner` may have wrapped.
-
-    `params` is what the rollout is sampled with, `state` the state before the first step.
+def start(loop: Loop, frozen: dict[str, Any], state: TrainState, prepare: Any, learn: Any) -> None:
+    """Begin to compile `rollout.experience` of the answers to a batch of prompts, `online.preparer`'s program and
+    `online.learner`'s; `state` is that before the first step.
     """
-    mesh = jax.tree.leaves(state.params)[0].sharding.mesh
     if jax.process_count() > 1:  # each process would have to compile in the same order
         return
-    prepare, config, run_epochs = later
+    task, config, mesh = loop.task, loop.config, loop.mesh
+    params = over_start(loop, state.params)
     found: dict[str, Any] = {}
-    drawn = answers(task, n, mesh)  # here, since the clock that times the task's prompts is this thread's
+    drawn = answers(loop)  # here, since the clock that times the task's prompts is this thread's
 
     def score() -> None:
-        args = (task.start.model, task.spec, options, params, frozen["reference"], drawn)
+        args = (task.start.model, task.spec, loop.options, params, frozen["reference"], drawn)
         one = jax.ShapeDtypeStruct(drawn.prompt_len.shape, jnp.float32, sharding=sharding.batch_sharding(mesh))
         found["experience"] = dataclasses.replace(result(rollout.experience_program.lower(*args)), score=one, weight=one)
 
     def advantages() -> None:
-        found["batch"] = result(prepare.lower(found["experience"], state.algorithm, config=config))[0]
+        found["batch"] = result(prepare.lower(found["experience"], state.algorithm, config=config.algorithm))[0]
 
     def update() -> None:
-        run_epochs.lower(state, frozen, found["batch"]).compile()
+        learn.lower(state, frozen, found["batch"]).compile()
 
     jobs = {"score": score, "prepare": advantages}
-    if getattr(run_epochs, "lower", None) is not None:  # not of rows sorted by length, whose programs depend on the lengths
+    if getattr(learn, "lower", None) is not None:  # not of rows sorted by length, whose programs depend on the lengths
         jobs["update"] = update
-    clock.programs.ahead(jobs, lambda: jax.set_mesh(mesh))
+    loop.run.clock.programs.ahead(jobs, lambda: jax.set_mesh(mesh))
 
 
-def answers(task: tasks.Task, n: int, mesh: jax.sharding.Mesh) -> Rollout:
-    """Shapes of n answers to each prompt of a batch."""
+def answers(loop: Loop) -> Rollout:
+    """Shapes of the answers to the prompts of a batch."""
+    task, mesh = loop.task, loop.mesh
     count, width = task.prompts[0].tokens.shape
-    rows, most = count * n, task.spec.max_tokens
+    rows, most = count * loop.n, task.spec.max_tokens
 
     def array(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding.batch_sharding(mesh))

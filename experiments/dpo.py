@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import jax
 
-from experiments import preference_data, stage, tasks
+from experiments import preference_data, stage, tasks, watched
 from jaxrlhf.algorithms import dpo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -63,28 +63,23 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
-    mesh = stage.mesh(config.mesh, batch=config.batch, held_out_prompts=config.held_out_prompts)
-    with Run.open(config.out, config) as run:
-        if run.result is not None:
-            return run.result
-        with jax.set_mesh(mesh), tasks.make(config, mesh, config.frozen) as task:
-            return train(run, config, task, mesh)
+    return tasks.run(config, train, weights=config.frozen)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy on pairs."""
-    task, start = tasks.timed(run.clock, task), task.start
+    task, start = watched.timed(run.clock, task), task.start
     pairs = preference_data.gather(config, task, mesh, run)
     learned, test = (referenced(config, start, part, pairs.longest) for part in (pairs.train, pairs.held_out))
     data = pipeline.batches(preference_data.arrays(learned), config.batch, config.seed)
     data = stage.timed(run.clock, pipeline.within(data, start.config.vocab_size))
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
     update = optimizer.make(config.optimizer, config.steps, params)
-    tasks.tell_memory(run, config, task, params, update)
+    watched.tell_memory(run, config, task, params, update)
     state = stage.at_rest(run.restore(step.init_state(params, update, jax.random.key(config.seed))), config.offload)
     outputs = objective.make_outputs(start.model, adapters=config.lora)
     train_step = step.make_train_step(outputs, dpo.loss, config.algorithm, update, config.microbatches)
-    train_step = run.clock.learner(train_step, *tasks.learning(config, task, params))
+    train_step = run.clock.learner(train_step, *watched.learning(config, task, params))
     prepare = jax.jit(dpo.prepare, static_argnames="config")
     test, _, counts = prepare(test, (), config=config.algorithm)
     of_pairs = jax.jit(lambda params, frozen, batch: dpo.loss(outputs(params, frozen, batch, None), batch, config.algorithm)[1])

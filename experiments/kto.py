@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from experiments import preference_data, stage, tasks
+from experiments import preference_data, stage, tasks, watched
 from jaxrlhf.algorithms import kto
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -59,17 +59,12 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
-    mesh = stage.mesh(config.mesh, batch=config.batch, held_out_prompts=config.held_out_prompts)
-    with Run.open(config.out, config) as run:
-        if run.result is not None:
-            return run.result
-        with jax.set_mesh(mesh), tasks.make(config, mesh) as task:
-            return train(run, config, task, mesh)
+    return tasks.run(config, train)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy on single answers."""
-    task, start = tasks.timed(run.clock, task), task.start
+    task, start = watched.timed(run.clock, task), task.start
     pairs = preference_data.gather(config, task, mesh, run)
     reference = rollout.batch_logprobs(start.model, start.params, pairs.train, pairs.longest)
     examples = kto.from_preferences(dataclasses.replace(pairs.train, ref_logprobs=reference))
@@ -77,11 +72,11 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     data = stage.timed(run.clock, pipeline.within(data, start.config.vocab_size))
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
     update = optimizer.make(config.optimizer, config.steps, params)
-    tasks.tell_memory(run, config, task, params, update)
+    watched.tell_memory(run, config, task, params, update)
     state = run.restore(step.init_state(params, update, jax.random.key(config.seed)))
     outputs = objective.make_outputs(start.model, adapters=config.lora)
     train_step = step.make_train_step(outputs, kto.loss, config.algorithm, update, config.microbatches)
-    train_step = run.clock.learner(train_step, *tasks.learning(config, task, params))
+    train_step = run.clock.learner(train_step, *watched.learning(config, task, params))
     prepare, mismatched = jax.jit(kto.prepare, static_argnames="config"), jax.jit(kto.mismatched)
 
     def with_others(batch: kto.Examples, params: Any) -> kto.Examples:

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from experiments import critics, stage, tasks
 from experiments import ppo as stagewise
-from experiments import stage, tasks
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.core import masking, sharding
 from jaxrlhf.core.types import Prompts, Rollout, TrainState
@@ -32,7 +32,7 @@ from jaxrlhf.data import arithmetic
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.models import heads, roles
 from jaxrlhf.sampling import decode, rollout
-from jaxrlhf.sampling.decode import Shape
+from jaxrlhf.sampling.rows import Shape
 from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.run import Run
 
@@ -148,7 +148,7 @@ def initial(
     for each in every:
         own = dataclasses.replace(config, seed=each.seed)
         trained = {"policy": stage.trainable(start, own.lora, mesh, own.seed)}
-        params = trained | stagewise.value_function(own, start, mesh)
+        params = trained | critics.value_function(own.critic, start, own.lora, own.reward, mesh, own.seed)
         if update is None:
             count = config.iterations * algorithm.epochs * algorithm.minibatches
             update = optimizer.make(config.optimizer, count, params)

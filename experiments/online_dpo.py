@@ -15,11 +15,9 @@ from typing import Any
 
 import jax
 
-from experiments import stage, tasks
+from experiments import online, stage, tasks, watched
 from jaxrlhf.algorithms import dpo, shaping
-from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.models import lora
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
@@ -62,54 +60,35 @@ def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
     if config.n < 2:
         raise ValueError(f"n={config.n} must be at least 2: one answer is no pair")
-    mesh = stage.mesh(
-        config.mesh, (config.batch, config.minibatches), batch=config.batch, held_out_prompts=config.held_out_prompts
-    )
-    with Run.open(config.out, config) as run:
-        if run.result is not None:
-            return run.result
-        with jax.set_mesh(mesh), tasks.make(config, mesh) as task:
-            return train(run, config, task, mesh)
+    return tasks.run(config, train, (config.batch, config.minibatches))
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy on its own answers."""
-    task, start = tasks.timed(run.clock, task), task.start
+    start, options = task.start, dataclasses.replace(config.rollouts, reuse_sampler_logprobs=True)
+    loop = online.loop(run, config, task, mesh, config.n, options)  # a pair needs the reference's log-probs alone
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"reference": start.params}
-    updates = config.iterations * config.epochs * config.minibatches
-    update = optimizer.make(config.optimizer, updates, params)
-    tasks.tell_memory(run, config, task, params, update, n=config.n, options=config.rollouts)
-    keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-    state = step.init_state(params, update, keys[0])
-    state, begun = run.restore((state, tasks.under_way(config, task, config.n, mesh)))
-    outputs = objective.make_outputs(start.model, task.spec, adapters=config.lora)
-    run_epochs = step.make_epochs(
-        outputs, dpo.loss, config.algorithm, update, config.epochs, config.minibatches, config.microbatches
-    )
-    run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, params), times=config.epochs)
-    choose = jax.jit(dpo.from_experience, static_argnames=("n", "soft"))
+    update = optimizer.make(config.optimizer, config.iterations * config.epochs * config.minibatches, params)
+    state, begun = online.resume(loop, online.begin(loop, params, update))
+    outputs, split = objective.make_outputs(start.model, task.spec, adapters=config.lora), config.microbatches
+    learn = step.make_epochs(outputs, dpo.loss, config.algorithm, update, config.epochs, config.minibatches, split)
+    learn = run.clock.learner(learn, *watched.learning(config, task, params), times=config.epochs)
+    collect, choose = online.collector(loop, frozen), jax.jit(dpo.from_experience, static_argnames=("n", "soft"))
     prepare, describe = jax.jit(dpo.prepare, static_argnames="config"), jax.jit(rollout.stats)
-    options = dataclasses.replace(config.rollouts, reuse_sampler_logprobs=True)  # a pair needs the reference's log-probs alone
-    collect = tasks.collector(run.clock, config, task, frozen, config.n, options)
 
     for i in run.steps(run.start, config.iterations, "online dpo", show=("reward/score", "reward/accuracy")):
-        policy = {"policy": lora.attach(start.params, state.params, config.lora)}
-        judged = {} if i % config.evaluate_every else task.judge(lora.attach(start.params, step.served(state), config.lora))[0]
-        prompts, key = sharding.shard_batch(task.prompts[i], mesh), jax.random.fold_in(keys[1], i)
-        experience, prompts, begun = collect(policy, prompts, key, i, begun)
-        score, weight, rewarded = task.score(experience.rollout, prompts)
-        kept = shaping.score(score, experience.rollout.finished, config.score)
-        pairs = choose(dataclasses.replace(experience, score=kept, weight=weight), n=config.n, soft=config.soft)
-        batch, algorithm, stats = prepare(pairs, state.algorithm, config=config.algorithm)
-        state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
-        run.log(i, judged | {"reward/score": score.mean()} | rewarded | describe(experience) | stats | metrics, batch)
+        judged = online.judged(loop, i, state)
+        experience, prompts, begun = collect(state.params, i, begun)
+        experience, rewarded = online.reward(loop, experience, prompts)
+        drawn = describe(experience)
+        score = shaping.score(experience.score, experience.rollout.finished, config.score)
+        pairs = choose(dataclasses.replace(experience, score=score), n=config.n, soft=config.soft)
+        batch, kept, stats = prepare(pairs, state.algorithm, config=config.algorithm)
+        state, metrics = learn(dataclasses.replace(state, algorithm=kept), frozen, batch)
+        mean = {"reward/score": experience.score.mean()}
+        run.log(i, judged | mean | rewarded | drawn | stats | metrics, batch)
         run.maybe_save(i, (state, begun))
-    run.maybe_save(config.iterations - 1, (state, begun), last=True)
-    judged, samples = task.judge(lora.attach(start.params, step.served(state), config.lora))
-    run.log(config.iterations, judged)
-    stage.save_policy(config.out, start, step.served(state), config.lora, config.policy)
-    curve = [row for row in run.metrics() if "held_out/kl" in row]
-    return run.done({"curve": curve, "samples": samples})
+    return online.finish(loop, state, begun)
 
 
 ARITHMETIC = Config(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import held_out, ppo, reward_model, stage, tasks
+from experiments import held_out, ppo, reward_data, reward_model, reward_params, reward_scores, stage, tasks
 from jaxrlhf.algorithms import best_of_n
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -160,14 +160,14 @@ def proxy(config: Config, lab: Lab, sets: Arrays, layers: int, choices: int) -> 
             few = {name: array[:choices] for name, array in sets.items()}
             shape = dataclasses.replace(trunk.config, layers=layers)
             first = trunk.params | {"layers": jax.tree.map(lambda w: w[:layers], trunk.params["layers"])}
-            data = reward_model.of_members(several, lambda seed: pipeline.batches(few, settings.pairs, seed), config.seed)
-            params = reward_model.fresh(settings, shape, first, lab.mesh)
+            data = reward_data.of_members(several, lambda seed: pipeline.batches(few, settings.pairs, seed), config.seed)
+            params = reward_params.fresh(settings, shape, first, lab.mesh)
             params = rewards.with_scale(reward_model.train(run, settings, shape, params, data))
             rows = {"tokens": few["tokens"], "length": few["prompt_len"] + few["response_len"]}
             rows = {name: array.reshape(-1, *array.shape[2:]) for name, array in rows.items()}
-            scores = reward_model.score_texts(settings, transformer.build(shape), params, rows)
+            scores = reward_scores.score_texts(settings, transformer.build(shape), params, rows)
             params = rewards.normalise(params, jnp.asarray(scores))
-            reward_model.save(settings.out / "model", settings, params, shape, trunk.tokenizer)
+            reward_params.save(settings.out / "model", settings, params, shape, trunk.tokenizer)
             run.done({})
     return stage.load(settings.out / "model", lab.mesh, "reward_model")
 
@@ -180,7 +180,7 @@ def aggregated(config: Config, name: ensembles.Aggregation) -> ensembles.Config:
 def choose_best(config: Config, lab: Lab, proxies: Mapping[str, stage.Trained], prompts: int = 16) -> list[dict[str, Any]]:
     """Best-of-n by every seed and aggregation of every size: its curve, and how it orders a prompt's samples."""
     every, most = held_out.prompts(lab.policy.tokenizer, config.best_of_prompts), max(config.best_of)
-    score = {size: reward_model.scores_of(config.proxy, judged.model) for size, judged in proxies.items()}
+    score = {size: reward_scores.scores_of(config.proxy, judged.model) for size, judged in proxies.items()}
     gold: list[np.ndarray] = []
     scores: dict[str, list[np.ndarray]] = {size: [] for size in proxies}
     key = jax.random.fold_in(jax.random.key(config.seed), 1)

@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
-from experiments import ahead, pretrain, stage, tasks
+from experiments import ahead, critics, online, pretrain, stage, tasks
 from jaxrlhf.algorithms import lm, ppo
-from jaxrlhf.core import processes, sharding
+from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.data import pipeline
-from jaxrlhf.models import heads, lora, roles
 from jaxrlhf.models.lora import LoraConfig
-from jaxrlhf.rewards import ensemble, pool
+from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training import cli, objective, optimizer, step, timing
 from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
-
-TEXT_WIDTH = 32  # tokens of a row of the pre-training mix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Config:
     sampling: stage.Sampling = stage.Sampling()
     rollouts: rollout.Options = rollout.Options()
     algorithm: ppo.Config = ppo.Config(kl_coef=0.12)
-    critic: Literal["shared", "separate", "reward"] = "shared"  # value head on the policy's trunk; its own; the reward model's
+    critic: critics.Critic = "shared"  # value head on the policy's trunk; its own; the reward model's
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train adapters over the frozen start, of policy and separate critic
     frozen: stage.Weights = "float32"  # of the frozen start: what adapters lie over, and the reference
     offload: stage.Offload = "none"  # rests in the hosts' memory between the programs that use it
@@ -62,101 +58,43 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` (the policy alone) and `result.json` into `config.out`."""
-    mesh = stage.mesh(
-        config.mesh,
-        (config.batch, config.algorithm.minibatches),
-        batch=config.batch,
-        held_out_prompts=config.held_out_prompts,
-    )
-    with Run.open(config.out, config) as run:
-        if run.result is not None:
-            return run.result
-        with jax.set_mesh(mesh), tasks.make(config, mesh, config.frozen, config.offload) as task:
-            return train(run, config, task, mesh)
+    dealt = config.batch, config.algorithm.minibatches
+    return tasks.run(config, train, dealt, config.frozen, config.offload)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy, whatever the task is."""
-    task, start, algorithm = tasks.timed(run.clock, task), task.start, config.algorithm
-    params = {"policy": stage.trainable(start, config.lora, mesh, config.seed)} | value_function(config, start, mesh)
-    frozen = {"reference": start.params}
-    exact, mixed = algorithm.kl_estimator == "exact", algorithm.text_coef > 0
+    start, algorithm, exact = task.start, config.algorithm, config.algorithm.kl_estimator == "exact"
+    loop = online.loop(run, config, task, mesh, 1, dataclasses.replace(config.rollouts, exact_kl=exact))
+    params, frozen = {"policy": stage.trainable(start, config.lora, mesh, config.seed)}, {"reference": start.params}
+    params |= critics.value_function(config.critic, start, config.lora, config.reward, mesh, config.seed)
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
-    tasks.tell_memory(run, config, task, params, update, n=1, options=config.rollouts, average=config.ema_decay is not None)
-    keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-    state = step.init_state(params, update, keys[0], ppo.init(algorithm))
+    state = online.begin(loop, params, update, ppo.init(algorithm), config.ema_decay)
     del params  # which the state has copied: a critic's trunk need not stand in memory twice
-    if config.ema_decay is not None:
-        state = step.update_ema(state, config.ema_decay)
-    state, begun = run.restore((state, tasks.under_way(config, task, 1, mesh)))
-    state = stage.at_rest(state, config.offload)
-    in_loss = exact and algorithm.kl_in == "loss"
+    state, begun = online.resume(loop, state, config.offload)
+    in_loss, mixed = exact and algorithm.kl_in == "loss", algorithm.text_coef > 0
     outputs = objective.make_outputs(
         start.model, task.spec, entropy=True, values=True, ref_kl=in_loss, text=mixed, trunk="policy", adapters=config.lora
     )
-    run_epochs = step.make_epochs(
-        outputs, ppo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches, config.microbatches
-    )
-    run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, state.params, in_loss), times=algorithm.epochs)
-    options, texts = dataclasses.replace(config.rollouts, exact_kl=exact), text_batches(config, start) if mixed else None
-    collect = tasks.collector(run.clock, config, task, frozen, 1, options)
-    prepare, describe = jax.jit(ppo.prepare, static_argnames="config"), jax.jit(rollout.stats)
-
-    def over_start(params: Any) -> Any:
-        return roles.attach(start.params, params, config.lora)
-
+    collect, prepare = online.collector(loop, frozen), online.preparer(loop, ppo.prepare)
+    learn = online.learner(loop, outputs, ppo.loss, update, state.params, reference=in_loss)
+    texts = pretrain.review_rows(start.tokenizer, config.batch, config.seed) if mixed else None
     if texts is None:
-        ahead.start(run.clock, task, over_start(state.params), frozen, state, (prepare, algorithm, run_epochs), 1, options)
-    prepare = run.clock.timed("update", prepare, after="prepare")
+        ahead.start(loop, frozen, state, prepare, learn)
+
     for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
-        judged = {} if i % config.evaluate_every else task.judge(over_start(served(state)))[0]
-        prompts = sharding.shard_batch(task.prompts[i], mesh)
-        key = jax.random.fold_in(keys[1], i)
-        current = over_start(state.params)
-        experience, prompts, begun = collect(current, prompts, key, i, begun)
-        score, weight, rewarded = task.score(experience.rollout, prompts)
-        experience = dataclasses.replace(experience, score=score, weight=weight)
-        drawn = describe(experience)
-        batch, kept, stats = prepare(experience, state.algorithm, config=algorithm)
+        judged = online.judged(loop, i, state)
+        experience, prompts, begun = collect(state.params, i, begun)
+        experience, rewarded = online.reward(loop, experience, prompts)
+        batch, kept, stats = prepare(experience, state.algorithm)
         if texts is not None:
             batch = dataclasses.replace(batch, text=sharding.shard_batch(lm.packed(**texts[i]), mesh))
-        state, metrics = run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)
+        state, metrics = learn(dataclasses.replace(state, algorithm=kept), frozen, batch)
         if config.ema_decay is not None:
             state = step.update_ema(state, config.ema_decay)
-        run.log(i, judged | rewarded | drawn | stats | metrics, batch)
+        run.log(i, judged | rewarded | stats | metrics, batch)
         run.maybe_save(i, (state, begun))
-    run.maybe_save(config.iterations - 1, (state, begun), last=True)
-    judged, samples = task.judge(over_start(served(state)))
-    run.log(config.iterations, judged)
-    stage.save_policy(config.out, start, served(state), config.lora, config.policy)
-    curve = [row for row in run.metrics() if "held_out/kl" in row]
-    return run.done({"curve": curve, "samples": samples})
-
-
-def value_function(config: Config, start: stage.Trained, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """{"value": head} on the policy's trunk, or {"critic": trunk (or an adapter) and head}: see models/roles.py."""
-    if config.critic == "reward":  # of an ensemble, its first member
-        judged = stage.load_reward(config.reward, mesh, start)
-        several = stage.ensembled(judged.settings)
-        params = judged.params if several is None else ensemble.member(judged.params, 0, several)
-        shared = judged.settings["kind"] == "reward_adapter"
-        return {"critic": roles.critic_from_reward(params, config.lora if shared else lora.NONE)}
-    if config.critic == "separate":
-        return {"critic": roles.critic(stage.trainable(start, config.lora, mesh, config.seed + 1), start.config.width)}
-    value = sharding.init_params(heads.value_specs(start.config.width), jax.random.key(config.seed))
-    return {"value": processes.from_host(value, sharding.replicated(mesh))}
-
-
-def text_batches(config: Config, start: stage.Trained) -> Any:
-    """`[iteration]`: as many packed rows of reviews as answers, for the language-model loss beside PPO's."""
-    rows, _ = pipeline.encode_rows(pretrain.texts("train"), start.tokenizer, 8 * config.batch, TEXT_WIDTH, config.seed)
-    tokens, segments = pipeline.pack(rows, TEXT_WIDTH, start.tokenizer.bos, start.tokenizer.eos)
-    return pipeline.batches({"tokens": tokens, "segments": segments}, config.batch, config.seed)
-
-
-def served(state: Any) -> Any:
-    """The policy, or its adapter, as it is judged and saved: the average of its weights where there is one."""
-    return step.served(state)["policy"]
+    return online.finish(loop, state, begun)
 
 
 ARITHMETIC = Config(

@@ -90,6 +90,13 @@ def texts(split: str) -> list[str]:
     return [pipeline.clean(rating.text) for rating in human_sentiment.reviews(split)]
 
 
+def review_rows(tokenizer: tokenizers.Tokenizer, rows: int, seed: int, width: int = 32) -> Any:
+    """`[iteration]`: as many packed rows of reviews, for the language-model loss beside PPO's."""
+    encoded, _ = pipeline.encode_rows(texts("train"), tokenizer, 8 * rows, width, seed)
+    tokens, segments = pipeline.pack(encoded, width, tokenizer.bos, tokenizer.eos)
+    return pipeline.batches({"tokens": tokens, "segments": segments}, rows, seed)
+
+
 def dataset(config: Config, tokenizer: tokenizers.Tokenizer, chat: list[str], reviews: list[str]) -> Any:
     """`dataset[step]`: packed rows of both sources."""
 

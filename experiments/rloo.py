@@ -14,15 +14,13 @@ from typing import Any
 
 import jax
 
-from experiments import ahead, stage, tasks
+from experiments import ahead, online, stage, tasks
 from jaxrlhf.algorithms import rloo
-from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
-from jaxrlhf.models import roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import cli, objective, optimizer, step, timing
+from jaxrlhf.training import cli, objective, optimizer, timing
 from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
@@ -55,63 +53,32 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` (the policy alone) and `result.json` into `config.out`."""
-    mesh = stage.mesh(
-        config.mesh,
-        (config.batch * config.algorithm.samples, config.algorithm.minibatches),
-        batch=config.batch,
-        held_out_prompts=config.held_out_prompts,
-    )
-    with Run.open(config.out, config) as run:
-        if run.result is not None:
-            return run.result
-        with jax.set_mesh(mesh), tasks.make(config, mesh, offloaded=config.offload) as task:
-            return train(run, config, task, mesh)
+    dealt = config.batch * config.algorithm.samples, config.algorithm.minibatches
+    return tasks.run(config, train, dealt, offloaded=config.offload)
 
 
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy, whatever the task is."""
-    task, start, algorithm = tasks.timed(run.clock, task), task.start, config.algorithm
-    params = {"policy": stage.trainable(start, config.lora, mesh, config.seed)}
-    frozen = {"reference": start.params}
+    start, algorithm = task.start, config.algorithm
+    loop = online.loop(run, config, task, mesh, algorithm.samples)
+    params, frozen = {"policy": stage.trainable(start, config.lora, mesh, config.seed)}, {"reference": start.params}
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
-    tasks.tell_memory(run, config, task, params, update, n=algorithm.samples, options=config.rollouts)
-    keys = jax.random.split(jax.random.key(config.seed))  # of the updates, and of the answers
-    state = step.init_state(params, update, keys[0], rloo.init(algorithm))
-    state, begun = run.restore((state, tasks.under_way(config, task, algorithm.samples, mesh)))
-    state = stage.at_rest(state, config.offload)
+    state = online.begin(loop, params, update, rloo.init(algorithm))
+    state, begun = online.resume(loop, state, config.offload)
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
-    run_epochs = step.make_epochs(
-        outputs, rloo.loss, algorithm, update, algorithm.epochs, algorithm.minibatches, config.microbatches
-    )
-    run_epochs = run.clock.learner(run_epochs, *tasks.learning(config, task, params), times=algorithm.epochs)
-    collect = tasks.collector(run.clock, config, task, frozen, algorithm.samples, config.rollouts)
-    prepare, describe = jax.jit(rloo.prepare, static_argnames="config"), jax.jit(rollout.stats)
-    current = roles.attach(start.params, state.params, config.lora)
-    ahead.start(run.clock, task, current, frozen, state, (prepare, algorithm, run_epochs), algorithm.samples, config.rollouts)
-    prepare = run.clock.timed("update", prepare, after="prepare")
-
-    def over_start(params: Any) -> Any:
-        return roles.attach(start.params, params, config.lora)
+    collect, prepare = online.collector(loop, frozen), online.preparer(loop, rloo.prepare)
+    learn = online.learner(loop, outputs, rloo.loss, update, params)
+    ahead.start(loop, frozen, state, prepare, learn)
 
     for i in run.steps(run.start, config.iterations, "rloo", show=("reward/score", "policy/kl_ref")):
-        current = over_start(state.params)
-        judged = {} if i % config.evaluate_every else task.judge(over_start(step.served(state))["policy"])[0]
-        prompts = sharding.shard_batch(task.prompts[i], mesh)
-        key = jax.random.fold_in(keys[1], i)
-        experience, prompts, begun = collect(current, prompts, key, i, begun)
-        score, weight, rewarded = task.score(experience.rollout, prompts)
-        experience = dataclasses.replace(experience, score=score, weight=weight)
-        drawn = describe(experience)
-        batch, kept, stats = prepare(experience, state.algorithm, config=algorithm)
-        state, metrics = run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)
-        run.log(i, judged | rewarded | drawn | stats | metrics, batch)
+        judged = online.judged(loop, i, state)
+        experience, prompts, begun = collect(state.params, i, begun)
+        experience, rewarded = online.reward(loop, experience, prompts)
+        batch, kept, stats = prepare(experience, state.algorithm)
+        state, metrics = learn(dataclasses.replace(state, algorithm=kept), frozen, batch)
+        run.log(i, judged | rewarded | stats | metrics, batch)
         run.maybe_save(i, (state, begun))
-    run.maybe_save(config.iterations - 1, (state, begun), last=True)
-    judged, samples = task.judge(over_start(step.served(state))["policy"])
-    run.log(config.iterations, judged)
-    stage.save_policy(config.out, start, step.served(state)["policy"], config.lora, config.policy)
-    curve = [row for row in run.metrics() if "held_out/kl" in row]
-    return run.done({"curve": curve, "samples": samples})
+    return online.finish(loop, state, begun)
 
 
 ARITHMETIC = Config(

@@ -10,29 +10,23 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments import held_out, stage
+from experiments.settings import Settings
 from jaxrlhf.core import offload, processes, sharding
-from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec
+from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.data import arithmetic as sums
 from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, policy
-from jaxrlhf.models import heads, roles
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.models.lora import LoraConfig
-from jaxrlhf.models.model import EXACT
 from jaxrlhf.rewards import functions, pool
-from jaxrlhf.sampling import generate, rollout, stragglers
-from jaxrlhf.sampling.stragglers import Begun
-from jaxrlhf.training import flops, plan, timing
-from jaxrlhf.training.by_length import Microbatches
-from jaxrlhf.training.flops import Pass
+from jaxrlhf.sampling import generate
 from jaxrlhf.training.run import Run
 
 Name = Literal["sentiment", "arithmetic"]
@@ -41,8 +35,6 @@ Figures = dict[str, float]  # ready for `Run.log`
 ARITHMETIC = stage.Sampling(temperature=1.0, max_tokens=6, min_tokens=0)
 ARITHMETIC_POLICY = Path("runs/arithmetic/start/model")  # what experiments/arithmetic.py writes
 PROMPT_WIDTH = 8  # of a sum: bos, a space, two digits, plus, two digits, equals
-
-AT_ONCE = rollout.Options()
 
 Rewards = Mapping[str, functions.RewardFunction | pool.Remote]
 NONE: Rewards = {}
@@ -69,72 +61,23 @@ class Task:
     """(policy params): compile every program that `judge` may want, whatever the lengths of the answers."""
 
 
-class Settings(Protocol):
-    """What the configuration of a script says of its task."""
+def run(
+    config: Settings,
+    train: Callable[[Run, Any, Task, jax.sharding.Mesh], dict[str, Any]],
+    dealt: tuple[int, int] | None = None,
+    weights: stage.Weights = "float32",
+    offloaded: stage.Offload = "none",
+) -> dict[str, Any]:
+    """What `train(run, config, task, mesh)` gives, in the run's folder and on its mesh; of a run that is done, what it gave.
 
-    @property
-    def task(self) -> Name:
-        """Which task."""
-        ...
-
-    @property
-    def policy(self) -> Path:
-        """Where the policy starts."""
-        ...
-
-    @property
-    def reward(self) -> Path:
-        """The reward model; arithmetic reads none."""
-        ...
-
-    @property
-    def sampling(self) -> stage.Sampling:
-        """How answers are drawn."""
-        ...
-
-    @property
-    def batch(self) -> int:
-        """Prompts an iteration."""
-        ...
-
-    @property
-    def seed(self) -> int:
-        """Of the order of the prompts."""
-        ...
-
-    @property
-    def microbatches(self) -> Microbatches:
-        """Parts of the rows of an update."""
-        ...
-
-    @property
-    def held_out_prompts(self) -> int:
-        """How many prompts the policy is judged on."""
-        ...
-
-    @property
-    def pool(self) -> pool.Config:
-        """Child processes for reward functions, and functions of the user's own."""
-        ...
-
-    @property
-    def lora(self) -> LoraConfig:
-        """The adapter that is trained, if one is."""
-        ...
-
-
-class OnlineSettings(Settings, Protocol):
-    """What it says besides where answers are drawn at each iteration."""
-
-    @property
-    def iterations(self) -> int:
-        """Batches of answers."""
-        ...
-
-    @property
-    def rollouts(self) -> rollout.Options:
-        """How they are drawn."""
-        ...
+    `dealt` are the rows of an iteration, and the minibatches that they are dealt into; the others are those of `make`.
+    """
+    mesh = stage.mesh(config.mesh, dealt, batch=config.batch, held_out_prompts=config.held_out_prompts)
+    with Run.open(config.out, config) as run:
+        if run.result is not None:
+            return run.result
+        with jax.set_mesh(mesh), make(config, mesh, weights, offloaded) as task:
+            return train(run, config, task, mesh)
 
 
 @contextlib.contextmanager
@@ -167,175 +110,6 @@ def make(
             given = {name: pool.find(source) for name, source in sources.items()}
         task = arithmetic if config.task == "arithmetic" else sentiment
         yield task(config, start, mesh, given)
-
-
-def tell_memory(
-    run: Run,
-    config: Settings,
-    task: Task,
-    params: Any,
-    update: Any,
-    n: int = 0,
-    options: rollout.Options = AT_ONCE,
-    average: bool = False,
-) -> None:
-    """Print and keep what the run will hold (`stage.tell_memory`), before training is compiled: `params` to be trained by
-    `update`, the frozen start, the reward, and n samples of each prompt with what scoring them and learning from them take, or
-    where n is 0 those of the judgement alone.
-    """
-    start, tree = task.start, params if "policy" in params else {"policy": params}
-    trained = plan.training(params, update, average, config.microbatches.parts)
-    kept = plan.frozen({"base and reference" if config.lora.rank else "reference": start.params, "reward": task.reward})
-    width, written = task.prompts[0].tokens.shape[1], task.spec.max_tokens
-    policy = roles.attach(start.params, tree, config.lora)["policy"]
-    drawn = [(config.held_out_prompts, 1, EXACT)]
-    if n:
-        generation = options.generation
-        prompts, samples = config.batch, n
-        if options.stragglers:  # each row with a prompt of its own, and so in slots
-            prompts, samples = (config.batch + options.stragglers) * n, 1
-        elif 0 < generation.slots < config.batch * n:
-            prompts, samples = generation.slots, 1
-        drawn.append((prompts, samples, generation.cache))
-    prompts, samples, cache = max(drawn, key=lambda rows: rows[0] * rows[1])
-    sampled = plan.sampling(start.model, policy, task.spec, (prompts, width), samples, cache)
-    if n:
-        shape = (width + written, written, heads.at_once(jax.default_backend(), start.config.vocab_size))
-        kept += plan.update(learning(config, task, params), rows_at_once(config, n), *shape)
-        kept += plan.scoring(scoring(config, task, params, options), options.rows * sharding.ways(), *shape)
-        sampled += plan.prefill(start.config, prompts, width)
-    stage.tell_memory(run, (*trained, *kept, *sampled))
-
-
-def under_way(config: OnlineSettings, task: Task, n: int, mesh: jax.sharding.Mesh) -> Begun | None:
-    """Answers under way before the first batch, of which no token is written: `config.rollouts.stragglers` prompts of the batch
-    that would come after the last; None without stragglers.
-
-    Raises:
-        ValueError: more prompts than a batch has.
-    """
-    count = config.rollouts.stragglers
-    if not count:
-        return None
-    if not 0 < count <= config.batch:
-        raise ValueError(f"rollouts.stragglers={count} must be between 0 and batch={config.batch}, the prompts of a batch")
-    first = jax.tree.map(lambda x: x[:count], task.prompts[config.iterations])
-    return sharding.shard_batch(stragglers.begin(first, task.start.model, task.spec, n), mesh)
-
-
-def rows_at_once(config: Any, n: int) -> int:
-    """Rows that a gradient is taken of at a time."""
-    minibatches = getattr(config.algorithm, "minibatches", None) or config.minibatches
-    return config.batch * n // (minibatches * config.microbatches.parts)
-
-
-def timed(clock: timing.Clock, task: Task) -> Task:
-    """The task, whose prompts, scores and judgements count as data, score and evaluate; judgements warmed in a strict run."""
-    judge = task.judge
-    if clock.options.strict and task.warm is not None:
-        judge = after_first(task.warm, task.judge)
-    score, judge = clock.timed("score", task.score), clock.timed("evaluate", judge)
-    return dataclasses.replace(task, prompts=stage.timed(clock, task.prompts), score=score, judge=judge)
-
-
-def after_first(warm: Callable, function: Callable) -> Callable:
-    """`function`, before whose first call `warm` is called with the same."""
-    first = [True]
-
-    def call(*args: Any) -> Any:
-        if first:
-            warm(*args)
-            first.clear()
-        return function(*args)
-
-    return call
-
-
-Collected = tuple[Experience, Prompts, Begun | None]
-
-
-def collector(
-    clock: timing.Clock, config: Settings, task: Task, frozen: Any, n: int, options: rollout.Options
-) -> Callable[[dict[str, Any], Prompts, jax.Array, int, Begun | None], Collected]:
-    """(params, prompts, key, version, begun) -> n answers to each prompt, scored by learner and reference, the prompts that
-    they answer, and what is under way after it (`rollout.collect`, or with stragglers `stragglers.carry_on`): its two halves
-    timed as rollout and score, and their work counted, that of the reward model included.
-    """
-    answer = answering(clock, task, task.spec, n, options.generation)
-    score = clock.timed("score", rollout.experience, after="score")
-
-    def collect(params: dict[str, Any], prompts: Prompts, key: jax.Array, version: int, begun: Begun | None) -> Collected:
-        answers, prompts, begun = answer(params["policy"], prompts, key, version, begun)
-        experience = score(task.start.model, params, frozen, answers, task.spec, options)
-        clock.scored(answers, *scoring(config, task, params, options))
-        return experience, prompts, begun
-
-    return collect
-
-
-def answering(
-    clock: timing.Clock, task: Task, spec: SamplingSpec, n: int = 1, options: generate.Options = AT_ONCE.generation
-) -> Callable[..., tuple[Rollout, Prompts, Begun | None]]:
-    """(policy params, prompts, key, version, begun=None) -> n answers to each prompt by `spec`, timed and counted as rollout;
-    their prompts; and what is under way. In a strict run the first call compiles whatever a later batch may want: that depends
-    on the lengths of its answers.
-    """
-    start = task.start
-
-    def sample(policy: Any, prompts: Prompts, key: jax.Array, version: int, begun: Begun | None) -> Any:
-        if begun is not None:
-            return stragglers.carry_on(start.model, policy, prompts, begun, spec, key, n, version, options)
-        answers, chunks = generate.traced(start.model, policy, prompts, spec, key, n, version, options)
-        return answers, prompts, None, chunks
-
-    def warm(policy: Any, prompts: Prompts, key: jax.Array, version: int, begun: Begun | None) -> None:
-        del version
-        if begun is not None:
-            raise ValueError(
-                "watch.strict with rollouts.stragglers: which programs a batch wants is not known before; set one off"
-            )
-        generate.warm(start.model, policy, prompts, spec, key, n, options)
-
-    sample = clock.timed("rollout", after_first(warm, sample) if clock.options.strict else sample)
-
-    def answer(
-        policy: Any, prompts: Prompts, key: jax.Array, version: int, begun: Begun | None = None
-    ) -> tuple[Rollout, Prompts, Begun | None]:
-        before = written_of(begun)
-        answers, prompts, begun, chunks = sample(policy, prompts, key, version, begun)
-        if timing.is_here(prompts.length):
-            asked, written = np.asarray(prompts.length), np.asarray(answers.response_len)
-            # Of answers under way, the tokens of this batch.
-            new = int(written.sum()) + written_of(begun) - before
-            clock.count.sampled(flops.sampling(start.config, asked, written, n), new, chunks)
-        return answers, prompts, begun
-
-    return answer
-
-
-def written_of(begun: Begun | None) -> int:
-    """Tokens of the answers under way, as far as this process can read them."""
-    if begun is None or not timing.is_here(begun.rollout.response_len):
-        return 0
-    return int(np.asarray(begun.rollout.response_len).sum())
-
-
-def scoring(config: Settings, task: Task, params: dict[str, Any], options: rollout.Options) -> tuple[Pass, ...]:
-    """What reads a rollout: the policy unless its own log-probs are taken, the reference, a critic, the reward model."""
-    shape, own = task.start.config, not options.reuse_sampler_logprobs or options.exact_kl
-    passes = (Pass(shape),)  # the reference
-    passes += (Pass(shape, logits=own, lora=config.lora),) * (own or "value" in params)
-    passes += (Pass(shape, logits=False, lora=config.lora),) * ("critic" in params)
-    return passes + (() if task.scorer is None else (Pass(task.scorer, logits=False),))
-
-
-def learning(config: Settings, task: Task, params: Any, reference: bool = False) -> tuple[Pass, ...]:
-    """What an update reads its rows with: the policy, a critic with a trunk of its own, and the reference where the loss
-    has an exact KL."""
-    shape = task.start.config
-    passes = (Pass(shape, gradient=True, lora=config.lora),)
-    passes += (Pass(shape, gradient=True, logits=False, lora=config.lora),) * ("critic" in params)
-    return passes + (Pass(shape),) * reference
 
 
 def sentiment(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh, own: Rewards) -> Task:

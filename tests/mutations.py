@@ -321,21 +321,21 @@ MUTATIONS = (
     ),
     Mutation(
         "decode-positions-ignore-the-prompt",
-        "models/transformer.py",
+        "models/decoding.py",
         'position = jnp.repeat(cache["length"], n) + step',
         'position = jnp.repeat(0 * cache["length"], n) + step',
         "test_rollout.py::test_sampler_and_learner_agree_so_that_the_first_ratio_is_one",
     ),
     Mutation(
         "decode-does-not-see-its-own-token",
-        "models/transformer.py",
+        "models/decoding.py",
         "jnp.arange(p) < length[:, None], jnp.arange(r) <= step",
         "jnp.arange(p) < length[:, None], jnp.arange(r) < step",
         "test_rollout.py::test_sampler_and_learner_agree_so_that_the_first_ratio_is_one",
     ),
     Mutation(
         "decode-sees-the-padding-of-the-prompt",
-        "models/transformer.py",
+        "models/decoding.py",
         "jnp.arange(p) < length[:, None], jnp.arange(r) <= step",
         "jnp.arange(p) <= length[:, None], jnp.arange(r) <= step",
         "test_generate.py::test_what_stands_after_a_prompt_does_not_matter",
@@ -378,7 +378,7 @@ MUTATIONS = (
     ),
     Mutation(
         "samples-of-a-prompt-share-their-random-numbers",
-        "sampling/decode.py",
+        "sampling/rows.py",
         "jnp.repeat(sample, width), position])",
         "jnp.repeat(0 * sample, width), position])",
         "test_generate.py::test_streams_are_named_by_key_uid_sample_and_position",
@@ -727,7 +727,7 @@ MUTATIONS = (
     ),
     Mutation(
         "rows-that-left-come-back-in-another-place",
-        "sampling/decode.py",
+        "sampling/rows.py",
         "every.at[row].set(own, mode=",
         "every.at[jnp.arange(row.shape[0])].set(own, mode=",
         "test_generate.py::test_rows_that_have_ended_leave_and_change_nothing[one]",
@@ -741,7 +741,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a-row-continues-another-prompt",
-        "models/transformer.py",
+        "models/decoding.py",
         'prompts = rows // (responses // cache["length"].shape[0])',
         'prompts = rows % cache["length"].shape[0]',
         "test_generate.py::test_rows_that_have_ended_leave_and_change_nothing[one]",
@@ -834,14 +834,14 @@ MUTATIONS = (
     ),
     Mutation(
         "window-in-the-cache-does-not-move",
-        "models/transformer.py",
+        "models/decoding.py",
         "in_prompt &= near(length[:, None] + step - jnp.arange(p), window)",
         "in_prompt &= near(length[:, None] - jnp.arange(p), window)",
         "test_hf.py::test_cached_logits_equal_those_of_transformers[mistral]",
     ),
     Mutation(
         "rope-bases-of-local-and-global-layers-exchanged",
-        "models/transformer.py",
+        "models/rotary.py",
         "jnp.where(window > 0, local, whole)",
         "jnp.where(window > 0, whole, local)",
         "test_hf.py::test_logits_and_scores_equal_those_of_transformers[gemma3]",
@@ -956,8 +956,8 @@ MUTATIONS = (
     Mutation(
         "a-slot-is-refilled-and-its-row-forgotten",
         "sampling/decode.py",
-        "done = _collected(done, *own)",
-        "done = _collected(done, own[0] + 10**6, own[1])",
+        "done = collected(done, *own)",
+        "done = collected(done, own[0] + 10**6, own[1])",
         "test_decode.py::test_slots_give_what_a_wave_gives[one]",
     ),
     Mutation(
@@ -976,7 +976,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the-prompt-is-not-penalised",
-        "sampling/decode.py",
+        "sampling/rows.py",
         "jnp.zeros((tokens.shape[0], model.vocab_size), bool).at[rows, tokens].set(True, mode=",
         "jnp.zeros((tokens.shape[0], model.vocab_size), bool).at[rows, tokens].set(False, mode=",
         "test_generate.py::test_logprobs_are_those_of_the_policy_and_of_the_distribution_drawn_from",
@@ -990,8 +990,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a-cache-grows-without-its-angles",
-        "models/transformer.py",
-        "rotations = _rotations(config, jnp.arange(prompt + response + extra))",
+        "models/decoding.py",
+        "rotations = rotary.rotations(config, jnp.arange(prompt + response + extra))",
         'rotations = cache["rotations"]',
         "test_decode.py::test_a_cache_that_grows_gives_the_same",
     ),
@@ -1033,7 +1033,7 @@ MUTATIONS = (
     ),
     Mutation(
         "gate-and-up-of-mixtral-exchanged",
-        "models/hf.py",
+        "models/hf_layout.py",
         '(("gate", "w1"), ("up", "w3"), ("down", "w2"))',
         '(("gate", "w3"), ("up", "w1"), ("down", "w2"))',
         "test_hf.py::test_logits_and_scores_equal_those_of_transformers[mixtral]",
@@ -1084,21 +1084,21 @@ MUTATIONS = (
     # ---------------------------------------------------------------------------------------------------- stragglers
     Mutation(
         "a-row-that-goes-on-takes-its-first-numbers-again",
-        "sampling/decode.py",
+        "sampling/rows.py",
         "State(step=rollout.response_len, cache",
         "State(step=jnp.zeros_like(rollout.response_len), cache",
         "test_stragglers.py::test_a_response_that_was_stopped_is_the_same_as_one_that_was_not[plain]",
     ),
     Mutation(
         "the-answer-read-again-without-its-prompt",
-        "models/transformer.py",
+        "models/decoding.py",
         "prompt_len[:, None] + jnp.arange(width), tokens.shape[1] - 1",
         "jnp.zeros_like(prompt_len)[:, None] + jnp.arange(width), tokens.shape[1] - 1",
         "test_stragglers.py::test_a_response_that_was_stopped_is_the_same_as_one_that_was_not[plain]",
     ),
     Mutation(
         "a-stop-string-begun-before-is-forgotten",
-        "sampling/decode.py",
+        "sampling/rows.py",
         "return jax.lax.scan(read_token, start, (written.tokens.T, inside.T))[0]",
         "return start",
         "test_stragglers.py::test_stop_strings_are_found_across_the_place_where_a_row_stopped",

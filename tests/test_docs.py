@@ -84,6 +84,23 @@ def test_the_architectures_of_hugging_face_are_those_that_are_read():
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == ["model_type", *hf_config.CLASSES]
 
 
+def test_the_tree_names_every_file_of_each_room_and_no_other():
+    page = (ROOT / "docs" / "tree.md").read_text(encoding="utf-8")
+    found: dict[str, list[str]] = {}
+    for line in page.split("```")[1].splitlines():
+        if room := re.match(r"(experiments)/|  (\w+)/ ", line):
+            name = room[1] or f"jaxrlhf/{room[2]}"
+            found[name] = []
+        if not line.startswith("jaxrlhf/"):
+            found[name] += re.findall(r"[\w/]+\.(?:py|js|css|html)\b", line)
+    rooms = [path for path in (ROOT / "jaxrlhf").iterdir() if (path / "__init__.py").is_file()]
+    for room in (*rooms, ROOT / "experiments"):
+        files = (x for x in room.rglob("*") if x.suffix in (".py", ".js", ".css", ".html") and x.name != "__init__.py")
+        own = sorted(file.relative_to(room).as_posix() for file in files)
+        assert sorted(found.pop(str(room.relative_to(ROOT)))) == own, f"docs/tree.md: {room.name}"
+    assert found == {}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_files_and_tests_that_are_named_exist(page):
     text = page.read_text(encoding="utf-8")

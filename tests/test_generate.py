@@ -17,6 +17,7 @@ from jaxrlhf.models.heads import IMPOSSIBLE
 from jaxrlhf.models.model import CacheConfig
 from jaxrlhf.sampling import decode, filters, generate
 from jaxrlhf.sampling.generate import Options
+from jaxrlhf.sampling.rows import Shape, uniforms
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +247,7 @@ def test_streams_are_named_by_key_uid_sample_and_position(params):
     uids = responses(generate.generate(MODEL, params, given.replace(uid=jnp.arange(8)), spec(), KEY, n=2))
     keyed = responses(generate.generate(MODEL, params, given, spec(), jax.random.key(8), n=2))
     assert len({str(response) for response in one_uid[:2] + uids + keyed[:2]}) > 15  # of 20; short ones may agree
-    numbers = decode.uniforms(KEY, jnp.repeat(jnp.arange(20), 5), jnp.tile(jnp.arange(5), 20), 30)
+    numbers = uniforms(KEY, jnp.repeat(jnp.arange(20), 5), jnp.tile(jnp.arange(5), 20), 30)
     assert len(np.unique(numbers)) > 2990  # of 3000: 23 bits collide now and then, reused streams would by hundreds
     assert abs(float(numbers.mean()) - 0.5) < 0.02
 
@@ -272,7 +273,7 @@ def test_decoding_stops_when_all_rows_have_ended(params):
 
 
 def test_the_cache_is_donated(params):
-    given, rules, shape = prompts(), spec(), decode.Shape(n=2, width=10, cache=CacheConfig())
+    given, rules, shape = prompts(), spec(), Shape(n=2, width=10, cache=CacheConfig())
     weights = decode.decode_params(MODEL, params)
     state = decode.start(MODEL, rules, shape, 10, weights, given, KEY, None)
     decode.advance(MODEL, rules, 5, weights, state)

@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrlhf.core import sharding
-from jaxrlhf.models import heads, hf, hf_config, hf_export, transformer
+from jaxrlhf.models import heads, hf, hf_config, hf_export, hf_files, hf_layout, transformer
 from jaxrlhf.models.config import TransformerConfig
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -203,13 +203,13 @@ def test_narrow_weights_are_read_as_they_are(tmp_path):
 @pytest.mark.parametrize("name", ["llama2", "gpt2", "gpt_neox", "qwen3_moe"])
 def test_each_device_reads_its_own_part_only(name, tmp_path, monkeypatch):
     mesh, sizes = sharding.make_mesh(EIGHT), []
-    read = hf._read
+    read = hf_files._read
 
     def counted(*arguments):
         sizes.append(read(*arguments).nbytes)
         return read(*arguments)
 
-    monkeypatch.setattr(hf, "_read", counted)
+    monkeypatch.setattr(hf_files, "_read", counted)
     params, config = hf.load(checkpoint(tmp_path, name), mesh)
     assert jax.tree.map(lambda x: x.sharding, params) == sharding.shardings(transformer.param_specs(config), mesh)
     if name in ("llama2", "qwen3_moe"):  # the others join three matrices in one tensor, which is read whole
@@ -391,14 +391,14 @@ MEASURE = """
 import json, resource, sys
 import jax
 from jaxrlhf.core import sharding
-from jaxrlhf.models import hf, transformer
+from jaxrlhf.models import hf, hf_layout, transformer
 mesh = sharding.make_mesh(sharding.MeshConfig(1, 2, 4))
 jax.block_until_ready(jax.device_put(jax.numpy.zeros((8, 8)), jax.sharding.NamedSharding(mesh, jax.P("fsdp", "tensor"))))
 kib = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))
 params, config = hf.load(sys.argv[1], mesh)
 jax.block_until_ready(params)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-held = {path: leaf.addressable_shards[0].data.nbytes / leaf.nbytes for path, leaf in hf._flat(params).items()}
+held = {path: leaf.addressable_shards[0].data.nbytes / leaf.nbytes for path, leaf in hf_layout.flat(params).items()}
 whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 print(json.dumps({"model": whole, "peak": 1024 * (peak - kib), "held": held}))
 """
@@ -411,7 +411,7 @@ def test_a_gigabyte_in_eight_files_is_held_once(tmp_path):
     kind = "llama"
     values = hf_export.config_to_hf(config)
     (tmp_path / "config.json").write_text(json.dumps(values))
-    shapes = hf.expected(hf.rules(config, kind), config)
+    shapes = hf_layout.expected(hf_layout.rules(config, kind), config)
     names, index = list(shapes), {}
     for file in range(8):
         part = {name: np.full(shapes[name], 0.5, np.float32) for name in names[file::8]}

@@ -70,7 +70,7 @@ NUMERIC_FILES = {
 NUMERIC_FILES |= {"training/gradient.py", "training/by_length.py"}
 HOST_FILES = {
     "core/processes.py",
-    *("models/pretrained.py", "models/hf.py", "models/gguf.py", "models/peft.py"),
+    *("models/pretrained.py", "models/hf.py", "models/hf_files.py", "models/gguf.py", "models/peft.py"),
     *("rewards/functions.py", "rewards/pool.py"),
 }
 PRINTS = {  # they talk to the person at the terminal

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrlhf.models import hf, hf_config, lora, peft, transformer
+from jaxrlhf.models import hf_config, hf_layout, lora, peft, transformer
 from jaxrlhf.models.config import TransformerConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "peft"
@@ -120,7 +120,7 @@ def test_every_architecture_is_written_by_its_own_names_or_refused(tmp_path, kin
         with pytest.raises(ValueError, match="gpt2 and gpt_neox hold query, key and value in one matrix"):
             peft.save(tmp_path, {}, shape, lora.LoraConfig(2), "base")
         return
-    tensors = {rule.leaves[0].removeprefix("layers/"): rule.tensor for rule in hf.rules(shape, kind)}
+    tensors = {rule.leaves[0].removeprefix("layers/"): rule.tensor for rule in hf_layout.rules(shape, kind)}
     wanted = lora.specs(shape, lora.LoraConfig(2))
     adapter = jax.tree.map(lambda spec: np.zeros(spec.shape, np.float32), wanted, is_leaf=lambda x: hasattr(x, "axes"))
     peft.save(tmp_path, adapter, shape, lora.LoraConfig(2), "base")

@@ -17,6 +17,7 @@ from jaxrlhf.models import heads, lora, roles, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.model import EXACT
 from jaxrlhf.sampling import decode, rollout
+from jaxrlhf.sampling.rows import Shape
 from jaxrlhf.training import flops, objective, optimizer, plan, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 
@@ -109,7 +110,7 @@ def test_what_is_sampled_with(devices, case):
         weights = decode.decode_params(model, policy)
         count = np.arange(8, dtype=np.int32)
         prompts = Prompts(np.full((8, 6), 3, np.int32), np.full(8, 6, np.int32), count, count)
-        how = decode.Shape(n, 8, EXACT)
+        how = Shape(n, 8, EXACT)
         wave = decode.start(model, SPEC, how, 8, weights, sharding.shard_batch(prompts, mesh), jax.random.key(0), None)
     given = {buffer(x) for x in jax.tree.leaves(policy)}
     made = [x for x in jax.tree.leaves(weights) if buffer(x) not in given]

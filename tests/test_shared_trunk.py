@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ppo, reward_model, stage
+from experiments import critics, reward_model, reward_params, stage
 from jaxrlhf.core import members, sharding
 from jaxrlhf.core.types import Rollout
 from jaxrlhf.data import tokenizer as tokenizers
@@ -52,10 +52,10 @@ def written(folder: pathlib.Path, start: stage.Trained, **settings) -> reward_mo
         params = {"trunk": adapter(5), "head": members.stack([head(6), head(7)])}
         if several.of == "adapters":
             params["trunk"] = members.stack([adapter(5), adapter(8)])
-    scaled = reward_model.whole(config, start.params, params)
+    scaled = reward_params.whole(config, start.params, params)
     scaled |= {"gain": 2.5 * scaled["gain"], "bias": scaled["bias"] - 0.75}
-    reward_model.save(folder / "model", config, scaled, SHAPE, TOKENIZER)
-    reward_model.save_adapter(folder / "adapter", config, scaled | {"trunk": params["trunk"]}, start.params, start)
+    reward_params.save(folder / "model", config, scaled, SHAPE, TOKENIZER)
+    reward_params.save_adapter(folder / "adapter", config, scaled | {"trunk": params["trunk"]}, start.params, start)
     return config
 
 
@@ -104,8 +104,7 @@ def test_a_critic_begins_as_the_reward_whatever_scale_the_policys_adapter_has(tm
     """Its value of a row's last state is the (first member's) score; an adapter beside the policy's, or a model of its own."""
     start = start_of(tmp_path / "start")
     written(tmp_path, start, pooling="last", **settings)
-    config = ppo.Config(reward=tmp_path / "adapter", critic="reward", lora=policy)
-    critic = ppo.value_function(config, start, ONE)["critic"]
+    critic = critics.value_function("reward", start, policy, tmp_path / "adapter", ONE, seed=1)["critic"]
     assert ("embed" in critic["trunk"]) == (policy.rank == 0)
     attached = roles.attach(start.params, critic, policy)
     tokens, length = rollout().tokens, rollout().prompt_len + rollout().response_len
@@ -118,13 +117,13 @@ def test_a_critic_begins_as_the_reward_whatever_scale_the_policys_adapter_has(tm
 @pytest.mark.parametrize("settings", [{}, {"ensemble": 2, "ensemble_of": "adapters"}], ids=("one", "adapters"))
 def test_an_adapter_is_refreshed_over_its_own_base(tmp_path, settings):
     config = dataclasses.replace(written(tmp_path, start_of(tmp_path / "start"), **settings), refresh=tmp_path / "adapter")
-    _, base, params = reward_model.initial(config, ONE)
+    _, base, params = reward_params.initial(config, ONE)
     want = members.stack([adapter(5), adapter(8)]) if settings else adapter(5)
     jax.tree.map(np.testing.assert_array_equal, params["trunk"], want)
     jax.tree.map(np.testing.assert_array_equal, base, start_of(tmp_path / "start").params)
     assert not any(isinstance(x, products.Adapted) for x in base["layers"].values())
     with pytest.raises(ValueError, match=r"holds .* of LoraConfig\(rank=3.*refresh it as what it is"):
-        reward_model.initial(dataclasses.replace(config, lora=LARGER), ONE)
+        reward_params.initial(dataclasses.replace(config, lora=LARGER), ONE)
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints as they are

@@ -13,7 +13,7 @@ import pytest
 import reference_model
 
 from jaxrlhf.core import sharding
-from jaxrlhf.models import attention, heads, transformer
+from jaxrlhf.models import attention, heads, layers, transformer
 from jaxrlhf.models.config import TransformerConfig
 
 LLAMA = TransformerConfig(
@@ -344,7 +344,7 @@ def test_dropout_only_where_a_key_is_given_and_right_on_average():
     assert (a != b).any()
     off = transformer.build(dataclasses.replace(config, dropout=0.0))
     assert_close(jax.jit(lambda key: off.hidden(params, rows, dropout_key=key))(jax.random.key(0)), none, 1e-6)
-    branch = np.asarray(transformer._dropout(config, jax.random.key(2), jnp.ones(20_000)))
+    branch = np.asarray(layers.dropout(config, jax.random.key(2), jnp.ones(20_000)))
     np.testing.assert_allclose(branch.mean(), 1.0, atol=0.03)  # kept values are scaled up: the mean stays
     assert set(np.unique(branch)) == {0.0, 2.0}
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from experiments import what_fits
-from experiments.what_fits import Config
+from experiments.fit import memory, settings, work
+from experiments.fit.settings import Config
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Prompts, SamplingSpec
 from jaxrlhf.models import transformer
@@ -77,19 +78,17 @@ def test_a_refusal_says_by_how_much_and_what_each_remedy_comes_to():
 
 
 def test_adapters_hold_a_base_and_little_more():
-    whole, thin = (
-        what_fits.memory(dataclasses.replace(H200, lora=LoraConfig(rank=rank)), shape(), 8, chip()) for rank in (0, 16)
-    )
-    parameters = 4 * what_fits.parameters(shape())
+    whole, thin = (memory.memory(dataclasses.replace(H200, lora=LoraConfig(rank=rank)), shape(), 8, chip()) for rank in (0, 16))
+    parameters = 4 * settings.parameters(shape())
     assert total(whole, "policy") == pytest.approx(5 * parameters, rel=1e-4)  # gradient twice, two moments
     assert total(thin, "policy") < 0.1 * parameters
-    narrow = what_fits.memory(dataclasses.replace(H200, lora=LoraConfig(rank=16), frozen="int8"), shape(), 8, chip())
+    narrow = memory.memory(dataclasses.replace(H200, lora=LoraConfig(rank=16), frozen="int8"), shape(), 8, chip())
     assert total(narrow, "reference") == pytest.approx(parameters / 4, rel=0.02)
     assert total(whole, "reference") == total(thin, "reference") == parameters
 
 
 def shape() -> TransformerConfig:
-    return what_fits.shape_of(H200)
+    return settings.shape_of(H200)
 
 
 def chip() -> chips.Chip:
@@ -103,22 +102,22 @@ def total(rows, role: str) -> int:
 def test_decoding_is_bound_by_bytes_until_rows_are_many():
     """Against the arithmetic by hand: weights and cache once a step, or 2 operations a parameter and row."""
     few = dataclasses.replace(H200, rows=8, prompt=512, response=512)
-    config, parameters = shape(), what_fits.parameters(shape())
+    config, parameters = shape(), settings.parameters(shape())
     cache = 4 * 2 * config.layers * config.kv_heads * config.head_width * 8 * 1024
     moved = 2 * parameters + cache
-    found = what_fits.decoding(few, config, chip())
+    found = work.decoding(few, config, chip())
     assert found["bytes_a_step"] == moved
     assert found["seconds"] == pytest.approx(512 * moved / 4.8e12, rel=0.1)  # reading the prompts is the rest
     many = dataclasses.replace(few, rows=4096, prompt=8, response=8)
     least = 8 * 4096 * 2 * parameters / 989.4e12
-    assert what_fits.decoding(many, config, chip())["seconds"] == pytest.approx(2 * least, rel=0.3)  # and as much for prompts
+    assert work.decoding(many, config, chip())["seconds"] == pytest.approx(2 * least, rel=0.3)  # and as much for prompts
 
 
 def test_more_chips_take_less_time_and_a_step_is_the_sum_of_its_stages():
-    one, eight = (what_fits.work(dataclasses.replace(H200, mesh=MeshConfig(1, ways)), shape(), chip()) for ways in (1, 8))
+    one, eight = (work.work(dataclasses.replace(H200, mesh=MeshConfig(1, ways)), shape(), chip()) for ways in (1, 8))
     for name in ("score", "update"):
         assert one[name]["seconds"] == pytest.approx(8 * eight[name]["seconds"])
-    epochs = what_fits.work(dataclasses.replace(H200, epochs=2), shape(), chip())
+    epochs = work.work(dataclasses.replace(H200, epochs=2), shape(), chip())
     assert epochs["update"]["flops"] == 2 * one["update"]["flops"]
     assert epochs["score"] == one["score"]
 
@@ -129,9 +128,9 @@ def test_a_folder_is_read_for_its_config_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"kind": "policy", "transformer": dataclasses.asdict(small)}))
     (tmp_path / "params.safetensors").touch()
     asked = Config(model=tmp_path, prompt=8, response=8, rows=8, dtype="bfloat16")
-    assert what_fits.shape_of(asked) == dataclasses.replace(small, dtype="bfloat16")
+    assert settings.shape_of(asked) == dataclasses.replace(small, dtype="bfloat16")
     with pytest.raises(ValueError, match=r"prompt=8 \+ response=32 .* more than the 32"):
-        what_fits.shape_of(dataclasses.replace(asked, response=32))
+        settings.shape_of(dataclasses.replace(asked, response=32))
     (tmp_path / "params.safetensors").unlink()
     values = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32,
@@ -139,7 +138,7 @@ def test_a_folder_is_read_for_its_config_alone(tmp_path):
         "max_position_embeddings": 32, "rms_norm_eps": 1e-6, "rope_theta": 1e4, "tie_word_embeddings": True, "head_dim": 8,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert what_fits.parameters(what_fits.shape_of(asked)) == what_fits.parameters(small)
+    assert settings.parameters(settings.shape_of(asked)) == settings.parameters(small)
 
 
 def test_settings_that_cannot_be_are_refused_by_name():
@@ -158,7 +157,7 @@ def test_settings_that_cannot_be_are_refused_by_name():
 
 
 def test_this_cpu_is_measured():
-    found = what_fits.measured(repeats=1)
+    found = settings.measured(repeats=1)
     assert 1e8 < found.product_float32 < 1e14
     assert 1e7 < found.bandwidth < 1e13
     assert found.memory > 1e9
@@ -170,7 +169,7 @@ def test_what_xla_says_takes_the_place_of_the_estimate():
     config = Config(algorithm="sft", chip="cpu", rows=16, minibatches=1, prompt=32, response=32)
     here = chips.Chip("this CPU, measured", 1e11, 1e11, 1e10, 2**34)
     estimated, real = (
-        what_fits.memory(dataclasses.replace(config, compile_programs=asked), small, 1, here) for asked in (False, True)
+        memory.memory(dataclasses.replace(config, compile_programs=asked), small, 1, here) for asked in (False, True)
     )
     sizes = [plan.stages([row for row in rows if row.role == "activations"])["update"].total for rows in (estimated, real)]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.25)
@@ -191,4 +190,4 @@ def test_the_samplers_programs_are_as_many_as_told(name):
     generate.warm(model, params, prompts, spec, key, n, options)
     listening.close()
     ours = ("_decode_changes", "start", "start_slots", "refill", "advance", "halve", "grow", "finish")
-    assert what_fits.programs(config)["rollout"] == sum(found.name in ours for found in listening.found)
+    assert work.programs(config)["rollout"] == sum(found.name in ours for found in listening.found)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from experiments import held_out, ppo, reward_model, sft, stage, tasks
+from experiments import held_out, ppo, reward_data, reward_model, reward_params, reward_scores, sft, stage, tasks
 from experiments.recipes import examples
 from jaxrlhf.algorithms import lm
 from jaxrlhf.algorithms import ppo as ppo_algorithm
@@ -201,20 +201,20 @@ def learn_reward(config: Recipe, data: examples.Data, mesh: jax.sharding.Mesh) -
         def ordered(seed: int) -> Any:
             return pipeline.batches(train, settings.pairs, seed)
 
-        drawn = ordered(config.seed) if several is None else reward_model.of_members(several, ordered, config.seed)
+        drawn = ordered(config.seed) if several is None else reward_data.of_members(several, ordered, config.seed)
         batches = pipeline.by_step(lambda i: sharding.shard_batch(drawn[i], mesh))
-        params = reward_model.fresh(settings, start.config, start.params, mesh)
+        params = reward_params.fresh(settings, start.config, start.params, mesh)
         params = rewards.with_scale(reward_model.train(run, settings, start.config, params, batches))
         rows = {"tokens": test["tokens"], "length": test["prompt_len"] + test["response_len"]}
         rows = {name: array.reshape(-1, *array.shape[2:]) for name, array in rows.items()}
-        scores = reward_model.together(settings, reward_model.score_texts(settings, start.model, params, rows)).reshape(-1, 2)
+        scores = reward_scores.together(settings, reward_scores.score_texts(settings, start.model, params, rows)).reshape(-1, 2)
         shown, _ = examples.demonstration_rows(data, start.tokenizer, config.query, config.ppo.sampling.max_tokens)
         shown = {name: array[: 4 * examples.HELD_OUT] for name, array in shown.items()}
         if config.normalise == "demonstrations":
-            params = reward_model.centred(settings, start.model, params, shown)
+            params = reward_scores.centred(settings, start.model, params, shown)
         else:
-            params = reward_model.scaled(settings, start.model, params, start, examples.queries(shown), mesh)
-        reward_model.save(settings.out / "model", settings, params, start.config, start.tokenizer)
+            params = reward_scores.scaled(settings, start.model, params, start, examples.queries(shown), mesh)
+        reward_params.save(settings.out / "model", settings, params, start.config, start.tokenizer)
         accuracy = float((scores[:, 0] > scores[:, 1]).mean())
         return run.done({"accuracy": accuracy, "held_out": examples.HELD_OUT, "steps": settings.steps, "left_out": left_out})
 

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxrlhf.data import sources
+from jaxrlhf.data import sources, strict
 
 DEFAULTS = {"margin": 0.0, "weight": 1.0, "tie": False, "labeler": "", "pair": ""}
-SCHEMA = sources.Schema(
+SCHEMA = strict.Schema(
     required={"prompt": str, "chosen": str, "rejected": str},
     optional={name: type(value) for name, value in DEFAULTS.items()},
     filled=frozenset({"prompt"}),
@@ -34,7 +34,7 @@ def check(row: Mapping[str, Any], place: str) -> dict[str, Any]:
     Raises:
         ValueError: `place: field: problem`.
     """
-    if problem := sources.row_problem(row, SCHEMA):
+    if problem := strict.row_problem(row, SCHEMA):
         raise ValueError(f"{place}: {problem[0]}: {problem[1]}")
     row = {**DEFAULTS, **row}
     row |= {"margin": float(row["margin"]), "weight": float(row["weight"])}

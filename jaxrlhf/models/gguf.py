@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrlhf.models import hf, transformer
+from jaxrlhf.models import hf, hf_layout, rotary
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.models.hf import Stored
 from jaxrlhf.models.hf_config import config_from_hf
+from jaxrlhf.models.hf_files import Stored
 
 SUFFIX = ".gguf"
 ROPE_FREQS = "rope_freqs.weight"  # what the wavelengths of Llama 3.1 and later are stretched by, [head_width / 2]
@@ -149,9 +149,9 @@ def load(file: File, mesh: Mesh, dtype: str = "float32") -> tuple[dict[str, Any]
     """
     values = config_values(file)
     config = config_from_hf(values)
-    trunk = [dataclasses.replace(rule, tensor=_name(rule.tensor)) for rule in hf.rules(config, values["model_type"])]
+    trunk = [dataclasses.replace(rule, tensor=_name(rule.tensor)) for rule in hf_layout.rules(config, values["model_type"])]
     places = {name: stored for name, stored in file.tensors.items() if name != ROPE_FREQS}
-    hf.check(file.path, places, hf.expected(trunk, config), headless=False, asking="its metadata")
+    hf.check(file.path, places, hf_layout.expected(trunk, config), headless=False, asking="its metadata")
     if values["model_type"] == "llama":
         turned = (".attn_q.weight", ".attn_k.weight", ".attn_q.bias", ".attn_k.bias")
         places |= {name: _in_halves(x, config.head_width) for name, x in places.items() if name.endswith(turned)}
@@ -265,7 +265,7 @@ def _llama3(file: File, values: dict[str, Any]) -> dict[str, Any]:
     config = config_from_hf(values | {"model_type": "llama", "rope_scaling": parameters, "vocab_size": 1})
     half = config.head_width // 2
     frequency = np.float32(config.rope_theta) ** (-np.arange(half, dtype=np.float32) / half)
-    ours = frequency / np.asarray(transformer.stretched(config, frequency))
+    ours = frequency / np.asarray(rotary.stretched(config, frequency))
     if found.shape != ours.shape or not np.allclose(found, ours, rtol=1e-4):  # float32 powers, each made in its own way
         raise ValueError(
             f"{file.path}: {ROPE_FREQS} is not Llama 3's for an original length of 8192, factors 1 and 4, and a stretch of "

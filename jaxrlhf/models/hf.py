@@ -8,13 +8,12 @@ most one device's part of one of our leaves. What is written, `AutoModelForCausa
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,108 +22,17 @@ from jax.sharding import Mesh
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import ParamSpec
-from jaxrlhf.models import int8, transformer
+from jaxrlhf.models import hf_files, int8, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.models.hf_config import CLASSES, config_from_hf
 from jaxrlhf.models.hf_export import config_to_hf
+from jaxrlhf.models.hf_files import Stored
+from jaxrlhf.models.hf_layout import SCORE, Rule, expected, flat, join, rules, split, stacked_axes
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-SCORE = "score.weight"  # of a reward model, [1, D]
+CONFIG = "config.json"
 
 # In the files of earlier releases: masks and tables, not weights.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """One of their tensors, `{}` its layer and a second one its expert, and the leaves of ours that it holds side by side."""
-
-    tensor: str
-    leaves: tuple[str, ...]  # `layers/query`, stacked over layers; `layers/experts/up`, over layers and experts
-    transposed: bool = False  # theirs is [out, in]
-    by_head: bool = False  # its leaves stand side by side within each head, else one after another
-
-
-_QKV = ("query", "key", "value")
-_LLAMA = {name: f"self_attn.{name[0]}_proj" for name in _QKV}
-_LLAMA |= {"output": "self_attn.o_proj", "up": "mlp.up_proj", "gate": "mlp.gate_proj", "down": "mlp.down_proj"}
-_LLAMA_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-_GEMMA2_NORMS = {
-    "attention_norm": "input_layernorm",
-    "attention_post_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "mlp_post_norm": "post_feedforward_layernorm",
-}
-_HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
-_MIXTRAL = {"router": "block_sparse_moe.gate"}
-_MIXTRAL |= {name: f"block_sparse_moe.experts.{{}}.{own}" for name, own in (("gate", "w1"), ("up", "w3"), ("down", "w2"))}
-_QWEN3_MOE = {"router": "mlp.gate"} | {name: f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")}
-_GPT2 = {"output": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj"}
-_NEOX = {"output": "attention.dense", "up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"}
-
-
-def rules(config: TransformerConfig, kind: str) -> list[Rule]:
-    """Where each leaf of a trunk stands in a checkpoint of this model_type."""
-    if kind == "gpt2":
-        names = ("transformer.", "transformer.h.{}.", "wte", "ln_f", "lm_head")
-        linear, norms, qkv = _GPT2, {"attention_norm": "ln_1", "mlp_norm": "ln_2"}, "attn.c_attn"
-    elif kind == "gpt_neox":
-        names = ("gpt_neox.", "gpt_neox.layers.{}.", "embed_in", "final_layer_norm", "embed_out")
-        linear, norms, qkv = _NEOX, _LLAMA_NORMS, "attention.query_key_value"
-    else:
-        names = ("model.", "model.layers.{}.", "embed_tokens", "norm", "lm_head")
-        linear, norms, qkv = _LLAMA, (_GEMMA2_NORMS if config.post_norms else _LLAMA_NORMS) | _HEAD_NORMS, ""
-    whole, layer, embed, norm, head = names
-    flip = kind != "gpt2"  # its Conv1D keeps [in, out]
-    found = [
-        Rule(f"{whole}{embed}.weight", ("embed",)),
-        Rule(f"{whole}wpe.weight", ("positions",)),
-        Rule(f"{whole}{norm}.weight", ("norm/scale",)),
-        Rule(f"{whole}{norm}.bias", ("norm/bias",)),
-        Rule(f"{head}.weight", ("head",), transposed=True),
-    ]
-    for ours, theirs in norms.items():
-        found.append(Rule(f"{layer}{theirs}.weight", (f"layers/{ours}/scale",)))
-        found.append(Rule(f"{layer}{theirs}.bias", (f"layers/{ours}/bias",)))
-    for ours, theirs in linear.items():
-        found.append(Rule(f"{layer}{theirs}.weight", (f"layers/{ours}",), transposed=flip))
-        found.append(Rule(f"{layer}{theirs}.bias", (f"layers/bias/{ours}",)))
-    if qkv:
-        found.append(Rule(f"{layer}{qkv}.weight", tuple(f"layers/{n}" for n in _QKV), flip, by_head=flip))
-        found.append(Rule(f"{layer}{qkv}.bias", tuple(f"layers/bias/{n}" for n in _QKV), by_head=flip))
-    for ours, theirs in {"mixtral": _MIXTRAL, "qwen3_moe": _QWEN3_MOE}.get(kind, {}).items():
-        found.append(Rule(f"{layer}{theirs}.weight", (f"layers/experts/{ours}",), transposed=True))
-    specs = _flat(transformer.param_specs(config))
-    return [rule for rule in found if rule.leaves[0] in specs]
-
-
-def _lead(rule: Rule) -> int:
-    """How many axes of its leaves are stacked."""
-    return rule.tensor.count("{}")
-
-
-def _flat(tree: Any) -> dict[str, Any]:
-    return traverse_util.flatten_dict(tree, sep="/")
-
-
-def split(rule: Rule, tensor: np.ndarray, head_width: int) -> list[np.ndarray]:
-    """Our leaves (of one layer) from their tensor."""
-    tensor = tensor.T if rule.transposed else tensor
-    parts = len(rule.leaves)
-    if not rule.by_head:
-        return np.split(tensor, parts, axis=-1)
-    lead = tensor.shape[:-1]
-    return [part.reshape(*lead, -1) for part in np.split(tensor.reshape(*lead, -1, parts * head_width), parts, axis=-1)]
-
-
-def join(rule: Rule, leaves: list[np.ndarray], head_width: int) -> np.ndarray:
-    """Their tensor from our leaves (of one layer)."""
-    if rule.by_head:
-        lead = leaves[0].shape[:-1]
-        tensor = np.concatenate([leaf.reshape(*lead, -1, head_width) for leaf in leaves], axis=-1).reshape(*lead, -1)
-    else:
-        tensor = np.concatenate(leaves, axis=-1)
-    return np.ascontiguousarray(tensor.T if rule.transposed else tensor)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -164,7 +72,7 @@ def load(folder: Path | str, mesh: Mesh, dtype: str = "float32") -> tuple[dict[s
     """
     folder, values = Path(folder), read_config(folder)
     config = config_from_hf(values)
-    places, trunk = tensors(folder), rules(config, values["model_type"])
+    places, trunk = hf_files.tensors(folder), rules(config, values["model_type"])
     reward = is_reward_model(values)
     if not any(name.startswith(trunk[0].tensor.split(".")[0] + ".") for name in places):
         trunk = [dataclasses.replace(rule, tensor=_bare(rule.tensor)) for rule in trunk]  # saved without its head
@@ -183,18 +91,10 @@ def load(folder: Path | str, mesh: Mesh, dtype: str = "float32") -> tuple[dict[s
     return {"trunk": params} | jax.device_put(own, sharding.replicated(mesh)), config
 
 
-class Stored(NamedTuple):
-    """A tensor of a checkpoint."""
-
-    file: Path
-    shape: tuple[int, ...]
-    read: Callable[[tuple[slice, ...]], np.ndarray]  # that part of it; (): all
-
-
 def place(places: dict[str, Stored], trunk: list[Rule], config: TransformerConfig, mesh: Mesh, dtype: str) -> dict[str, Any]:
     """Parameters of a trunk, every part read when the device that holds it asks for it."""
-    specs = _flat(transformer.param_specs(config))
-    shardings, params = _flat(sharding.shardings(transformer.param_specs(config), mesh)), {}
+    specs = flat(transformer.param_specs(config))
+    shardings, params = flat(sharding.shardings(transformer.param_specs(config), mesh)), {}
     for rule in trunk:
         for leaf in rule.leaves:
             read = _reader(rule, leaf, places, config.head_width, specs[leaf], np.dtype(jax.numpy.dtype(dtype)))
@@ -202,47 +102,9 @@ def place(places: dict[str, Stored], trunk: list[Rule], config: TransformerConfi
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder's files.
-
-    Raises:
-        FileNotFoundError: there are no weights, or a file of the index is missing.
-        ValueError: a file is damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    files = [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(index.values()))]
-    found = {}
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; weights must be safetensors, in {WEIGHTS} or as {INDEX} names them")
-        try:
-            with safe_open(file, "numpy") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    shape = tuple(opened.get_slice(name).get_shape())
-                    found[name] = Stored(file, shape, functools.partial(_read, file, name))
-        except SafetensorError as error:
-            raise ValueError(f"{file}: damaged or not safetensors ({error}); download it again") from error
-    return found
-
-
 def _bare(tensor: str) -> str:
     """The name without the prefix of the whole model."""
     return tensor.partition(".")[2] if not tensor.startswith(("lm_head", "embed_out")) else tensor
-
-
-def expected(trunk: list[Rule], config: TransformerConfig, reward: bool = False) -> dict[str, tuple[int, ...]]:
-    """Shape of each tensor that the configuration asks for."""
-    specs, shapes = _flat(transformer.param_specs(config)), {}
-    for rule in trunk:
-        shape, lead = specs[rule.leaves[0]].shape, _lead(rule)
-        one = (*shape[lead:-1], sum(specs[leaf].shape[-1] for leaf in rule.leaves))
-        for which in np.ndindex(shape[:lead]):
-            shapes[rule.tensor.format(*which)] = one[::-1] if rule.transposed else one
-    return shapes | ({SCORE: (1, specs["norm/scale"].shape[0])} if reward else {})
 
 
 def check(
@@ -268,14 +130,6 @@ def check(
             raise ValueError(f"{file}: tensor {name} has shape {found}, but {asking} asks for {expected[name]}")
 
 
-def _read(file: Path, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-    # Opened for each tensor: the pages of a file that stays open would count as the process's memory.
-    from safetensors import safe_open
-
-    with safe_open(file, "numpy") as opened:
-        return opened.get_slice(name)[index] if index else opened.get_tensor(name)
-
-
 def _placed(shape: tuple[int, ...], place: Any, read: Callable[[Any], np.ndarray]) -> jax.Array:
     """An array of which every device gets its part as it is read, so that the host holds one part at a time."""
     parts = [jax.device_put(read(index), device) for device, index in place.addressable_devices_indices_map(shape).items()]
@@ -286,7 +140,7 @@ def _reader(
     rule: Rule, leaf: str, places: dict[str, Stored], head_width: int, spec: ParamSpec, dtype: np.dtype
 ) -> Callable[[Any], np.ndarray]:
     """index -> that part of a leaf, for a device that holds it."""
-    part, lead = rule.leaves.index(leaf), _lead(rule)
+    part, lead = rule.leaves.index(leaf), stacked_axes(rule)
 
     def one(which: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         name = rule.tensor.format(*which)
@@ -333,7 +187,7 @@ def save(
     trunk = rules(config, values["model_type"])
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
     values |= ids | {"dtype": str(jax.tree.leaves(params)[0].dtype)}
-    leaves, extra = _flat(params["trunk"] if reward else params), {}
+    leaves, extra = flat(params["trunk"] if reward else params), {}
     if reward:
         if tokenizer.pad == tokenizer.eos:  # it takes the last token that is not pad for the last of the text
             raise ValueError(
@@ -351,7 +205,7 @@ def save(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _write(temporary, _named(trunk, leaves, config, extra), shard_bytes)
+    hf_files.write(temporary, _named(trunk, leaves, config, extra), shard_bytes)
     texts = {CONFIG: values} if reward else {CONFIG: values, "generation_config.json": ids}
     for name, value in texts.items():
         (temporary / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -383,37 +237,7 @@ def _named(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Their tensors, one after another."""
     for rule in trunk:
-        for which in np.ndindex(np.shape(leaves[rule.leaves[0]])[: _lead(rule)]):
+        for which in np.ndindex(np.shape(leaves[rule.leaves[0]])[: stacked_axes(rule)]):
             own = [np.asarray(leaves[leaf][which]) for leaf in rule.leaves]
             yield rule.tensor.format(*which), join(rule, own, config.head_width)
     yield from extra.items()
-
-
-def _write(folder: Path, named: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
-    """One file, or several with an index; no more than one of them is in memory."""
-    from safetensors.numpy import save_file
-
-    places: dict[str, int] = {}
-    shard: dict[str, np.ndarray] = {}
-    files, size, total = 0, 0, 0
-
-    def flush():
-        save_file(shard, folder / f"{files}.safetensors", {"format": "pt"})  # which transformers asks for
-        places.update(dict.fromkeys(shard, files))
-        shard.clear()
-
-    for name, tensor in named:
-        if shard and size + tensor.nbytes > shard_bytes:
-            flush()
-            files, size = files + 1, 0
-        shard[name] = tensor
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    flush()
-    if not files:
-        os.replace(folder / "0.safetensors", folder / WEIGHTS)
-        return
-    final = [f"model-{i + 1:05}-of-{files + 1:05}.safetensors" for i in range(files + 1)]
-    for i, name in enumerate(final):
-        os.replace(folder / f"{i}.safetensors", folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: final[i] for name, i in places.items()}}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ from jaxrlhf.core import offload, processes
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.models.model import EXACT, CacheConfig, Model
 from jaxrlhf.sampling import decode
-from jaxrlhf.sampling.decode import Shape, State, Written
+from jaxrlhf.sampling.rows import Shape, State, Written
 
 HALVINGS = 3  # of a batch, at most: each number of rows is a program of its own
 GROWING = 256  # response tokens from which on the cache starts with half of its room

@@ -24,8 +24,8 @@ from jaxrlhf.core import types
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.models.model import Model
 from jaxrlhf.sampling import decode, generate
-from jaxrlhf.sampling.decode import Rows, Shape, State, Written
 from jaxrlhf.sampling.generate import Job, Options
+from jaxrlhf.sampling.rows import Rows, Shape, State, Written, by_row, limits, read, reopen
 
 AT_ONCE = Options()
 
@@ -140,15 +140,15 @@ def _start(
     stops: Int[Array, "m v"] | None,
 ) -> State:
     """Begun rows where they stopped, then the samples of all prompts at their first token; each at a step of its own."""
-    rest = decode.reopen(model, spec, shape, weights, begun.rollout, begun.limit, key, stops)
+    rest = reopen(model, spec, shape, weights, begun.rollout, begun.limit, key, stops)
     old, first = begun.limit.shape[0], jnp.arange(prompts.length.shape[0], dtype=jnp.int32) * shape.n
-    new = decode.read(model, spec, shape, spec.max_tokens, weights, prompts, old + first, key, stops)
+    new = read(model, spec, shape, spec.max_tokens, weights, prompts, old + first, key, stops)
     rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rest.rows, new.rows)
     every = jnp.arange(rows.row.shape[0])
     # The samples' places in the cache, and before them any rows', which those of the begun ones replace.
     cache = model.put(model.take(new.cache, jnp.maximum(every - old, 0)), every[:old], rest.cache)
     step = jnp.where(every < old, jnp.pad(rest.step, (0, every.size - old)), 0)
-    return State(step=decode.by_row(step), cache=cache, stops=stops, rows=decode.by_row(rows))
+    return State(step=by_row(step), cache=cache, stops=stops, rows=by_row(rows))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -165,7 +165,7 @@ def _part(
     """The rows that come first in `order`, as many as the samples of the prompts; the others; and the prompts of the first."""
     old, width, count = begun.rollout, prompts.tokens.shape[1], prompts.length.shape[0] * n
     samples = jnp.tile(jnp.arange(n, dtype=jnp.int32), prompts.length.shape[0])
-    limit = decode.limits(prompts, spec)
+    limit = limits(prompts, spec)
 
     def all_of(a, b):
         return jnp.concatenate([a, jnp.repeat(b, n, axis=0)])
@@ -184,6 +184,6 @@ def _part(
         version=jnp.concatenate([jnp.where(old.response_len > 0, old.version, version), jnp.full(count, version)]),
     )
     rollout, every = jax.tree.map(lambda x: x[order], (rollout, every))
-    full = decode.by_row(jax.tree.map(lambda x: x[:count], rollout))
+    full = by_row(jax.tree.map(lambda x: x[:count], rollout))
     left = Begun(*jax.tree.map(lambda x: x[count:], (rollout, every.row, every.limit)))
-    return full, decode.by_row(left), decode.by_row(jax.tree.map(lambda x: x[:count:n], every))
+    return full, by_row(left), by_row(jax.tree.map(lambda x: x[:count:n], every))
