@@ -123,6 +123,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert int(metrics["optimizer/skipped_in_a_row"]) == 0
 
 
+@pytest.mark.full
 def test_devices_share_every_part():
     one, metrics = steps.run(steps.ppo_step(1, "adamw"), steps.ppo_batch(), "adamw")
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))

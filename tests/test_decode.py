@@ -39,7 +39,9 @@ def params():
     ("count", "n", "options", "shape"),
     [
         (21, 2, Options(chunk=3, slots=32), None),  # refilled by 2 prompts: half of the last refill is a filler
-        (21, 4, Options(chunk=5, slots=32, least=8), sharding.MeshConfig(data=2, fsdp=2, tensor=2)),
+        pytest.param(
+            21, 4, Options(chunk=5, slots=32, least=8), sharding.MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.full
+        ),
         pytest.param(40, 1, Options(chunk=3, slots=16), sharding.MeshConfig(), marks=pytest.mark.full),
     ],
     ids=["one", "2x2x2", "data=8"],

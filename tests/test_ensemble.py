@@ -116,7 +116,9 @@ def optimizer_named(name: str, kind: str | None, over_base: bool) -> optax.Gradi
     return optimizer.of_members(update) if kind in ("adapters", "models") else update
 
 
-@pytest.mark.parametrize(("name", "backend"), [("muon", "cpu"), ("muon", "gpu"), ("adamw", "cpu")])
+@pytest.mark.parametrize(
+    ("name", "backend"), [pytest.param("muon", "cpu", marks=pytest.mark.full), ("muon", "gpu"), ("adamw", "cpu")]
+)
 def test_models_trained_together_are_those_trained_alone(name, backend, monkeypatch):
     """Three steps, each model with its own data, clipping and moments; in a loop as on a CPU, and under vmap as elsewhere."""
     data = [[batch_of(10 * i + m) for m in range(M)] for i in range(3)]
@@ -132,7 +134,7 @@ def test_models_trained_together_are_those_trained_alone(name, backend, monkeypa
     assert metrics["loss/total"] == pytest.approx(sum(own["loss/total"] for _, own in alone), rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=pytest.mark.full), "gpu"])
 def test_adapters_trained_together_are_those_trained_alone(backend, monkeypatch):
     """As models are, over one frozen base, to the same tolerance: float32 sums of another order."""
     data = [[batch_of(10 * i + m) for m in range(M)] for i in range(3)]
@@ -167,7 +169,7 @@ def test_heads_learn_as_alone_and_the_trunk_from_all():
     assert_close(moved["trunk"], total)
 
 
-@pytest.mark.parametrize("kind", ["heads", "models"])
+@pytest.mark.parametrize("kind", ["heads", pytest.param("models", marks=pytest.mark.full)])
 def test_no_split_matters(kind):
     params = stacked(kind)
     batch = together([batch_of(30 + m) for m in range(M)])

@@ -219,6 +219,7 @@ def test_a_sitting_that_ends_early_goes_on_with_the_same_command(loop, tmp_path)
     assert sum(json.loads((tmp_path / "label" / "result.json").read_text())["choices"].values()) == 4
 
 
+@pytest.mark.full
 def test_eight_devices_learn_what_one_learns(loop, tmp_path):
     """The same script on 8 host devices: data 2 x fsdp 2 x tensor 2."""
     mesh = ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2)

@@ -303,6 +303,7 @@ def test_packed_padded_and_decoded_rows_are_the_same(config):
     whole.assert_close(decoded, np.stack([alone[0, 5:10], alone[1, 2:7]]), 2e-5)
 
 
+@pytest.mark.full
 def test_narrow_decoding_takes_the_experts_of_training():
     prompts, length, responses = whole.tokens(2, 6), np.array([6, 3]), whole.tokens(4, 5, seed=9)
     params = parameters(NARROW)

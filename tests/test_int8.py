@@ -226,6 +226,7 @@ def train_step_of(adapter):
     return step.make_train_step(outputs, lm.loss, lm.Config(), update), step.init_state(adapter, update, jax.random.key(0))
 
 
+@pytest.mark.full
 def test_eight_devices_give_the_same():
     base, adapter = base_of(LLAMA), adapter_of(LLAMA, CONFIG)
     train_step, state = train_step_of(adapter)

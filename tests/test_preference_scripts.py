@@ -48,6 +48,7 @@ def learned(name: str, start: pathlib.Path, out: pathlib.Path, *flags: object) -
     return result, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.full
 def test_dpo_pairs_its_own_answers(start, tmp_path):
     flags = ("--steps", 4, "--batch", 16, "--pairs.prompts", 256, "--algorithm.loss", "ipo", "--algorithm.nll-coef", 0)
     result, rows = learned("dpo", start, tmp_path / "dpo", *flags)
@@ -64,6 +65,7 @@ def test_orpo_learns_from_a_json_lines_file(start, choices, tmp_path):
     assert rows[3]["loss/lm"] < rows[0]["loss/lm"]
 
 
+@pytest.mark.full
 def test_kto_learns_from_a_tfds_folder(start, choices, tmp_path):
     result, rows = learned("kto", start, tmp_path / "kto", "--steps", 4, "--batch", 32, "--choices", choices["tfds"])
     assert result["data"] == {"answers": 110, "too_long": 0}

@@ -53,7 +53,11 @@ def check(out: pathlib.Path, start: pathlib.Path) -> list[dict]:
         pytest.param("grpo", ("--batch", 8, "--watch.strict"), marks=pytest.mark.full),
         ("grpo", ("--batch", 8, "--microbatches.tokens", 64, "--microbatches.multiple", 7)),
         pytest.param("rloo", ("--batch", 8), marks=pytest.mark.full),  # and this as the fork
-        ("reinforce", ("--batch", 32, "--algorithm.baseline", "greedy", "--algorithm.no-whiten-advantages")),
+        pytest.param(
+            "reinforce",
+            ("--batch", 32, "--algorithm.baseline", "greedy", "--algorithm.no-whiten-advantages"),
+            marks=pytest.mark.full,
+        ),
         ("raft", ("--batch", 8, "--optimizer.name", "schedule_free", "--optimizer.schedule", "constant")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -57,7 +57,13 @@ def prompts(count: int) -> Prompts:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.int32), Prompts(tokens=tokens, length=length, uid=uid, row=uid))
 
 
-@pytest.fixture(scope="module", params=SPECS)
+# Each spec compiles its own sampler and scorer.
+FIRST = ("plain", "t0.7", "k5", "p0.9-t0.7", "m0.05-t1.3", "all")
+
+
+@pytest.fixture(
+    scope="module", params=[name if name in FIRST else pytest.param(name, marks=pytest.mark.full) for name in SPECS]
+)
 def case(request) -> tuple[SamplingSpec, dict, Experience, Experience]:
     """The spec, parameters, and the same rollout scored with its kept sets replayed and without."""
     spec = dataclasses.replace(BASE, **SPECS[request.param])

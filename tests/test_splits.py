@@ -143,12 +143,7 @@ ALGORITHMS: dict[str, Callable[[], Case]] = {
 MESHES = [sharding.MeshConfig(data=2, fsdp=2, tensor=2), sharding.MeshConfig(fsdp=4, tensor=2), sharding.MeshConfig(data=8)]
 SORTED = Microbatches(tokens=4 * (PROMPT + WIDTH), multiple=3)
 EVERY = [(4, None), (8, None), (SORTED, None), (SORTED, MESHES[1]), (1, MESHES[0]), (2, MESHES[1]), (1, MESHES[2])]
-# fmt: off
-ONE_OF_EACH = [
-    "lm", "reward", "ppo", "ppo_kl_in_loss", "grpo", "dapo", "gspo", "rloo", "reinforce_pp", "raft",
-    "dpo", "ipo", "orpo", "kto",
-]
-# fmt: on
+ONE_OF_EACH_KIND = ["lm", "reward", "ppo", "grpo", "dpo", "kto"]
 
 
 @functools.cache
@@ -197,7 +192,7 @@ def assert_no_split_matters(name: str, splits: list) -> None:
             np.testing.assert_allclose(split_metrics[label], value, rtol=1e-5, atol=1e-6, err_msg=told + label)
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
 def test_microbatches_on_devices_change_nothing(name):
     assert_no_split_matters(name, [(2, MESHES[0])])
 

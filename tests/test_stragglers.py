@@ -61,7 +61,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", ["plain", pytest.param("constrained", marks=pytest.mark.full), "greedy"])
 def test_a_response_that_was_stopped_is_the_same_as_one_that_was_not(name):
     params, rules = weights(), varied(**RULES[name])
     found, asked, left = carried(MODEL, params, rules)
@@ -120,6 +120,7 @@ def test_tokens_keep_the_log_probs_that_they_were_drawn_with():
     assert mixed > 0
 
 
+@pytest.mark.full
 def test_stop_strings_are_found_across_the_place_where_a_row_stopped():
     params, rules = weights(), varied(stop=(EOS,), stop_strings=("abba", "baab"))
     pieces = [b"", b"", b"", *(bytes([97 + i % 2]) for i in range(VOCAB - 3))]

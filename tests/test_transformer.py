@@ -269,7 +269,13 @@ def test_rows_longer_than_the_context_are_refused():
 
 @pytest.mark.parametrize(
     "switches",
-    [{"remat": "layers"}, {"remat": "dots"}, {"remat": "attention"}, {"scan": False}, {"scan": False, "remat": "layers"}],
+    [
+        {"remat": "layers"},
+        pytest.param({"remat": "dots"}, marks=pytest.mark.full),
+        pytest.param({"remat": "attention"}, marks=pytest.mark.full),
+        pytest.param({"scan": False}, marks=pytest.mark.full),
+        {"scan": False, "remat": "layers"},
+    ],
     ids=str,
 )
 def test_scan_and_remat_change_nothing(switches):
@@ -277,7 +283,7 @@ def test_scan_and_remat_change_nothing(switches):
     assert_close(*results, 2e-6)  # float32 sums in another order
 
 
-@pytest.mark.parametrize("experts", [0, 4])
+@pytest.mark.parametrize("experts", [0, pytest.param(4, marks=pytest.mark.full)])
 def test_what_is_stored_follows_the_choice(experts):
     """Bytes of temporaries of a gradient, of a dense model and of a mixture; loss and gradient are the same."""
     shape = TransformerConfig(40, 32, 3, 4, 4, 8, 96, 64, experts=experts, experts_per_token=min(experts, 2))
@@ -389,7 +395,11 @@ def test_equal_configs_give_one_model():
     assert transformer.build(LLAMA) is not transformer.build(GPT)
 
 
-@pytest.mark.parametrize(("shape", "config"), [((2, 2, 2), LLAMA), ((1, 4, 2), NARROW)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [((2, 2, 2), LLAMA), pytest.param((1, 4, 2), NARROW, marks=pytest.mark.full)],
+    ids=["float32", "bfloat16"],
+)
 def test_eight_devices_give_the_same_numbers(shape, config):
     params, rows = parameters(LLAMA), tokens(8, 12)
     mesh = sharding.make_mesh(sharding.MeshConfig(*shape))
@@ -419,7 +429,7 @@ def test_sampling_on_eight_devices_gives_the_same_logits():
     assert_close(np.asarray(out), sampler(GPT, 2)(params, prompts, length, responses), 2e-5)
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT], ids=["tied", "head"])
+@pytest.mark.parametrize("config", [pytest.param(LLAMA, marks=pytest.mark.full), GPT], ids=["tied", "head"])
 def test_a_vocabulary_that_the_mesh_does_not_divide_is_whole_on_each_device_and_told(config):
     """39 ids over two devices: the same numbers, and no id more."""
     config = dataclasses.replace(config, vocab_size=39)

@@ -42,6 +42,7 @@ def test_nothing_is_put_on_a_device_and_nothing_compiled():
     assert found["bytes"] <= found["limit"] == int(0.9 * 141e9)
 
 
+@pytest.mark.full
 def test_the_fewest_microbatches_that_fit():
     """One fewer divisor is too much; a given number is taken as it is."""
     found = what_fits.run(H200)
