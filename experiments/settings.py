@@ -1,4 +1,4 @@
-"""What the functions that scripts share read of a script's configuration. A `Config` has these fields and need not name this."""
+"""What the functions that scripts share read of a script's settings. A `Config` has these fields and need not name this."""
 
 from __future__ import annotations
 

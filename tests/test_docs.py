@@ -87,12 +87,11 @@ def test_the_architectures_of_hugging_face_are_those_that_are_read():
 def test_the_tree_names_every_file_of_each_room_and_no_other():
     page = (ROOT / "docs" / "tree.md").read_text(encoding="utf-8")
     found: dict[str, list[str]] = {}
+    here: list[str] = []  # above the first room there is none
     for line in page.split("```")[1].splitlines():
         if room := re.match(r"(experiments)/|  (\w+)/ ", line):
-            name = room[1] or f"jaxrlhf/{room[2]}"
-            found[name] = []
-        if not line.startswith("jaxrlhf/"):
-            found[name] += re.findall(r"[\w/]+\.(?:py|js|css|html)\b", line)
+            here = found.setdefault(room[1] or f"jaxrlhf/{room[2]}", [])
+        here += re.findall(r"[\w/]+\.(?:py|js|css|html)\b", line)
     rooms = [path for path in (ROOT / "jaxrlhf").iterdir() if (path / "__init__.py").is_file()]
     for room in (*rooms, ROOT / "experiments"):
         files = (x for x in room.rglob("*") if x.suffix in (".py", ".js", ".css", ".html") and x.name != "__init__.py")
