@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
 
-from jaxrlhf.data import strict
+from jaxrlhf.data import sources
 from jaxrlhf.feedback import assignments, limits, writer
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def hold(seconds: float, why: str) -> None:
         raise Refused(429, "rate", f"{why}: wait {math.ceil(seconds)} s", seconds)
 
 
-async def body(request: Request, schema: strict.Schema, limit: limits.Limits) -> dict[str, Any]:
+async def body(request: Request, schema: sources.Schema, limit: limits.Limits) -> dict[str, Any]:
     """The request's JSON object with the fields of `schema` and no other.
 
     Raises:
@@ -114,7 +114,7 @@ async def body(request: Request, schema: strict.Schema, limit: limits.Limits) ->
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "content_type", "Content-Type must be application/json")
     try:
-        row = strict.parse_line(content, schema, "body", limit.body)
+        row = sources.parse_line(content, schema, "body", limit.body)
     except ValueError as error:
         raise Refused(400, "invalid", str(error)) from None
     if unknown := row.keys() - schema.required.keys() - schema.optional.keys():
