@@ -23,7 +23,7 @@ from jaxrlhf.models import roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import cli, objective, optimizer, step, timing
+from jaxrlhf.training import cli, objective, optimizer, recorder, step, timing
 from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
@@ -106,6 +106,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         experience = dataclasses.replace(experience, score=score, weight=weight)
         drawn = describe(experience)
         batch, kept, stats = prepare(experience, state.algorithm, config=algorithm)
+        run.sample(
+            i, recorder.of_experience, experience, batch.advantages, None, start.tokenizer.token_texts, start.tokenizer.decode
+        )
         state, metrics = run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)
         run.log(i, judged | rewarded | drawn | stats | metrics, batch)
         run.maybe_save(i, (state, begun))

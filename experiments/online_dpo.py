@@ -23,7 +23,7 @@ from jaxrlhf.models import lora
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import cli, objective, optimizer, step, timing
+from jaxrlhf.training import cli, objective, optimizer, recorder, step, timing
 from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
@@ -101,6 +101,8 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         kept = shaping.score(score, experience.rollout.finished, config.score)
         pairs = choose(dataclasses.replace(experience, score=kept, weight=weight), n=config.n, soft=config.soft)
         batch, algorithm, stats = prepare(pairs, state.algorithm, config=config.algorithm)
+        rated = dataclasses.replace(experience, score=score, weight=weight)
+        run.sample(i, recorder.of_experience, rated, None, None, start.tokenizer.token_texts, start.tokenizer.decode)
         state, metrics = run_epochs(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
         run.log(i, judged | {"reward/score": score.mean()} | rewarded | describe(experience) | stats | metrics, batch)
         run.maybe_save(i, (state, begun))

@@ -24,7 +24,7 @@ from jaxrlhf.models import heads, lora, roles
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import ensemble, pool
 from jaxrlhf.sampling import rollout
-from jaxrlhf.training import cli, objective, optimizer, step, timing
+from jaxrlhf.training import cli, objective, optimizer, recorder, step, timing
 from jaxrlhf.training.by_length import Microbatches
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
@@ -108,6 +108,12 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     if texts is None:
         ahead.start(run.clock, task, over_start(state.params), frozen, state, (prepare, algorithm, run_epochs), 1, options)
     prepare = run.clock.timed("update", prepare, after="prepare")
+    rewards_of, texts_of = jax.jit(ppo.token_rewards, static_argnames="config"), start.tokenizer
+
+    def sampled(experience: Any, batch: ppo.Batch, kept: ppo.State) -> list[dict[str, Any]]:
+        rewards = rewards_of(experience, kept, config=algorithm)
+        return recorder.of_experience(experience, batch.advantages, rewards, texts_of.token_texts, texts_of.decode)
+
     for i in run.steps(run.start, config.iterations, "ppo", show=("reward/score", "policy/kl_ref")):
         judged = {} if i % config.evaluate_every else task.judge(over_start(served(state)))[0]
         prompts = sharding.shard_batch(task.prompts[i], mesh)
@@ -118,6 +124,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         experience = dataclasses.replace(experience, score=score, weight=weight)
         drawn = describe(experience)
         batch, kept, stats = prepare(experience, state.algorithm, config=algorithm)
+        run.sample(i, sampled, experience, batch, state.algorithm)
         if texts is not None:
             batch = dataclasses.replace(batch, text=sharding.shard_batch(lm.packed(**texts[i]), mesh))
         state, metrics = run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)

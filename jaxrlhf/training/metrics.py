@@ -41,6 +41,20 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def cut_back(path: Path, size: int, step: int) -> None:
+    """Leave the first `size` bytes of a file that a run appends to, those that it had when step `step` was saved: what came
+    after them will be written again.
+
+    Raises:
+        ValueError: the file is shorter.
+    """
+    there = path.stat().st_size if path.is_file() else 0
+    if there < size:
+        raise ValueError(f"{path} has {there} bytes, but {size} when step {step} was saved: rows are missing in it")
+    if there > size:
+        os.truncate(path, size)
+
+
 class Metrics:
     """Appends a row a step. A row is fetched from the device when the next one comes, so that no step waits for its own."""
 
@@ -53,11 +67,8 @@ class Metrics:
             ValueError: the file is shorter than that, or tensorboardX is absent.
         """
         self.path = Path(directory) / FILE
-        there = self.path.stat().st_size if writes and self.path.is_file() else 0
-        if there < size:
-            raise ValueError(f"{self.path} has {there} bytes, but {size} when step {start} was saved: rows are missing in it")
-        if there > size:
-            os.truncate(self.path, size)
+        if writes:
+            cut_back(self.path, size, start)
         path = self.path if writes else os.devnull
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  open as long as the run
         self._pending: tuple[int, dict[str, Any]] | None = None

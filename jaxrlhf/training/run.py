@@ -24,7 +24,7 @@ from typing import Any
 
 import jaxrlhf
 from jaxrlhf.core import processes
-from jaxrlhf.training import directory, events, session, timing
+from jaxrlhf.training import directory, events, recorder, session, timing
 from jaxrlhf.training.ending import Ending
 from jaxrlhf.training.guards import IN_A_ROW, Guard, dump
 from jaxrlhf.training.metrics import Metrics, write_atomic
@@ -50,6 +50,8 @@ class Run:
         self._save_seconds = save_seconds
         self._tensorboard = tensorboard
         self._metrics: Metrics | None = None
+        self._samples: recorder.Samples | None = None
+        self._total = 0  # steps
         self._events = events.Events(out, writes=processes.is_first())
         self._described = False  # environment.json is of this process
         self._noted: dict[str, Any] | None = None  # what is saved beside the arrays
@@ -115,6 +117,8 @@ class Run:
             try:
                 if self._metrics is not None:
                     self._metrics.close()
+                if self._samples is not None:
+                    self._samples.close()
                 self._write_times()
                 self._events.close()
             finally:
@@ -171,6 +175,7 @@ class Run:
             SystemExit: before the next step, when a signal came or the time is up and no `maybe_save` took it.
         """
         self._describe()
+        self._total = total
         progress = Progress(name, start, total) if sys.stderr.isatty() and processes.is_first() else None
         try:
             for step in self.clock.steps(self._ending.steps(start, total), total):
@@ -195,6 +200,15 @@ class Run:
         self._log().log(step, metrics | (self.clock.row() if self._watched else {}))
         self._watch()
         self._batch = batch
+
+    def sample(self, step: int, rows: Callable[..., list[dict[str, Any]]], *given: Any) -> None:
+        """Keep a few rollouts of this step, made by `rows(*given)`, in samples.jsonl, if it is one of those kept there."""
+        if not recorder.due(step, self._total):
+            return
+        with self.clock.within("record"):
+            found = rows(*given)
+            if not self._kept_samples().write(step, found):
+                self._events.write("samples left out", step=step, reason=f"{recorder.FILE} would pass {recorder.LARGEST} bytes")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl so far, without the clock's figures: what the run found, the same on any machine."""
@@ -233,7 +247,9 @@ class Run:
         self._watch()
         self._write_times()
         guard = self._guard.state if self._guard else {}
-        notes = self._notes() | {"guard": guard, "metrics_bytes": self._log().size()}
+        has = processes.by_first((self.out / recorder.FILE).is_file)  # of a run that keeps any
+        kept = {"metrics_bytes": self._log().size(), "samples_bytes": self._kept_samples().sync() if has else 0}
+        notes = self._notes() | {"guard": guard} | kept
         self._saved_at = time.monotonic()
         try:
             self._saving = checkpoint.save_async(self._checkpoints, step + 1, state, notes=notes)
@@ -311,6 +327,18 @@ class Run:
         if self._metrics is None:
             self._metrics = Metrics(self.out, self.start, writes=False)
         return self._metrics
+
+    def _kept_samples(self) -> recorder.Samples:
+        if self._samples is None:
+            size = self._notes().get("samples_bytes", 0)
+
+            def first() -> None:
+                self._samples = recorder.Samples(self.out, self.start, size)
+
+            processes.by_first(first)
+        if self._samples is None:
+            self._samples = recorder.Samples(self.out, self.start, writes=False)
+        return self._samples
 
     def _notes(self) -> dict[str, Any]:
         """Those of the checkpoint that this run goes on from."""

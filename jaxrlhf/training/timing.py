@@ -24,10 +24,10 @@ from jaxrlhf.training import chips, flops
 from jaxrlhf.training.flops import Pass, Rows
 from jaxrlhf.training.programs import Programs
 
-Stage = Literal["data", "rollout", "score", "update", "evaluate", "save", "compile", "profile", "other"]
+Stage = Literal["data", "rollout", "score", "update", "evaluate", "record", "save", "compile", "profile", "other"]
 Figures = dict[str, int | float]
 FIGURES = ("time/", "throughput/", "memory/", "compile/")  # what a row of the clock's own begins with
-ASIDE = ("evaluate", "save", "compile", "profile")  # no part of a step's own time, which rates are taken over
+ASIDE = ("evaluate", "record", "save", "compile", "profile")  # no part of a step's own time, which rates are taken over
 
 
 @dataclasses.dataclass(frozen=True)
