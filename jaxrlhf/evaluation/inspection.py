@@ -79,7 +79,8 @@ def tiles(facts: Facts) -> list[Block]:
     found.append(Tile(str(sum(trouble.values())), "alarms", ", ".join(f"{n} {kind}" for kind, n in trouble.items()) or "none"))
     for name in [name for name in FIRST if name in _names(facts.rows)][:4]:
         x, y = column(facts.rows, name)
-        found.append(Tile(f"{y[-1]:.4g}", f"`{name}`", f"{y[0]:.4g} at step {x[0]:g}, now at {x[-1]:g}"))
+        words = page.visible(name).replace("/", " ").replace("_", " ")
+        found.append(Tile(f"{y[-1]:.4g}", words, f"step {x[-1]:g}; at step {x[0]:g} {y[0]:.4g}"))
     return [Tiles(found)]
 
 
@@ -121,7 +122,7 @@ def curves(facts: Facts) -> list[Block]:
         if len(set(y)) > 1 and len(x) > 1:
             moved[name] = (x, y)
         else:
-            still.append([f"`{name}`", f"{y[-1]:.6g}"])
+            still.append([page.visible(name), f"{y[-1]:.6g}"])
     if not moved and not still:
         return []
     marks = sorted({event["step"] for event in facts.events if event["kind"] in TROUBLE and "step" in event})
@@ -147,7 +148,7 @@ def _curve(name: str, x: list[float], y: list[float], marks: Sequence[int]) -> F
         series = [plots.Series(name, x, y, marks=len(x) < 12)]
     else:
         series = [plots.Series(name, *thin(x, y), faint=True), plots.Series(name, *thin(x, plots.smooth(y)))]
-    return Figure(name.replace("/", "_"), plots.lines(page.visible(name), series, "step", marks=marks[:50]))
+    return Figure(name.replace("/", "_"), plots.lines(page.visible(name).replace("$", r"\$"), series, "step", marks=marks[:50]))
 
 
 def thin(x: list[float], y: list[float], points: int = POINTS) -> tuple[list[float], list[float]]:

@@ -166,7 +166,8 @@ pre { font: .84rem/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pr
 .rollout .said { color: var(--soft); font-size: .82rem }
 .rollout .prompt { white-space: pre-wrap; max-height: 9em; overflow-y: auto; font-weight: 600 }
 .tokens { line-height: 1.9; white-space: pre-wrap }
-.tokens i { font-style: normal; padding: 2px 0; border-radius: 3px; unicode-bidi: isolate; outline: none;
+.tokens i { font-style: normal; padding: 2px 0; margin-right: 1px; border-radius: 3px; unicode-bidi: isolate;
+  outline: none;
   background: color-mix(in srgb, var(--series-1) calc(max(0, var(--c)) * 60%),
     color-mix(in srgb, var(--series-0) calc(max(0, -1 * var(--c)) * 60%), transparent)) }
 .tokens i:hover, .tokens i:focus { box-shadow: 0 0 0 2px var(--ink) }

@@ -25,6 +25,8 @@ ROWS = 4  # a step
 TOKENS = 512  # of a response; the rest is left out, which `length` tells
 LETTERS = 4000  # of a prompt, its last ones
 LARGEST = 8_000_000  # bytes of the file: then no more are written
+COLUMNS = ("logprob", "kl", "advantage", "reward", "value")  # a number a token, where a run has it
+NEEDED = {"step", "row", "prompt", "tokens", "length", "finished", "score", "weight"}
 
 
 def due(step: int, total: int) -> bool:
@@ -129,11 +131,11 @@ def read(directory: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            columns = [row[name] for name in ("logprob", "kl", "advantage", "reward", "value") if name in row]
-            whole = isinstance(row["step"], int) and all(len(column) == len(row["tokens"]) for column in columns)
-        except (ValueError, KeyError, TypeError) as error:
+            columns = [row[name] for name in COLUMNS if name in row]
+            whole = NEEDED <= row.keys() and all(len(column) == len(row["tokens"]) for column in columns)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}:{number}: not a rollout ({error})") from error
         if not whole:
-            raise ValueError(f"{path}:{number}: not a rollout: it needs a step, and a number for each of its tokens")
+            raise ValueError(f"{path}:{number}: not a rollout: it needs {', '.join(sorted(NEEDED))}, and a number a token")
         rows.append(row)
     return rows
