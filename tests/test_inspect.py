@@ -204,8 +204,10 @@ def hostile(tmp_path_factory):
             row |= {"length": 900, "finished": True, "score": None, "weight": 0.0} | numbers
             file.write(json.dumps(row) + "\n")
         file.write(json.dumps(row | {"step": 99, "prompt": "\ud800 lone", "tokens": ["a\u202eb", "\x1b[2J", "\n"]}) + "\n")
-    rows = [{"step": i, "loss/total": v, f"odd/{HOSTILE[1]}": i, "odd/$x^{": i, "time/update": 1.0, "time/step": 2.0, "time/save": 1.0}
-            for i, v in enumerate([1.0, "nan", 3.0, "inf", 2.0])]  # fmt: skip
+    moves = {f"odd/{HOSTILE[1]}", "odd/$x^{", "time/update"}
+    times = {"time/update": 1.0, "time/step": 2.0, "time/save": 1.0}
+    losses = enumerate([1.0, "nan", 3.0, "inf", 2.0])
+    rows = [{"step": i, "loss/total": loss} | dict.fromkeys(moves, i) | times for i, loss in losses]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with open(folder / "events.jsonl", "a") as file:
         alarm = {"number": 99, "time": "2026-01-01T00:00:00", "kind": "alarm", "step": 2, "reason": HOSTILE[0]}

@@ -147,7 +147,8 @@ def _curve(name: str, x: list[float], y: list[float], marks: Sequence[int]) -> F
     if len(x) < 100:
         series = [plots.Series(name, x, y, marks=len(x) < 12)]
     else:
-        series = [plots.Series(name, *thin(x, y), faint=True), plots.Series(name, *thin(x, plots.smooth(y)))]
+        (raw_x, raw), (mean_x, mean) = thin(x, y), thin(x, plots.smooth(y))
+        series = [plots.Series(name, raw_x, raw, faint=True), plots.Series(name, mean_x, mean)]
     return Figure(name.replace("/", "_"), plots.lines(page.visible(name).replace("$", r"\$"), series, "step", marks=marks[:50]))
 
 

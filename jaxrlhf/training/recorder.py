@@ -132,7 +132,7 @@ def read(directory: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             columns = [row[name] for name in COLUMNS if name in row]
-            whole = NEEDED <= row.keys() and all(len(column) == len(row["tokens"]) for column in columns)
+            whole = row.keys() >= NEEDED and all(len(column) == len(row["tokens"]) for column in columns)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}:{number}: not a rollout ({error})") from error
         if not whole:

@@ -159,6 +159,10 @@ class Run:
             noted[name] = processes.by_first(value)
         return noted[name]
 
+    def rejects(self) -> Path:
+        """Where a reader of a data file writes the lines that it leaves out: all processes read, the first one writes."""
+        return self.out / "rejects.jsonl" if processes.is_first() else Path(os.devnull)
+
     def left_out(self, path: Path, rejects: Path) -> None:
         """Say how many lines of a data file are not used, which a reader wrote to `rejects`."""
         if not processes.is_first():
