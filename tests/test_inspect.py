@@ -204,7 +204,7 @@ def hostile(tmp_path_factory):
             row |= {"length": 900, "finished": True, "score": None, "weight": 0.0} | numbers
             file.write(json.dumps(row) + "\n")
         file.write(json.dumps(row | {"step": 99, "prompt": "\ud800 lone", "tokens": ["a\u202eb", "\x1b[2J", "\n"]}) + "\n")
-    moves = {f"odd/{HOSTILE[1]}", "odd/$x^{", "time/update"}
+    moves = {f"odd/{HOSTILE[1]}", "odd/$x^{"}
     times = {"time/update": 1.0, "time/step": 2.0, "time/save": 1.0}
     losses = enumerate([1.0, "nan", 3.0, "inf", 2.0])
     rows = [{"step": i, "loss/total": loss} | dict.fromkeys(moves, i) | times for i, loss in losses]

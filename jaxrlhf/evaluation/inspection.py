@@ -116,7 +116,8 @@ def _table_of(events: Sequence[Row]) -> Table:
 
 def curves(facts: Facts) -> list[Block]:
     """Every metric that moved: the first ones open, the others folded by what they begin with."""
-    moved, still = {}, []
+    moved: dict[str, tuple[list[float], list[float]]] = {}
+    still = []
     for name in _names(facts.rows):
         x, y = column(facts.rows, name)
         if len(set(y)) > 1 and len(x) > 1:

@@ -27,7 +27,7 @@ from jaxrlhf.core import processes
 from jaxrlhf.training import directory, events, recorder, session, timing
 from jaxrlhf.training.ending import Ending
 from jaxrlhf.training.guards import IN_A_ROW, Guard, dump
-from jaxrlhf.training.metrics import Metrics, write_atomic
+from jaxrlhf.training.metrics import Metrics, check_wandb, write_atomic
 from jaxrlhf.training.metrics import read as read_metrics
 from jaxrlhf.training.progress import Progress
 
@@ -80,16 +80,17 @@ class Run:
 
         Raises:
             ValueError: it belongs to something else, to a run with other settings or to one that is running, or cannot
-                be written. It is left as it was.
+                be written; or wandb is asked for and absent. It is left as it was.
         """
-        out = Path(out).expanduser().absolute()
+        out, watch = Path(out).expanduser().absolute(), getattr(config, "watch", None)
+        check_wandb("" if watch is None else watch.wandb)
         try:
             lock = processes.by_first(lambda: directory.take(out, config, free))
             lock = lock if processes.is_first() else None  # the number means nothing to another process
             try:
                 asked = session.current().save_seconds
                 seconds = save_seconds if asked is None else asked
-                return cls(out, lock, seconds, tensorboard, getattr(config, "watch", None))
+                return cls(out, lock, seconds, tensorboard, watch)
             except BaseException:
                 if lock is not None:
                     os.close(lock)
@@ -325,7 +326,7 @@ class Run:
             size = self._notes().get("metrics_bytes", 0)
 
             def first() -> None:
-                self._metrics = Metrics(self.out, self.start, size, self._tensorboard)
+                self._metrics = Metrics(self.out, self.start, size, self._tensorboard, wandb=self.clock.options.wandb)
 
             processes.by_first(first)
         if self._metrics is None:

@@ -37,6 +37,7 @@ class Options:
     wait: bool = True  # for a stage's results at its end, so that its time is its own; costs the overlap with the next
     profile_steps: tuple[int, ...] = ()  # steps of which jax.profiler writes a trace into the run's `profile` folder
     strict: bool = False  # refuse to compile once each stage has been through a step
+    wandb: str = ""  # project of Weights & Biases that gets the rows of metrics too; '': none
     product_rate: float | None = None  # FLOP/s of one device, for MFU; None: that of the chip's name, on a CPU no MFU
 
     def __post_init__(self):
