@@ -104,10 +104,13 @@ def _rejects(folder: Path) -> None:
     said = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]
     file.write_text(json.dumps({"messages": said}) + "\n" + "{\n" * (me + 1))
     with Run.open(folder / "reading", MeshConfig(), tensorboard=False) as run:
-        rejects = run.rejects()
-        assert len(conversations.read(file, rejects)) == 1
-        processes.wait("read")
-        run.left_out(file, rejects)
+        if me == 1:
+            processes.wait("the first has read")
+        assert len(conversations.read(file, run.rejects())) == 1
+        if me == 0:
+            processes.wait("the first has read")
+        processes.wait("both have")
+        run.left_out(file, run.out / "rejects.jsonl")
         assert len((folder / "reading" / "rejects.jsonl").read_text().splitlines()) == 1
         assert [path.name for path in run.out.glob("*rejects*")] == ["rejects.jsonl"]
 

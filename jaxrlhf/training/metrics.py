@@ -145,7 +145,7 @@ def _wandb(directory: Path, project: str) -> Any:
     """The run at Weights & Biases. A run that goes on is the same one there: its id lies in the directory. Steps that were sent
     before and come again after a resume have the values that they had, and are not taken twice."""
     check_wandb(project)
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]: an extra
     import yaml
 
     name, settings = directory / "wandb_id", directory / "config.yaml"
