@@ -80,7 +80,7 @@ def tiles(facts: Facts) -> list[Block]:
     for name in [name for name in FIRST if name in _names(facts.rows)][:4]:
         x, y = column(facts.rows, name)
         words = page.visible(name).replace("/", " ").replace("_", " ")
-        found.append(Tile(f"{y[-1]:.4g}", words, f"step {x[-1]:g}; at step {x[0]:g} {y[0]:.4g}"))
+        found.append(Tile(f"{y[-1]:.4g}", words, f"from {y[0]:.4g} at step {x[0]:g}, now step {x[-1]:g}"))
     return [Tiles(found)]
 
 
