@@ -5,6 +5,7 @@
     collector  prompts -> answers with their log-probs
     reward     answers -> scores
     preparer   scores -> the batch that the algorithm learns from
+    record     a few answers, token by token, for `experiments/inspect_run.py`
     learner    batch -> the next state
     judged     the policy on held-out prompts, every so many iterations
     finish     the last judgement; the policy and the result are written
@@ -28,7 +29,7 @@ from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec, Train
 from jaxrlhf.models import roles
 from jaxrlhf.sampling import generate, rollout, stragglers
 from jaxrlhf.sampling.stragglers import Begun
-from jaxrlhf.training import flops, step, timing
+from jaxrlhf.training import flops, recorder, step, timing
 from jaxrlhf.training.run import Run
 
 
@@ -195,6 +196,20 @@ def reward(loop: Loop, experience: Experience, prompts: Prompts) -> tuple[Experi
     """The experience with its scores, and with weight 0 where no score could be had."""
     score, weight, figures = loop.task.score(experience.rollout, prompts)
     return dataclasses.replace(experience, score=score, weight=weight), figures
+
+
+def record(
+    loop: Loop, number: int, experience: Experience, advantages: Any = None, rewards: Callable[[], Any] | None = None
+) -> None:
+    """Keep a few answers of this iteration token by token (`training/recorder.py`), with their advantages [B, R] and the
+    rewards [B, R] of their tokens, made only if it is one of those kept; without them the score stands at the last token."""
+    tokenizer = loop.task.start.tokenizer
+
+    def rows() -> list[dict[str, Any]]:
+        given = None if rewards is None else rewards()
+        return recorder.of_experience(experience, advantages, given, tokenizer.token_texts, tokenizer.decode)
+
+    loop.run.sample(number, rows)
 
 
 def preparer(loop: Loop, prepare: Callable) -> Callable[[Experience, Any], tuple[Any, Any, dict[str, Any]]]:

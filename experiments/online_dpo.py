@@ -80,6 +80,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         judged = online.judged(loop, i, state)
         experience, prompts, begun = collect(state.params, i, begun)
         experience, rewarded = online.reward(loop, experience, prompts)
+        online.record(loop, i, experience)
         drawn = describe(experience)
         score = shaping.score(experience.score, experience.rollout.finished, config.score)
         pairs = choose(dataclasses.replace(experience, score=score), n=config.n, soft=config.soft)

@@ -10,6 +10,7 @@ algorithm, copy jaxrlhf/algorithms/ppo.py and this page.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     )
     collect, prepare = online.collector(loop, frozen), online.preparer(loop, ppo.prepare)
     learn = online.learner(loop, outputs, ppo.loss, update, state.params, reference=in_loss)
+    token_rewards = jax.jit(ppo.token_rewards, static_argnames="config")
     texts = pretrain.review_rows(start.tokenizer, config.batch, config.seed) if mixed else None
     if texts is None:
         ahead.start(loop, frozen, state, prepare, learn)
@@ -87,6 +89,9 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         experience, prompts, begun = collect(state.params, i, begun)
         experience, rewarded = online.reward(loop, experience, prompts)
         batch, kept, stats = prepare(experience, state.algorithm)
+        online.record(
+            loop, i, experience, batch.advantages, partial(token_rewards, experience, state.algorithm, config=algorithm)
+        )
         if texts is not None:
             batch = dataclasses.replace(batch, text=sharding.shard_batch(lm.packed(**texts[i]), mesh))
         state, metrics = learn(dataclasses.replace(state, algorithm=kept), frozen, batch)

@@ -61,7 +61,7 @@ def read(path: Path, ties: bool = False, run: Run | None = None, skip_bad: bool 
     if path.is_dir():
         rows = exchange.read(path)
     elif path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        rejects = run.out / "rejects.jsonl" if run is not None and skip_bad else None
+        rejects = run.rejects() if run is not None and skip_bad else None
         rows = exchange.read(path, rejects)
         if run is not None and rejects is not None:
             run.left_out(path, rejects)

@@ -74,6 +74,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         experience, prompts, begun = collect(state.params, i, begun)
         experience, rewarded = online.reward(loop, experience, prompts)
         batch, kept, stats = prepare(experience, state.algorithm)
+        online.record(loop, i, experience)
         state, metrics = learn(dataclasses.replace(state, algorithm=kept), frozen, batch)
         run.log(i, judged | rewarded | stats | metrics, batch)
         run.maybe_save(i, (state, begun))

@@ -85,6 +85,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
             baseline, scored = (jnp.repeat(x, algorithm.samples) for x in (baseline, scored))
             experience = dataclasses.replace(experience, baseline=baseline, weight=experience.weight * scored)
         batch, kept, stats = prepare(experience, state.algorithm)
+        online.record(loop, i, experience, batch.advantages)
         state, metrics = learn(dataclasses.replace(state, algorithm=kept), frozen, batch)
         run.log(i, judged | rewarded | stats | metrics, batch)
         run.maybe_save(i, (state, begun))

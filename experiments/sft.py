@@ -99,7 +99,7 @@ def dataset(config: Config, tokenizer: Tokenizer, run: Run | None = None) -> tup
         replies, reviews, held_out = rows(tokenizer)
         share = (config.review_share, config.review_share)
         return pipeline.mixed(replies, reviews, config.batch, config.seed, config.steps, share), held_out, 0
-    rejects = run.out / "rejects.jsonl" if run is not None and config.skip_bad else None
+    rejects = run.rejects() if run is not None and config.skip_bad else None
     chats = conversations.read(config.conversations, rejects)
     if run is not None and rejects is not None:
         run.left_out(config.conversations, rejects)

@@ -41,6 +41,7 @@ LATE = {
     "tensorflow_datasets",
     "matplotlib",
     "tensorboardX",
+    "wandb",
     "sklearn",
     "textblob",
     "vaderSentiment",

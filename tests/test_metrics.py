@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.machinery
 import json
 import math
+import sys
+import types
 
 import jax.numpy as jnp
 import pytest
 
-from jaxrlhf.training import metrics
+from jaxrlhf.training import metrics, timing
 from jaxrlhf.training.metrics import Metrics
+from jaxrlhf.training.run import Run
 
 
 def test_rows_are_written_one_step_late_and_in_full_at_the_end(tmp_path):
@@ -101,3 +106,63 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     metrics.write_atomic(path, "new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+class Wandb(types.ModuleType):
+    """What wandb.init and its run are asked for, in a module of that name."""
+
+    def __init__(self, monkeypatch):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.begun, self.rows, self.finished = [], [], 0
+        monkeypatch.setitem(sys.modules, "wandb", self)
+
+    def init(self, **given):
+        self.begun.append(given)
+        return self
+
+    def log(self, row, step):
+        self.rows.append((step, row))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_gets_the_numbers_of_every_row_under_one_id(tmp_path, monkeypatch):
+    wandb = Wandb(monkeypatch)
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
+    for start in (0, 2):
+        log = metrics.Metrics(tmp_path, start, log_size(tmp_path), tensorboard=False, wandb="proj")
+        for step in (start, start + 1):
+            log.log(step, {"loss": step / 2, "said": "words"})
+        log.close()
+    assert wandb.rows == [(i, {"loss": i / 2}) for i in range(4)]
+    assert wandb.finished == 2
+    first, second = wandb.begun
+    assert first == second  # the same run goes on
+    assert len(first.pop("id")) == 16
+    expected = {"project": "proj", "resume": "allow", "name": tmp_path.name, "dir": str(tmp_path), "config": {"seed": 3}}
+    assert first == expected
+
+
+def log_size(folder) -> int:
+    return (folder / metrics.FILE).stat().st_size if (folder / metrics.FILE).is_file() else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    watch: timing.Options = timing.Options()
+
+
+def test_a_script_sends_rows_there_by_a_flag_and_is_refused_where_it_cannot(tmp_path, monkeypatch):
+    config = Config(timing.Options(wandb="proj"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"watch\.wandb=proj: wandb is not installed: pip install 'jaxrlhf\[wandb\]'"):
+        Run.open(tmp_path / "refused", config)
+    assert not (tmp_path / "refused").exists()
+    wandb = Wandb(monkeypatch)
+    with Run.open(tmp_path, config, tensorboard=False) as run:
+        for step in run.steps(0, 2, "toy"):
+            run.log(step, {"loss": 1.0})
+    assert [step for step, _ in wandb.rows] == [0, 1]
+    assert {"loss", "time/step"} <= wandb.rows[0][1].keys()

@@ -19,6 +19,7 @@ import sameness
 from jaxrlhf.core import processes, sharding
 from jaxrlhf.core.sharding import MeshConfig, ParamSpec
 from jaxrlhf.core.types import Rollout
+from jaxrlhf.data import conversations
 from jaxrlhf.rewards import functions, pool
 from jaxrlhf.training import checkpoint, cli, events, session
 from jaxrlhf.training.run import Run
@@ -52,13 +53,66 @@ def agreed(folder: Path) -> None:
     assert placed["length"].dtype == np.float32
     jax.tree.map(np.testing.assert_array_equal, processes.to_host(placed), batch)
     assert [int(shard.data[0, 0]) for shard in placed["tokens"].addressable_shards] == ([0, 6] if me == 0 else [12, 18])
+    _alike()
     _score(mesh, folder)
+    _pool_of_one_alone(mesh, folder)
+    _rejects(folder)
     _checkpoint(mesh, folder)
     _stopped(mesh, folder)
 
 
 def _raise(kind: type[Exception]) -> None:
     raise kind("no such thing")
+
+
+def _alike() -> None:
+    """What one process alone raises ends both, with its words."""
+    me = jax.process_index()
+    assert processes.alike(lambda: me) == me
+    raised = {ValueError: ValueError, OSError: ValueError, KeyError: RuntimeError}
+    for who in (0, 1):
+        for kind, seen in raised.items():
+            own = r"no such thing" if me == who else rf"no such thing.* \(said by process {who}\)"
+            with pytest.raises(kind if me == who else seen, match=own):
+                processes.alike(lambda kind=kind, who=who: _raise(kind) if me == who else None)
+
+
+def _pool_of_one_alone(mesh: jax.sharding.Mesh, folder: Path) -> None:
+    """A function that the second process cannot import; then children that it cannot start any more."""
+    me, rows = jax.process_index(), np.arange(8, dtype=np.int32)
+    own = folder / f"of{me}.py"
+    own.write_text("def reward(prompt, response, row):\n    return 1.0\n" if me == 0 else "1 / 0\n")
+    config = pool.Config(workers=1, seconds=60.0)
+    with pytest.raises(ValueError, match=r"reward functions .*of1\.py:reward: ZeroDivisionError"):
+        pool.open_pool({"own": pool.Source(f"{own}:reward")}, config).__enter__()
+    own.write_text("def reward(prompt, response, row):\n    return 1.0\n")
+    zeros, one = np.zeros((8, 1), np.float32), np.ones(8, np.int32)
+    drawn = Rollout(np.stack([rows, rows], 1), one, one, one > 0, rows, rows, rows, zeros, zeros)
+    drawn = sharding.shard_batch(drawn, mesh)
+    with pool.open_pool({"own": pool.Source(f"{own}:reward")}, config) as given:
+        if me == 1:
+            given["own"].pool._setup = {"own": {"place": "gone.py:reward", "arguments": None}}
+            for child in list(given["own"].pool._children):
+                given["own"].pool._kill(child)
+        with pytest.raises(ValueError, match=r"reward functions gone\.py:reward"):
+            functions.apply(given["own"], drawn, lambda ids: str(ids[0]))
+
+
+def _rejects(folder: Path) -> None:
+    """Both read a file with a bad line; the first one alone writes which."""
+    me, file = jax.process_index(), folder / f"chats{jax.process_index()}.jsonl"
+    said = [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}]
+    file.write_text(json.dumps({"messages": said}) + "\n" + "{\n" * (me + 1))
+    with Run.open(folder / "reading", MeshConfig(), tensorboard=False) as run:
+        if me == 1:
+            processes.wait("the first has read")
+        assert len(conversations.read(file, run.rejects())) == 1
+        if me == 0:
+            processes.wait("the first has read")
+        processes.wait("both have")
+        run.left_out(file, run.out / "rejects.jsonl")
+        assert len((folder / "reading" / "rejects.jsonl").read_text().splitlines()) == 1
+        assert [path.name for path in run.out.glob("*rejects*")] == ["rejects.jsonl"]
 
 
 def _score(mesh: jax.sharding.Mesh, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxrlhf.algorithms import advantages, checks, kl, offpolicy, policy, shaping, surrogate
 from jaxrlhf.core import masking
@@ -85,6 +85,14 @@ def init(config: Config) -> State:
     return State(jnp.asarray(config.kl_coef, jnp.float32), jnp.zeros([], jnp.int32))
 
 
+def token_rewards(experience: Experience, state: State, config: Config) -> Float[Array, "b r"]:
+    """What each response token is rewarded with, before any whitening: the shaped score at the last one, less the KL."""
+    mask = policy.written(experience)
+    score = shaping.score(experience.score, experience.rollout.finished, config.score)
+    token_kl = kl.estimate(experience.logprobs, experience.ref_logprobs, mask, config.kl_estimator, experience.ref_kl)
+    return shaping.token_rewards(score, token_kl, mask, state.kl_coef * (config.kl_in == "reward"))
+
+
 def prepare(experience: Experience, state: State, config: Config) -> tuple[Batch, State, dict[str, Array]]:
     """Rewards, advantages and returns of a whole rollout, the next KL coefficient, and what there is to report.
 
@@ -97,10 +105,7 @@ def prepare(experience: Experience, state: State, config: Config) -> tuple[Batch
         raise ValueError("PPO needs Experience.values: collect with a value head (or use an algorithm without a critic)")
     rollout, old = experience.rollout, experience.logprobs
     counted = experience.weight > 0
-    mask = masking.response_mask(rollout.response_len, old.shape[1], rollout.written) & counted[:, None]
-    score = shaping.score(experience.score, rollout.finished, config.score)
-    token_kl = kl.estimate(old, experience.ref_logprobs, mask, config.kl_estimator, experience.ref_kl)
-    rewards = shaping.token_rewards(score, token_kl, mask, state.kl_coef * (config.kl_in == "reward"))
+    mask, rewards = policy.written(experience), token_rewards(experience, state, config)
     if config.whiten_rewards:
         rewards = masking.whiten(rewards, mask, shift_mean=False, bessel=config.bessel)
     bootstrap = jnp.where(counted & ~rollout.finished & config.bootstrap, experience.bootstrap, 0.0)
@@ -117,8 +122,8 @@ def prepare(experience: Experience, state: State, config: Config) -> tuple[Batch
         advantages=masking.whiten(advantage, mask, bessel=config.bessel) if config.whiten_advantages else advantage,
         returns=returns,
         importance=importance,
-        kl_coef=jnp.full_like(score, state.kl_coef),
-        learns=jnp.full_like(score, state.iteration >= config.critic_warmup),
+        kl_coef=jnp.full_like(experience.score, state.kl_coef),
+        learns=jnp.full_like(experience.score, state.iteration >= config.critic_warmup),
         kept=rollout.kept,
     )
     report = policy.report(experience, mask)

@@ -95,7 +95,7 @@ def by_first(function: Callable[[], Any]) -> Any:
             told = {"value": function()}
         except BaseException as raised:  # whatever it is: else the others would wait for ever
             error, told = raised, {"error": str(raised), "bad_input": isinstance(raised, ValueError | OSError)}
-    told = _first_text(json.dumps(told, default=lambda x: x.item()))
+    told = json.loads(_text_of(0, json.dumps(told, default=lambda x: x.item())))
     if error is not None:
         raise error
     if "error" in told:
@@ -104,16 +104,44 @@ def by_first(function: Callable[[], Any]) -> Any:
     return told["value"]
 
 
-def _first_text(text: str) -> dict[str, Any]:
+def alike(function: Callable[[], Any]) -> Any:
+    """What `function` returns on this process. Where it raises on any, it raises on all, so that none waits for one that ended.
+
+    Raises:
+        Exception: on this process, where it was raised here.
+        ValueError: on the others, where one raised that or an OSError; which process and what, of several the last one.
+        RuntimeError: on the others, where it raised anything else.
+    """
+    if jax.process_count() == 1:
+        return function()
+    value, error = None, None
+    try:
+        value = function()
+    except Exception as raised:
+        error = raised
+    (failed,) = largest(0 if error is None else jax.process_index() + 1)
+    if not failed:
+        return value
+    told = {"error": str(error), "bad_input": isinstance(error, ValueError | OSError)}
+    told = json.loads(_text_of(failed - 1, json.dumps(told)))
+    if error is not None:
+        raise error
+    kind = ValueError if told["bad_input"] else RuntimeError
+    raise kind(f"{told['error']} (said by process {failed - 1})")
+
+
+def _text_of(process: int, text: str) -> str:
+    """The text that this process has, on all of them."""
     from jax.experimental import multihost_utils
 
+    source = jax.process_index() == process
     data = np.frombuffer(text.encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(data.size), is_source=source))
     room = max(256, 1 << (length - 1).bit_length())  # powers of two, so that few programs are compiled for it
     mine = np.zeros(room, np.uint8)
-    if is_first():
+    if source:
         mine[:length] = data
-    return json.loads(multihost_utils.broadcast_one_to_all(mine)[:length].tobytes().decode())
+    return multihost_utils.broadcast_one_to_all(mine, is_source=source)[:length].tobytes().decode()
 
 
 def largest(*numbers: int) -> tuple[int, ...]:

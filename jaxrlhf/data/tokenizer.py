@@ -6,6 +6,7 @@ are put where rows are made. The trained kind encodes every Unicode text.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
@@ -80,6 +81,19 @@ class Tokenizer:
                 f"a tokenizer with the decoder {kind}: only byte-level and SentencePiece ones have pieces of bytes"
             )
         return [b"" if name is None or i in special else read(name) for i, name in enumerate(names)]
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """What each of these ids adds to a text that goes on; together they are the text. A character of several tokens stands
+        with its last one, special tokens add nothing."""
+        try:
+            pieces = self.pieces()
+        except ValueError:  # of a kind that has none: each is read alone
+            return [self.decode([i], continuation=True) for i in ids]
+        reader = codecs.getincrementaldecoder("utf-8")("replace")
+        texts = [reader.decode(pieces[i] if i < len(pieces) else b"") for i in ids]
+        if texts:
+            texts[-1] += reader.decode(b"", final=True)
+        return texts
 
     def save(self, folder: Path | str) -> None:
         """Write `tokenizer.json`, `tokenizer_config.json` and what else came with them, which transformers reads as well."""

@@ -107,9 +107,16 @@ def smooth(values: Sequence[Number], share: Number = 0.03) -> list[Number]:
 
 
 def lines(
-    title: str, series: Sequence[Series], x_label: str, levels: Sequence[Level] = (), zero: bool = False, clip: Number = 0.0
+    title: str,
+    series: Sequence[Series],
+    x_label: str,
+    levels: Sequence[Level] = (),
+    zero: bool = False,
+    clip: Number = 0.0,
+    marks: Sequence[Number] = (),
 ) -> str:
-    """A line chart. Values that are not finite are left out; `clip` cuts that share of the highest values off the scale.
+    """A line chart. Values that are not finite are left out; `clip` cuts that share of the highest values off the scale; at
+    `marks` stand vertical lines.
 
     Raises:
         ValueError: nothing finite to draw.
@@ -133,6 +140,8 @@ def lines(
             axes.axhline(level.y, color=LIGHT["soft"], linewidth=1, linestyle=DASHES[1])
             ends = axes.get_yaxis_transform(), "offset points"
             axes.annotate(level.name, (1, level.y), (0, 3), *ends, ha="right", color=LIGHT["soft"])
+        for mark in marks:
+            axes.axvline(mark, color=LIGHT["bad"], linewidth=1, alpha=0.6)
         if clip:
             top = float(np.quantile(ys, 1 - clip, method="higher"))
             axes.set_ylim(top=top + 0.05 * (top - min(ys)) or None)

@@ -8,6 +8,7 @@ that hang or may not be trusted run in child processes: `rewards/pool.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import warnings
@@ -86,7 +87,8 @@ def apply(
     raised = {}
     if isinstance(function, pool.Remote):
         own = function.name
-        values, causes = function.pool.score(own, [items[i] for i in mine])
+        score_mine = functools.partial(function.pool.score, own, [items[i] for i in mine])
+        values, causes = processes.alike(score_mine)  # children that cannot be started end all processes, not one
         given[mine.start :: mine.step] = values
         raised = {mine[k]: cause for k, cause in causes.items()}
     else:

@@ -205,9 +205,11 @@ def open_pool(sources: Mapping[str, Source], config: Config) -> Iterator[dict[st
     """
     if config.workers < 1 or not config.seconds > 0 or config.memory_mb < 16:
         raise ValueError(f"{config}: need workers >= 1, seconds > 0 and memory_mb >= 16")
+    from jaxrlhf.core import processes  # not above: a child imports this file, and needs no jax
+
     pool = Pool(sources, config)
     try:
-        pool.check()
+        processes.alike(pool.check)
         yield {name: Remote(pool, name) for name in sources}
     finally:
         pool.close()

@@ -1,10 +1,12 @@
-"""Metrics as a run goes: one JSON object a line, the source of truth, and TensorBoard files beside it."""
+"""Metrics as a run goes: one JSON object a line, the source of truth; TensorBoard files and Weights & Biases get them too."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +43,47 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def cut_back(path: Path, size: int, step: int) -> None:
+    """Leave the first `size` bytes of a file that a run appends to, those that it had when step `step` was saved: what came
+    after them will be written again.
+
+    Raises:
+        ValueError: the file is shorter.
+    """
+    there = path.stat().st_size if path.is_file() else 0
+    if there < size:
+        raise ValueError(f"{path} has {there} bytes, but {size} when step {step} was saved: rows are missing in it")
+    if there > size:
+        os.truncate(path, size)
+
+
 class Metrics:
     """Appends a row a step. A row is fetched from the device when the next one comes, so that no step waits for its own."""
 
-    def __init__(self, directory: Path, start: int = 0, size: int = 0, tensorboard: bool = True, writes: bool = True):
+    def __init__(
+        self,
+        directory: Path,
+        start: int = 0,
+        size: int = 0,
+        tensorboard: bool = True,
+        writes: bool = True,
+        wandb: str = "",
+    ):
         """Open the files of a run that begins, or goes on, at step `start`, where the file had `size` bytes: what came after
         them is dropped, because it will be written again. Without `writes` there are no files: a process beside the first only
-        knows the last row.
+        knows the last row. `wandb`: a project of Weights & Biases, '' for none.
 
         Raises:
-            ValueError: the file is shorter than that, or tensorboardX is absent.
+            ValueError: the file is shorter than that, or tensorboardX or wandb is absent.
         """
         self.path = Path(directory) / FILE
-        there = self.path.stat().st_size if writes and self.path.is_file() else 0
-        if there < size:
-            raise ValueError(f"{self.path} has {there} bytes, but {size} when step {start} was saved: rows are missing in it")
-        if there > size:
-            os.truncate(self.path, size)
+        if writes:
+            cut_back(self.path, size, start)
         path = self.path if writes else os.devnull
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  open as long as the run
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._board = _board(Path(directory) / "tensorboard", start) if tensorboard and writes else None
+        self._wandb = _wandb(Path(directory), wandb) if wandb and writes else None
         self._writes = writes
         self.last: dict[str, Any] = {}  # the latest row written
 
@@ -79,10 +101,12 @@ class Metrics:
         row = {"step": step, **_numbers(metrics)}
         self._file.write(_line(row))
         self.last = row
+        numbers = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
         if self._board is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
 
     def sync(self) -> None:
         """Write what is pending and have it on the disk when this returns."""
@@ -103,6 +127,33 @@ class Metrics:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def check_wandb(project: str) -> None:
+    """Refuse a project of Weights & Biases before the run begins where its package is absent.
+
+    Raises:
+        ValueError: it is.
+    """
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(f"watch.wandb={project}: wandb is not installed: pip install 'jaxrlhf[wandb]', or leave the flag out")
+
+
+def _wandb(directory: Path, project: str) -> Any:
+    """The run at Weights & Biases. A run that goes on is the same one there: its id lies in the directory. Steps that were sent
+    before and come again after a resume have the values that they had, and are not taken twice."""
+    check_wandb(project)
+    import wandb  # pyright: ignore[reportMissingImports]: an extra
+    import yaml
+
+    name, settings = directory / "wandb_id", directory / "config.yaml"
+    if not name.is_file():
+        write_atomic(name, secrets.token_hex(8))
+    config = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else None
+    own = {"id": name.read_text(encoding="utf-8").strip(), "resume": "allow", "name": directory.name}
+    return wandb.init(project=project, dir=str(directory), config=config, **own)
 
 
 def _board(directory: Path, start: int) -> Any:

@@ -24,10 +24,10 @@ from typing import Any
 
 import jaxrlhf
 from jaxrlhf.core import processes
-from jaxrlhf.training import directory, events, session, timing
+from jaxrlhf.training import directory, events, recorder, session, timing
 from jaxrlhf.training.ending import Ending
 from jaxrlhf.training.guards import IN_A_ROW, Guard, dump
-from jaxrlhf.training.metrics import Metrics, write_atomic
+from jaxrlhf.training.metrics import Metrics, check_wandb, write_atomic
 from jaxrlhf.training.metrics import read as read_metrics
 from jaxrlhf.training.progress import Progress
 
@@ -50,6 +50,8 @@ class Run:
         self._save_seconds = save_seconds
         self._tensorboard = tensorboard
         self._metrics: Metrics | None = None
+        self._samples: recorder.Samples | None = None
+        self._total = 0  # steps
         self._events = events.Events(out, writes=processes.is_first())
         self._described = False  # environment.json is of this process
         self._noted: dict[str, Any] | None = None  # what is saved beside the arrays
@@ -78,16 +80,17 @@ class Run:
 
         Raises:
             ValueError: it belongs to something else, to a run with other settings or to one that is running, or cannot
-                be written. It is left as it was.
+                be written; or wandb is asked for and absent. It is left as it was.
         """
-        out = Path(out).expanduser().absolute()
+        out, watch = Path(out).expanduser().absolute(), getattr(config, "watch", None)
+        check_wandb("" if watch is None else watch.wandb)
         try:
             lock = processes.by_first(lambda: directory.take(out, config, free))
             lock = lock if processes.is_first() else None  # the number means nothing to another process
             try:
                 asked = session.current().save_seconds
                 seconds = save_seconds if asked is None else asked
-                return cls(out, lock, seconds, tensorboard, getattr(config, "watch", None))
+                return cls(out, lock, seconds, tensorboard, watch)
             except BaseException:
                 if lock is not None:
                     os.close(lock)
@@ -115,6 +118,8 @@ class Run:
             try:
                 if self._metrics is not None:
                     self._metrics.close()
+                if self._samples is not None:
+                    self._samples.close()
                 self._write_times()
                 self._events.close()
             finally:
@@ -155,6 +160,10 @@ class Run:
             noted[name] = processes.by_first(value)
         return noted[name]
 
+    def rejects(self) -> Path:
+        """Where a reader of a data file writes the lines that it leaves out: all processes read, the first one writes."""
+        return self.out / "rejects.jsonl" if processes.is_first() else Path(os.devnull)
+
     def left_out(self, path: Path, rejects: Path) -> None:
         """Say how many lines of a data file are not used, which a reader wrote to `rejects`."""
         if not processes.is_first():
@@ -171,6 +180,7 @@ class Run:
             SystemExit: before the next step, when a signal came or the time is up and no `maybe_save` took it.
         """
         self._describe()
+        self._total = total
         progress = Progress(name, start, total) if sys.stderr.isatty() and processes.is_first() else None
         try:
             for step in self.clock.steps(self._ending.steps(start, total), total):
@@ -195,6 +205,15 @@ class Run:
         self._log().log(step, metrics | (self.clock.row() if self._watched else {}))
         self._watch()
         self._batch = batch
+
+    def sample(self, step: int, rows: Callable[..., list[dict[str, Any]]], *given: Any) -> None:
+        """Keep a few rollouts of this step, made by `rows(*given)`, in samples.jsonl, if it is one of those kept there."""
+        if not recorder.due(step, self._total):
+            return
+        with self.clock.within("record"):
+            found = rows(*given)
+            if not self._kept_samples().write(step, found):
+                self._events.write("samples left out", step=step, reason=f"{recorder.FILE} would pass {recorder.LARGEST} bytes")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl so far, without the clock's figures: what the run found, the same on any machine."""
@@ -233,7 +252,9 @@ class Run:
         self._watch()
         self._write_times()
         guard = self._guard.state if self._guard else {}
-        notes = self._notes() | {"guard": guard, "metrics_bytes": self._log().size()}
+        has = processes.by_first((self.out / recorder.FILE).is_file)  # of a run that keeps any
+        kept = {"metrics_bytes": self._log().size(), "samples_bytes": self._kept_samples().sync() if has else 0}
+        notes = self._notes() | {"guard": guard} | kept
         self._saved_at = time.monotonic()
         try:
             self._saving = checkpoint.save_async(self._checkpoints, step + 1, state, notes=notes)
@@ -305,12 +326,24 @@ class Run:
             size = self._notes().get("metrics_bytes", 0)
 
             def first() -> None:
-                self._metrics = Metrics(self.out, self.start, size, self._tensorboard)
+                self._metrics = Metrics(self.out, self.start, size, self._tensorboard, wandb=self.clock.options.wandb)
 
             processes.by_first(first)
         if self._metrics is None:
             self._metrics = Metrics(self.out, self.start, writes=False)
         return self._metrics
+
+    def _kept_samples(self) -> recorder.Samples:
+        if self._samples is None:
+            size = self._notes().get("samples_bytes", 0)
+
+            def first() -> None:
+                self._samples = recorder.Samples(self.out, self.start, size)
+
+            processes.by_first(first)
+        if self._samples is None:
+            self._samples = recorder.Samples(self.out, self.start, writes=False)
+        return self._samples
 
     def _notes(self) -> dict[str, Any]:
         """Those of the checkpoint that this run goes on from."""

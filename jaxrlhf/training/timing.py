@@ -24,10 +24,10 @@ from jaxrlhf.training import chips, flops
 from jaxrlhf.training.flops import Pass, Rows
 from jaxrlhf.training.programs import Programs
 
-Stage = Literal["data", "rollout", "score", "update", "evaluate", "save", "compile", "profile", "other"]
+Stage = Literal["data", "rollout", "score", "update", "evaluate", "record", "save", "compile", "profile", "other"]
 Figures = dict[str, int | float]
 FIGURES = ("time/", "throughput/", "memory/", "compile/")  # what a row of the clock's own begins with
-ASIDE = ("evaluate", "save", "compile", "profile")  # no part of a step's own time, which rates are taken over
+ASIDE = ("evaluate", "record", "save", "compile", "profile")  # no part of a step's own time, which rates are taken over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Options:
     wait: bool = True  # for a stage's results at its end, so that its time is its own; costs the overlap with the next
     profile_steps: tuple[int, ...] = ()  # steps of which jax.profiler writes a trace into the run's `profile` folder
     strict: bool = False  # refuse to compile once each stage has been through a step
+    wandb: str = ""  # project of Weights & Biases that gets the rows of metrics too; '': none
     product_rate: float | None = None  # FLOP/s of one device, for MFU; None: that of the chip's name, on a CPU no MFU
 
     def __post_init__(self):
