@@ -80,6 +80,16 @@ def test_a_row_has_the_numbers_of_its_tokens_and_no_others():
     assert not {"value", "advantage"} & rows[0].keys()
 
 
+def test_kept_sets_are_left_on_the_device():
+    class Large:
+        def __array__(self, *_, **__):
+            raise AssertionError("fetched")
+
+    found = experience()
+    found = dataclasses.replace(found, rollout=dataclasses.replace(found.rollout, kept=Large()))
+    assert len(recorder.of_experience(found, None, None, letters, str)) == 4
+
+
 def test_a_long_response_is_cut_and_says_so(monkeypatch):
     monkeypatch.setattr(recorder, "TOKENS", 2)
     monkeypatch.setattr(recorder, "LETTERS", 3)

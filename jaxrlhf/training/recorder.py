@@ -6,6 +6,7 @@ whatever the run is. `experiments/inspect_run.py` shows them.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -47,6 +48,8 @@ def of_experience(
     log-prob less that of the reference), reward [B, R] (None: the score at the last token); advantage [B, R] and value where
     there are any. Of several processes all must call it.
     """
+    rollout = dataclasses.replace(experience.rollout, kept=None)  # a bit for each word of the vocabulary at each token
+    experience = dataclasses.replace(experience, rollout=rollout)
     experience, advantages, rewards = processes.to_host((experience, advantages, rewards))
     rollout, height = experience.rollout, len(experience.score)
     kl = experience.logprobs - experience.ref_logprobs if experience.ref_kl is None else experience.ref_kl
@@ -101,7 +104,9 @@ class Samples:
         text = "".join(json.dumps({"step": step, **row}) + "\n" for row in rows).encode()
         if self.size() + len(text) > LARGEST:
             return False
-        os.write(self._file.fileno(), text)  # at once: a process that is killed leaves whole lines
+        rest = memoryview(text)  # written at once, so that a process that is killed leaves whole lines, but for a full disk
+        while rest:
+            rest = rest[os.write(self._file.fileno(), rest) :]
         return True
 
     def size(self) -> int:
