@@ -76,7 +76,7 @@ def compare(
         given |= {"folder": str(folder), "model": dataclasses.asdict(shape)}
         running = {"jaxrlhf, " + each: _ours(script, config, each, folder) for each in ours}
         own = measure.rates(products)
-        running |= {name: measure.Peer(peer.script, peer.python, given) for name, peer in peers.items()}
+        running |= {name: measure.Peer(peer.script, peer.python, given) for name, peer in peers.items() if peer.python}
         apart = check({name: each.about for name, each in running.items()})
         said: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
 
@@ -87,7 +87,7 @@ def compare(
 
             return call
 
-        results = measure.alternate({name: case(name) for name in running}, config.repeats)
+        results: dict[str, dict[str, Any]] = measure.alternate({name: case(name) for name in running}, config.repeats)
         for each in running.values():
             each.close()
     count_updates(said, settings["minibatches"])

@@ -181,7 +181,10 @@ def row(work: str, peer: str, ours: dict[str, Any], each: dict[str, Any], ratio:
 BETWEEN = re.compile(r"<!-- peers: (\S*) -->\n.*?<!-- end of peers -->", re.DOTALL)
 
 
-def with_table(text: str, file: str, document: dict[str, Any]) -> str:
+NONE = "none"  # in place of a file: nothing was measured on a quiet machine yet
+
+
+def with_table(text: str, file: str, document: dict[str, Any] | None) -> str:
     """A text with the table of a result between its two marker comments, the first of which names the result's file.
 
     Raises:
@@ -189,7 +192,8 @@ def with_table(text: str, file: str, document: dict[str, Any]) -> str:
     """
     if len(BETWEEN.findall(text)) != 1:
         raise ValueError("one pair of comments must stand in the text: <!-- peers: FILE --> and <!-- end of peers -->")
-    return BETWEEN.sub(lambda _: f"<!-- peers: {file} -->\n{table(document)}\n<!-- end of peers -->", text)
+    said = "Not yet measured on a quiet machine." if document is None else table(document)
+    return BETWEEN.sub(lambda _: f"<!-- peers: {file} -->\n{said}\n<!-- end of peers -->", text)
 
 
 if __name__ == "__main__":

@@ -113,9 +113,46 @@ def test_settings_that_cannot_be_are_refused_before_anything_runs(benchmarks, mo
 def test_the_table_in_readme_is_that_of_its_result(benchmarks):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (file,) = benchmarks.run.BETWEEN.findall(text)
-    document = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
-    assert document["documents"]
+    document = None
+    if file != benchmarks.run.NONE:
+        document = json.loads((ROOT / "benchmarks" / "results" / file).read_text())
+        assert document["documents"]
     assert benchmarks.run.with_table(text, file, document) == text
+
+
+def test_a_table_says_what_its_result_does(benchmarks):
+    ours = {"median_ms": 250.0, "share_of_product_rate": 0.4, "peak_bytes": 300 * 2**20}
+    theirs = {"median_ms": 1000.0, "share_of_product_rate": 0.3, "peak_bytes": 600 * 2**20}
+    one = {
+        "load": 0.5,
+        "model": {"width": 128},
+        "equal_work": {"trl16": "jaxrlhf, equal work"},
+        "results": {"jaxrlhf, equal work": ours, "trl16": theirs},
+        "ratios": {"trl16 over jaxrlhf, equal work": 4.0},
+        "bound_by_products": {"trl16": 9.96},
+    }
+    alone = {"load": 0.75, "results": {}}
+    document = {
+        "commit": "abc",
+        "date": "2026-11-23",
+        "not_run": ["trl", "tunix"],
+        "failed": {"save": "no space"},
+        "documents": {"grpo_step tiny": one, "decode_step tiny": alone},
+    }
+    text = "before\n<!-- peers: none -->\nold\n<!-- end of peers -->\nafter\n"
+    found = benchmarks.run.with_table(text, "x.json", document)
+    lines = found.splitlines()
+    assert lines[:2] == ["before", "<!-- peers: x.json -->"]
+    assert lines[4] == (
+        "| GRPO iteration, against TRL 1.16 | 128 | 250 | 1000 | 4.00 x (aim 3) | 10.0 x | 0.40, 0.30 | 300, 600 |"
+    )
+    assert lines[6] == (
+        "Commit abc, 2026-11-23, load of the machine up to 0.8 before a benchmark began. Not run: trl, tunix. Failed: save."
+    )
+    assert lines[7:] == ["<!-- end of peers -->", "after"]
+    assert benchmarks.run.with_table(found, "x.json", document) == found
+    one["results"]["trl16"]["median_ms"] = 1001.0
+    assert benchmarks.run.with_table(found, "x.json", document) != found
 
 
 def test_a_table_needs_its_two_comments(benchmarks):
