@@ -5,9 +5,10 @@
     python benchmarks/generate.py --shape small --shared          # one prompt read once for its samples, against once for each
 
 Peers run in environments of their own, as processes that wait while another contender's turn is timed: benchmarks/peers/. All
-have a Llama of the same widths with random weights, temperature 1, top-p 0.9 unless said, float32. What bounds ours on a CPU
-are its weight products; their rate at this number of rows is measured in the same run. The last line of stdout is one JSON
-document.
+have a Llama of the same widths with random weights, temperature 1, top-p 0.9 unless said, float32. What bounds a generation
+on a CPU are its weight products: their rate at this number of rows is measured in every contender's own library, and beside
+each ratio stands the share that each side reaches, and the most that the ratio could be here ("bound by products"). The last
+line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--transformers", type=Path, help="a Python that has transformers and torch")
     parser.add_argument("--tunix", type=Path, help="a Python that has google-tunix")
     parser.add_argument("--shared", action="store_true", help="64 responses to 16 prompts of 512 tokens, 128 tokens each")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=6, help="even, so that every second round runs backwards")
     parser.add_argument("--result", type=Path, help="also write the JSON document here")
     config = parser.parse_args()
     found = shared_prompts(config) if config.shared else against_peers(config)
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def against_peers(config: argparse.Namespace) -> dict[str, Any]:
-    """Ours without a filter, with top-p and greedy; the peers with top-p; and our products alone, at this number of rows."""
+    """Ours without a filter, with top-p and greedy; the peers with top-p."""
     model, params, shape = built(config.shape, config.prompt + config.new)
     prompts = prompts_of(config.rows, config.prompt, shape.vocab_size)
     rules = {"top_p": {"top_p": config.top_p}, "no filter": {}, "greedy": {"greedy": True}}
@@ -62,39 +63,28 @@ def against_peers(config: argparse.Namespace) -> dict[str, Any]:
     }
     settings = vars(shape) | {"rows": config.rows, "prompt": config.prompt, "new": config.new, "top_p": config.top_p}
     settings["vocab"] = shape.vocab_size
+    products = settings["products"] = products_of(config.shape, (config.rows, config.prompt, config.new), config.rows)
+    own = measure.rates(products)
     peers = {
         name: measure.Peer(f"{name}_generate", getattr(config, name), settings)
         for name in ("transformers", "tunix")
         if getattr(config, name)
     }
     cases |= {name: lambda peer=peer: measure.times(peer.run()) for name, peer in peers.items()}
-    weights = [jnp.ones((shape.width, shape.mlp_width)) for _ in range(24)]
-    x = jnp.ones((config.rows, shape.width))
-    cases["products"] = lambda: products(x, weights)
     results = measure.alternate(cases, config.repeats)
     for peer in peers.values():
         peer.close()
-    rate = 24 * 2 * config.rows * shape.width * shape.mlp_width / (1e-3 * results["products"]["min_ms"])
-    per_layers = sum(leaf.size for leaf in jax.tree.leaves(params["layers"]))
-    places = (config.prompt + config.new) * per_layers + config.new * shape.vocab_size * shape.width
-    for name, result in results.items():
-        if name != "products":
-            result["tokens_per_s"] = 1e3 * config.rows * config.new / result["median_ms"]
-            result["share_of_product_rate"] = 2 * config.rows * places / rate / (1e-3 * result["median_ms"])
-    median = {name: result["median_ms"] for name, result in results.items()}
-    ratios = {name: median[name] / median["jaxrlhf, top_p"] for name in peers}
-    ratios["top_p over greedy"] = median["jaxrlhf, top_p"] / median["jaxrlhf, greedy"]
-    for name, result in results.items():
-        print(
-            f"{name}: {result['median_ms']:.1f} ms"
-            + (f", {median[name] / median['jaxrlhf, top_p']:.2f} x ours" * (name in peers))
-        )
+    for result in results.values():
+        result["tokens_per_s"] = 1e3 * config.rows * config.new / result["median_ms"]
+    found = measure.against(results, products, own, {name: peer.about for name, peer in peers.items()})
+    measure.tell(results, found)
+    found["ratios"]["top_p over greedy"] = results["jaxrlhf, top_p"]["median_ms"] / results["jaxrlhf, greedy"]["median_ms"]
     return {
         "model": vars(shape) | {"parameters": sum(leaf.size for leaf in jax.tree.leaves(params))},
-        "product_rate_at_these_rows": rate,
         "peers": {name: peer.about for name, peer in peers.items()},
+        "equal_work": dict.fromkeys(peers, "jaxrlhf, top_p"),
         "results": results,
-        "ratios": ratios,
+        **found,
     }
 
 
@@ -127,6 +117,32 @@ def model_of(name: str, length: int, dtype: Any = "float32") -> tuple[Model, Tra
     return transformer.build(shape), shape
 
 
+def products_of(
+    name: str, sizes: tuple[int, int, int], prompts: int, part: int = 0, passes: dict[str, int] | None = None
+) -> measure.Products:
+    """What a generation, or an iteration that scores and learns from it, asks of weight products; `sizes`: rows, prompt, new.
+
+    Prompts are read once each, every token is drawn once. `passes` are those over the rows after that, `part` rows at a time:
+    forward passes of layers and of the head that score them (`score`, `score_heads`), and models of each that are updated
+    (`update`, `update_heads`). A backward pass is two forward; nothing is recomputed; heads only at responses; attention and
+    the products of width one are left out.
+    """
+    width, layers, _, mlp, vocab = SHAPES[name]
+    rows, prompt, new = sizes
+    layer, head = 2 * layers * (4 * width * width + 3 * width * mlp), 2 * width * vocab
+    found = {
+        "prompts": {"shape": [prompts * prompt, width, mlp], "flops": prompts * prompt * layer},
+        "decode": {"shape": [rows, width, mlp], "flops": rows * new * layer},
+        "decode heads": {"shape": [rows, width, vocab], "flops": rows * new * head},
+    }
+    if passes:
+        forward, heads = passes["score"] + 3 * passes["update"], passes["score_heads"] + 3 * passes["update_heads"]
+        length = prompt + new
+        found["learn"] = {"shape": [part * length, width, mlp], "flops": rows * length * layer * forward}
+        found["learn heads"] = {"shape": [part * new, width, vocab], "flops": rows * new * head * heads}
+    return found
+
+
 def prompts_of(rows: int, width: int, vocab: int) -> Prompts:
     """Prompts of random tokens."""
     count = jnp.arange(rows, dtype=jnp.int32)
@@ -143,12 +159,6 @@ def ours(model: Model, params: Any, prompts: Prompts, rules: SamplingSpec, n: in
     """One generation, in chunks of 16 steps."""
     options = generate.Options(chunk=16)
     return lambda: generate.generate(model, params, prompts, rules, jax.random.key(2), n, options=options)
-
-
-@jax.jit
-def products(x: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
-    """The rows times each of some weights: what a decode step is made of."""
-    return [x @ weight for weight in weights]
 
 
 if __name__ == "__main__":

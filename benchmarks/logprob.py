@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import measure
 import numpy as np
 import targets
+from peers import jax_products
 
 from jaxrlhf.models import heads, transformer
 from jaxrlhf.models.config import TransformerConfig
@@ -82,7 +83,7 @@ def compare(config: argparse.Namespace) -> dict[str, Any]:
         result |= timed[name]
     count = config.rows * config.positions
     found["apart_of_the_largest"] = apart
-    found["product_flop_per_s"] = measure.product_rate(count, config.width, config.vocab)
+    found["product_flop_per_s"] = jax_products.rate(count, config.width, config.vocab)
     found["plain_over_blocks"] = results["plain"]["median_ms"] / results["blocks"]["median_ms"]
     print(", ".join(f"{name} {r['median_ms']:.0f} ms" for name, r in results.items()) + f": {found['plain_over_blocks']:.2f} x")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -15,10 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from peers import jax_products
 
 
 def alternate(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Wall and processor milliseconds of each case, taken in turn so that a busy machine slows all alike.
+    """Wall and processor milliseconds of each case, taken in turn, every second time from the last to the first: A B B A, so
+    that a busy machine slows all alike and a drift over an even number of repeats cancels.
 
     A case gives something of jax to wait for, or its own two numbers of milliseconds (wall, processor). What it works on must
     be an argument of its compiled function: of a constant, XLA would compute the result while it compiles.
@@ -26,8 +29,8 @@ def alternate(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, di
     results: dict[str, dict[str, Any]] = {}
     for name, case in cases.items():
         results[name] = {"first_call_s": 1e-3 * _timed(case)[0], "wall": [], "processor": []}
-    for _ in range(repeats):
-        for name, case in cases.items():
+    for i in range(repeats):
+        for name, case in mirrored(cases, i):
             wall, processor = _timed(case)
             results[name]["wall"].append(wall)
             results[name]["processor"].append(processor)
@@ -36,6 +39,11 @@ def alternate(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, di
         result |= {"median_ms": statistics.median(wall), "min_ms": min(wall), "max_ms": max(wall)}
         result["processor_median_ms"] = statistics.median(processor)
     return results
+
+
+def mirrored(cases: dict[str, Any], i: int) -> list[tuple[str, Any]]:
+    """The cases in the order of round i: forwards, then backwards, then forwards."""
+    return list(cases.items())[:: -1 if i % 2 else 1]
 
 
 def _timed(case: Callable[[], Any]) -> tuple[float, float]:
@@ -100,12 +108,58 @@ def times(said: dict[str, Any], losses: list[float] | None = None) -> tuple[floa
     return 1e3 * said["wall"], 1e3 * said["processor"]
 
 
-def product_rate(m: int, k: int, n: int) -> float:
-    """Floating-point operations a second of one float32 product [m, k] x [k, n], the best of 20."""
-    product = jax.jit(lambda x, w: x @ w)
-    given = jnp.ones((m, k)), jnp.ones((k, n))
-    timed = alternate({"product": lambda: product(*given)}, 20)
-    return 2 * m * k * n / (1e-3 * timed["product"]["min_ms"])
+Products = dict[str, dict[str, Any]]
+"""The weight products that a work asks for, whoever does it: stage -> {"shape": [m, k, n], "flops": of them all}. A shape
+stands for all of its stage's: rows by width by the MLP's width for layers, by the vocabulary for the head."""
+
+
+def rates(products: Products) -> dict[str, float]:
+    """Floating-point operations a second of each stage's product, in this process: peers measure theirs alike."""
+    return jax_products.rates(products)
+
+
+def at_rate_ms(products: Products, rates: dict[str, float]) -> float:
+    """Milliseconds that the products alone take at these rates."""
+    return 1e3 * sum(each["flops"] / rates[name] for name, each in products.items())
+
+
+def against(
+    results: dict[str, dict[str, float]], products: Products, own: dict[str, float], peers: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Adds to every result the share of its own library's product rate that it reaches: what its products take alone at that
+    rate, over the time. `own` is our rates, and each of `peers` says its own in `product_rates`.
+
+    What is given back holds, of each peer, `peer over ours` of each of our results, and the most that this ratio could be for
+    any float32 program with our products: `bound by products`.
+    """
+    floor = at_rate_ms(products, own)
+    ours = [name for name in results if name not in peers]
+    for name in ours:
+        results[name]["share_of_product_rate"] = floor / results[name]["median_ms"]
+    ratios, bounds = {}, {}
+    for peer, about in peers.items():
+        time_ms = results[peer]["median_ms"]
+        results[peer]["share_of_product_rate"] = at_rate_ms(products, about["product_rates"]) / time_ms
+        ratios |= {f"{peer} over {name}": time_ms / results[name]["median_ms"] for name in ours}
+        bounds[peer] = time_ms / floor
+    return {
+        "products": products,
+        "product_rates": {"jaxrlhf": own} | {peer: about["product_rates"] for peer, about in peers.items()},
+        "ratios": ratios,
+        "bound_by_products": bounds,
+    }
+
+
+def tell(results: dict[str, dict[str, float]], found: dict[str, Any]) -> None:
+    """A line for each contender: its time, its share of its product rate, and what each peer takes."""
+    for name, result in results.items():
+        said = f"{name}: {result['median_ms']:.1f} ms, {result['share_of_product_rate']:.2f} of its own product rate"
+        for peer, bound in found["bound_by_products"].items():
+            if f"{peer} over {name}" in found["ratios"]:
+                said += (
+                    f"; {peer} takes {found['ratios'][f'{peer} over {name}']:.2f} x (bound by products: at most {bound:.1f} x)"
+                )
+        print(said)
 
 
 def head(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -117,6 +171,7 @@ def head(benchmark: str, settings: dict[str, Any]) -> dict[str, Any]:
         "settings": {name: value.name if isinstance(value, Path) else value for name, value in settings.items()},  # no folders
         "device": jax.devices()[0].device_kind,
         "processor": platform.processor() or platform.machine(),
+        "load": os.getloadavg()[0],  # processes that ran or waited in the minute before: a contended result says so
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__},
     }
 

@@ -1,176 +1,86 @@
-"""A whole PPO iteration: sample, score by reference, value and reward, advantages, four updates; beside TRL's PPOTrainer.
+"""A whole PPO iteration: sample, score by reference, value and reward, advantages, four updates; beside TRL's and Tunix's.
 
-    python benchmarks/ppo_iteration.py --shape tiny --trl PYTHON        # a Python with torch and trl 1.12, the last with PPO
+    python benchmarks/ppo_iteration.py --shape tiny --trl PYTHON --tunix PYTHON     # PYTHON: one that has trl 1.12, the last
+                                                                                    # with PPO; one that has google-tunix 0.1.7
 
 32 prompts of 64 tokens, responses of 64, one epoch of four minibatches, policy and critic each a model of its own, both
 trained, with a frozen reference and a frozen reward model. What bounds it: on a CPU the weight products of rollout, scoring
-passes and updates at the machine's rate. Every contender is a process of its own, so peak memory is that of one; all begin from
-the same checkpoints, must give the same log-probs and scores to the same rows, and report how many updates they made.
+passes and updates at the machine's rate, which is measured in every contender's own library at the shapes of the work: beside
+each ratio stands the share that each side reaches, and the most that the ratio could be here ("bound by products"). Every
+contender is a process of its own, so peak memory is that of one; all begin from the same checkpoints, must give the same
+log-probs and scores to the same rows, and must make one update a minibatch.
 
-`equal work` takes the sampler's log-probs for the old policy's, as TRL does (one forward pass of the policy less than the
-default, which is `own log-probs`). `one trunk` trains adapters of rank 16 of policy and critic over one frozen base. `shared
-critic` trains a value head on the policy's own trunk. The last line of stdout is one JSON document.
+`equal work` takes the sampler's log-probs for the old policy's, as TRL does; `own log-probs`, the default of ours, computes
+them, as Tunix does: one forward pass of the policy more. `one trunk` trains adapters of rank 16 of policy and critic over one
+frozen base. `shared critic` trains a value head on the policy's own trunk. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import resource
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import contest
 import generate as shapes
 import jax
 import jax.numpy as jnp
 import measure
-import numpy as np
 
 from jaxrlhf.algorithms import ppo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Prompts, SamplingSpec
-from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.models import heads, hf, lora, roles, transformer
-from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.models import heads, lora, roles, transformer
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import model as rewards
-from jaxrlhf.sampling import rollout
+from jaxrlhf.sampling import generate, rollout
 from jaxrlhf.training import objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 
 OURS = ("equal work", "own log-probs", "one trunk", "shared critic")
 ALGORITHM = ppo.Config(kl_coef=0.05, epochs=1, minibatches=4)
 UPDATE = OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_fraction=0.0, b2=0.999, clip_norm=1.0)
-MINIBATCHES = 4
 
 
 def main() -> None:
     """Run all contenders in turn and print one JSON document; or be one of them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=shapes.SHAPES, default="tiny")
-    parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--new", type=int, default=64, help="tokens of a response")
+    parser = contest.parser(__doc__, OURS)
     parser.add_argument("--trl", type=Path, help="a Python that has torch and trl 1.12")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--result", type=Path, help="also write the JSON document here")
-    parser.add_argument("--contender", choices=OURS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--tunix", type=Path, help="a Python that has google-tunix 0.1.7")
     config = parser.parse_args()
     if config.contender:
-        serve(config)
+        start = contest.load(config.folder)
+        contest.serve(start, iteration(config, start))
         return
-    document = measure.head("ppo_iteration", {k: v for k, v in vars(config).items() if k not in ("contender", "folder")})
-    measure.write(document | compare(config), config.result)
-
-
-def compare(config: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of an iteration by each contender, and what each holds at most."""
-    _, shape = shapes.model_of(config.shape, config.prompt + config.new)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_models(folder, shape, config)
-        peers = {"jaxrlhf, " + each: ours(config, each, folder) for each in OURS}
-        if config.trl:
-            given = {key: getattr(config, key) for key in ("rows", "prompt", "new")}
-            settings = given | {"folder": str(folder), "minibatches": MINIBATCHES, "learning_rate": UPDATE.learning_rate}
-            peers["trl"] = measure.Peer("trl_ppo", config.trl, settings | {"kl_coef": ALGORITHM.kl_coef})
-        check(peers)
-        last: dict[str, dict[str, Any]] = {}
-
-        def case(name: str) -> Callable[[], tuple[float, float]]:
-            def call() -> tuple[float, float]:
-                last[name] = peers[name].run()
-                return measure.times(last[name])
-
-            return call
-
-        results = measure.alternate({name: case(name) for name in peers}, config.repeats)
-        for peer in peers.values():
-            peer.close()
-    for name, result in results.items():
-        result |= {"peak_bytes": last[name]["peak_bytes"], "updates": last[name]["updates"]}
-    product = [config.rows * (config.prompt + config.new), shape.width, shape.mlp_width]
-    ratios = {}
-    if config.trl:
-        ratios = {name: results["trl"]["median_ms"] / found["median_ms"] for name, found in results.items() if name != "trl"}
-    for name, result in results.items():
-        said = f", TRL takes {ratios[name]:.2f} x" if name in ratios else ""
-        print(f"{name}: {result['median_ms']:.0f} ms, {result['peak_bytes'] / 2**20:.0f} MiB at most{said}")
-    return {
-        "model": dataclasses.asdict(shape),
-        "product_flop_per_s": measure.product_rate(*product),
-        "contenders": {name: peer.about for name, peer in peers.items()},
-        "results": results,
-        "trl_over_ours": ratios,
+    peers = {
+        "trl": contest.Peer("trl_ppo", config.trl, "equal work"),
+        "tunix": contest.Peer("tunix_ppo", config.tunix, "own log-probs"),
     }
+    # Scored by reference, critic and reward model; the policy's own log-probs are Tunix's only, and left out of the bound.
+    passes = {"score": 3, "score_heads": 1, "update": 2, "update_heads": 1}
+    sizes = config.rows, config.prompt, config.new
+    products = shapes.products_of(config.shape, sizes, config.rows, config.rows // ALGORITHM.minibatches, passes)
+    settings = {
+        "minibatches": ALGORITHM.minibatches,
+        "learning_rate": UPDATE.learning_rate,
+        "clip_norm": UPDATE.clip_norm,
+        "kl_coef": ALGORITHM.kl_coef,
+    }
+    document = measure.head("ppo_iteration", {k: v for k, v in vars(config).items() if k not in ("contender", "folder")})
+    measure.write(document | contest.compare(__file__, config, OURS, peers, products, settings), config.result)
 
 
-def ours(config: argparse.Namespace, contender: str, folder: Path) -> measure.Peer:
-    """A way of ours, in a process of its own."""
-    given = [f"--{name}={getattr(config, name)}" for name in ("shape", "rows", "prompt", "new")]
-    return measure.Peer(Path(__file__), Path(sys.executable), *given, f"--contender={contender}", f"--folder={folder}")
-
-
-def check(peers: dict[str, measure.Peer]) -> None:
-    """The same log-probs and scores of the same rows, from all."""
-    said = {name: np.array([*peer.about["logprobs"], *peer.about["scores"]]) for name, peer in peers.items()}
-    first = next(iter(said.values()))
-    apart = {name: float(np.abs(found - first).max()) for name, found in said.items()}
-    if max(apart.values()) > 1e-3:
-        raise SystemExit(f"log-probs and scores of the same rows are apart by {apart}: not the same models")
-
-
-# ------------------------------------------------------------------------------------------------ what all begin from
-
-
-def write_models(folder: Path, shape: TransformerConfig, config: argparse.Namespace) -> None:
-    """A policy and a reward model as checkpoints that transformers loads, and prompts."""
-    tokenizer = tokenizers.train(["a film that is good, and one that is bad"], 280)
-    trunk = transformer.build(shape).init(jax.random.key(0))
-    weight = jax.random.normal(jax.random.key(1), (shape.width,)) / np.sqrt(shape.width + 1)
-    judge = {"trunk": trunk, "head": {"weight": weight, "bias": jnp.zeros([])}, "gain": jnp.ones([]), "bias": jnp.zeros([])}
-    for name, params in {"policy": trunk, "reward": judge}.items():
-        hf.save(folder / name, jax.device_get(params), shape, tokenizer)
-    prompts = np.random.default_rng(0).integers(3, 280, (config.rows, config.prompt), dtype=np.int32)
-    np.save(folder / "prompts.npy", prompts)
-
-
-def serve(config: argparse.Namespace) -> None:
-    """One iteration for each line of stdin."""
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    trunk, shape = hf.load(config.folder / "policy", mesh)
-    judge, _ = hf.load(config.folder / "reward", mesh)
-    judge = jax.device_get(judge)
-    iterate = iteration(config, shape, trunk, judge)
-    tokens = np.load(config.folder / "prompts.npy")
-    model = transformer.build(shape)
-    rows = jnp.asarray(tokens[:2])
-    logprobs = jax.nn.log_softmax(model.logits(trunk, model.hidden(trunk, rows[:, :-1])))
-    found = jnp.take_along_axis(logprobs, rows[:, 1:, None], axis=2)[..., 0].sum(axis=1)
-    scores = rewards.score(model, judge, rows, jnp.full(2, rows.shape[1]), "last")
-    print(json.dumps({"logprobs": found.tolist(), "scores": scores.tolist()}), flush=True)
-    for i, _ in enumerate(sys.stdin):
-        start, used = time.perf_counter(), time.process_time()
-        updates = iterate(i)
-        wall, processor = time.perf_counter() - start, time.process_time() - used
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({"wall": wall, "processor": processor, "peak_bytes": peak, "updates": updates}), flush=True)
-
-
-def iteration(config: argparse.Namespace, shape: TransformerConfig, trunk: Any, judge: Any) -> Callable[[int], int]:
-    """(number) -> updates made so far, after an iteration: what experiments/ppo.py does in one."""
+def iteration(config: argparse.Namespace, start: contest.Start) -> Callable[[int], tuple[int, dict[str, float]]]:
+    """(number) -> updates made so far and seconds of each stage, after an iteration: what experiments/ppo.py does in one."""
+    shape, trunk, judge = start.shape, start.trunk, start.judge
     model = transformer.build(shape)
     adapters = LoraConfig(rank=16, alpha=32.0) if config.contender == "one trunk" else lora.NONE
     spec = SamplingSpec(temperature=1.0, max_tokens=config.new, stop=())
     scalar = sharding.init_params(heads.score_specs(shape.width), jax.random.key(1))
 
-    def trainable(seed: int) -> Any:
+    def trainable(seed: int):
         return sharding.init_params(lora.specs(shape, adapters), jax.random.key(seed)) if adapters.rank else trunk
 
     params = {"policy": trainable(2)}
@@ -181,24 +91,29 @@ def iteration(config: argparse.Namespace, shape: TransformerConfig, trunk: Any, 
     update = optimizer.make(UPDATE, 10_000, params)
     state = step.init_state(params, update, jax.random.key(0), ppo.init(ALGORITHM))
     outputs = objective.make_outputs(model, spec, entropy=True, values=True, trunk="policy", adapters=adapters)
-    run_epochs = step.make_epochs(outputs, ppo.loss, ALGORITHM, update, ALGORITHM.epochs, MINIBATCHES)
+    run_epochs = step.make_epochs(outputs, ppo.loss, ALGORITHM, update, ALGORITHM.epochs, ALGORITHM.minibatches)
     prepare, reward = jax.jit(ppo.prepare, static_argnames="config"), rewards.reward(model, "last")
     options = rollout.Options(reuse_sampler_logprobs=config.contender != "own log-probs")
-    tokens = jnp.asarray(np.load(config.folder / "prompts.npy"))
-    count = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    prompts = Prompts(tokens, jnp.full_like(count, tokens.shape[1]), count, count)
+    count = jnp.arange(start.prompts.shape[0], dtype=jnp.int32)
+    prompts = Prompts(start.prompts, jnp.full_like(count, start.prompts.shape[1]), count, count)
     held = [state]
 
-    def iterate(i: int) -> int:
-        state = held[0]
+    def iterate(i: int) -> tuple[int, dict[str, float]]:
+        state, times = held[0], [time.perf_counter()]
         current = roles.attach(trunk, state.params, adapters)
         key = jax.random.fold_in(jax.random.key(1), i)
-        experience = rollout.collect(model, current, frozen, prompts, spec, key, version=i, options=options)
+        drawn = generate.generate(model, current["policy"], prompts, spec, key, 1, i, options.generation)
+        jax.block_until_ready(drawn)
+        times.append(time.perf_counter())
+        experience = rollout.experience(model, current, frozen, drawn, spec, options)
         experience = dataclasses.replace(experience, score=reward(judge, experience.rollout))
         batch, kept, _ = prepare(experience, state.algorithm, config=ALGORITHM)
+        jax.block_until_ready(batch)
+        times.append(time.perf_counter())
         held[0], metrics = run_epochs(dataclasses.replace(state, algorithm=kept), frozen, batch)
         jax.block_until_ready((held[0].params, metrics))
-        return (i + 1) * ALGORITHM.epochs * MINIBATCHES
+        times.append(time.perf_counter())
+        return contest.updates(held[0]), contest.stages(times)
 
     return iterate
 

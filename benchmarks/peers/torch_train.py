@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import torch
+import torch_products
 import transformers
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     about = {
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "threads": torch.get_num_threads(),
-        "product_flop_per_s": product_rate(settings["product"]),
+        "product_rates": torch_products.rates(settings["products"]),
         "first_loss": first,
     }
     print(json.dumps(about), flush=True)
@@ -57,18 +58,6 @@ def reward_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch
     rows = batch["tokens"].flatten(0, 1)
     scores = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).logits.view(-1, 2)
     return -torch.nn.functional.logsigmoid(scores[:, 0] - scores[:, 1]).mean()
-
-
-def product_rate(shape: list[int]) -> float:
-    """Floating-point operations a second of one product [m, k] x [k, n], the best of 20."""
-    m, k, n = shape
-    x, w = torch.ones(m, k), torch.ones(k, n)
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        x @ w
-        best = min(best, time.perf_counter() - start)
-    return 2 * m * k * n / best
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 import time
 
 import torch
+import torch_products
 import transformers
 
 
@@ -35,6 +36,7 @@ def main() -> None:
     ready = {
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "threads": torch.get_num_threads(),
+        "product_rates": torch_products.rates(settings["products"]),
     }
     print(json.dumps(ready), flush=True)
     for _ in sys.stdin:

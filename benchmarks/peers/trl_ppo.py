@@ -7,45 +7,18 @@ stdin, answering with a line of JSON: the seconds that it took, those of all its
 from __future__ import annotations
 
 import json
-import os
-import resource
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch_products
 import transformers
 import trl
 from datasets import Dataset
 from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-
-class Turns(transformers.TrainerCallback):
-    """Holds the trainer between two iterations until a line comes, and answers with what the last one took."""
-
-    def __init__(self, about: dict):
-        self.about = about
-        self.updates = 0
-
-    def on_train_begin(self, args, state, control, **given):
-        """Say that the models are there, and wait for the first line."""
-        print(json.dumps(self.about), flush=True)
-        self.wait()
-
-    def on_step_end(self, args, state, control, **given):
-        """Answer with what this iteration took, and wait for the next line."""
-        wall, processor = time.perf_counter() - self.start, time.process_time() - self.used
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({"wall": wall, "processor": processor, "peak_bytes": peak, "updates": self.updates}), flush=True)
-        self.wait()
-
-    def wait(self):
-        """Until a line comes; the end of stdin ends the process."""
-        if not sys.stdin.readline():
-            os._exit(0)
-        self.start, self.used = time.perf_counter(), time.process_time()
+from trl_turns import Turns, counted, logprobs
 
 
 def main() -> None:
@@ -86,13 +59,13 @@ def main() -> None:
     )
     rows = torch.from_numpy(tokens[:2]).long()
     with torch.no_grad():
-        found = torch.log_softmax(policy(rows[:, :-1]).logits, -1).gather(-1, rows[:, 1:, None])[..., 0].sum(1)
         scores = judge(rows, attention_mask=torch.ones_like(rows)).logits[:, 0]
     turns = Turns(
         {
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__},
             "threads": torch.get_num_threads(),
-            "logprobs": found.tolist(),
+            "product_rates": torch_products.rates(settings["products"]),
+            "logprobs": logprobs(policy, rows).tolist(),
             "scores": scores.tolist(),
         }
     )
@@ -106,13 +79,7 @@ def main() -> None:
         train_dataset=Dataset.from_dict({"input_ids": tokens.tolist()}),
         callbacks=[turns],
     )
-    take = trainer.optimizer.step
-
-    def counted(*given, **named):
-        turns.updates += 1
-        return take(*given, **named)
-
-    trainer.optimizer.step = counted
+    counted(trainer, turns)
     trainer.train()
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 
 import jax
+import jax_products
 import numpy as np
 from flax import nnx
 from tunix.generate import sampler
@@ -69,7 +70,8 @@ def main() -> None:
     ids = np.random.default_rng(0).integers(3, settings["vocab"], (settings["rows"], settings["prompt"] - 1))
     texts = [" ".join(map(str, row)) for row in ids]
     versions = {name: importlib.metadata.version(name) for name in ("google-tunix", "jax", "flax")}
-    print(json.dumps({"versions": versions, "threads": len(jax.devices())}), flush=True)
+    rates = jax_products.rates(settings["products"])
+    print(json.dumps({"versions": versions, "threads": len(jax.devices()), "product_rates": rates}), flush=True)
     for seed, _ in enumerate(sys.stdin):
         start, used = time.perf_counter(), time.process_time()
         found = ours(
