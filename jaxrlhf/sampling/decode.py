@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxrlhf.core import masking, sharding
-from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
+from jaxrlhf.core.types import Draw, Prompts, Rollout, SamplingSpec
 from jaxrlhf.models import heads
 from jaxrlhf.models.model import CacheConfig, Model, decode_changes
 from jaxrlhf.sampling import filters, nucleus, stop_strings
@@ -55,6 +55,7 @@ class Rows:
     seen: jax.Array | None  # [B, V] bool, tokens that stand in the row, where the spec has a repetition penalty
     match: jax.Array | None  # [B] int32, state of the search for stop strings, where there are any
     written: Written
+    draw: Draw | None = None  # temperature and top-p of each, where each has its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +170,7 @@ def read(model, spec, shape, room, weights, prompts, first, key, stops) -> State
         seen=jnp.repeat(standing(model, prompts.tokens, prompts.length), shape.n, axis=0) if spec.penalised else None,
         match=None if stops is None else jnp.full(count, stop_strings.START, jnp.int32),
         written=_blank(model, spec, shape, count),
+        draw=jax.tree.map(lambda x: jnp.repeat(x, shape.n), prompts.draw),
     )
     return State(step=jnp.int32(0), cache=cache, stops=stops, rows=by_row(rows))
 
@@ -284,7 +286,7 @@ def _step(model: Model, spec: SamplingSpec, weights: Any, state: State) -> State
     old, going = rows.written, live(state)
     logits = model.logits(weights, rows.hidden)
     logits = heads.policy_logits(logits, jnp.broadcast_to(t, going.shape), spec, rows.seen)
-    token, logprob, sampled_logprob, kept = _choose(logits, _column(rows.uniforms, t), spec)
+    token, logprob, sampled_logprob, kept = _choose(logits, _column(rows.uniforms, t), spec, rows.draw)
     token = jnp.where(going, token, spec.pad)
     stopped = (token[:, None] == jnp.array(spec.stop, jnp.int32)).any(-1)
     match, seen = rows.match, rows.seen
@@ -322,18 +324,25 @@ def _set_column(x: jax.Array, column: jax.Array, step: Int[Array, "*b"]) -> jax.
 
 
 def _choose(
-    logits: Float[Array, "b v"], uniform: Float[Array, " b"], spec: SamplingSpec
+    logits: Float[Array, "b v"], uniform: Float[Array, " b"], spec: SamplingSpec, draw: Draw | None = None
 ) -> tuple[Int[Array, " b"], Float[Array, " b"], Float[Array, " b"], Bool[Array, "b v"]]:
     """A token from policy logits, its log-prob under the policy, that under the distribution drawn from, and the kept set."""
     drawable = logits
-    if spec.greedy:
+    if draw is not None:
+        sure = draw.temperature == 0
+        logits = logits / jnp.where(sure, 1.0, draw.temperature)[:, None]
+        drawable = filters.nucleus_of_each(logits, draw.top_p)
+        token, sampled_logprob = nucleus.draw(drawable, uniform)
+        token = jnp.where(sure, nucleus.greedy(logits), token)
+        sampled_logprob = jnp.where(sure, 0.0, sampled_logprob)
+    elif spec.greedy:
         token = nucleus.greedy(logits)
         sampled_logprob = jnp.zeros(token.shape)  # drawn with certainty
     else:
         drawable = filters.apply(logits, spec) if spec.filtered else logits
         token, sampled_logprob = nucleus.draw(drawable, uniform)
     kept = drawable > heads.IMPOSSIBLE / 2
-    if not spec.filtered:
+    if not spec.filtered and draw is None:
         return token, sampled_logprob, sampled_logprob, kept
     picked = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     return token, picked - jax.nn.logsumexp(logits, axis=-1), sampled_logprob, kept
