@@ -238,20 +238,6 @@ def test_a_client_that_goes_away_leaves_its_slots(running):
 # ------------------------------------------------------------------------------------------------ another policy
 
 
-def fingerprints(client, count: int, ended: threading.Event):
-    """`count` streams one after another: (fingerprint, text) of each."""
-    found = []
-    for seed in range(count):
-        text, version = "", set()
-        for chunk in client.completions.create(model="policy", prompt="12+34=", seed=seed, stream=True):
-            text += chunk.choices[0].text
-            version.add(chunk.system_fingerprint)
-        assert len(version) == 1
-        found.append((version.pop(), seed, text))
-    ended.set()
-    return found
-
-
 def test_a_promoted_policy_is_served_and_none_of_16_streams_is_dropped(folder, tmp_path):
     """Streams run all the time while the symlink is replaced; each is what its own policy writes, whole."""
     second, link = serving_cases.policy(tmp_path / "second", 1), tmp_path / "policy"
