@@ -4,7 +4,7 @@
     python -m experiments.choices --store mine.sqlite --read theirs.parquet --labeler theirs
     python -m experiments.choices --store runs/demo/feedback.sqlite --gold known.jsonl
     python -m experiments.choices --store runs/demo/feedback.sqlite --withdraw 59849df4a7785bdc6732d2c8
-    python -m experiments.choices --store runs/demo/feedback.sqlite --ratings thumbs.jsonl    # prompt, completion, label: for KTO
+    python -m experiments.choices --store runs/demo/feedback.sqlite --ratings thumbs.jsonl    # thumbs, as KTO reads them
 
 Rows have prompt, chosen and rejected, as TRL and Hugging Face data sets do, and where known tie, labeler and where each
 answer came from. Reading the same file twice adds nothing.

@@ -73,9 +73,7 @@ def serving(config: Config):
         OSError: the port is taken.
     """
     if config.sampling.top_k or config.sampling.min_p or config.sampling.replay:
-        raise ValueError(
-            "--sampling.top-k, --sampling.min-p and --sampling.replay are not offered by the service: leave them out"
-        )
+        raise ValueError("--sampling.top-k, --sampling.min-p, --sampling.replay: not offered by the service, leave them out")
     site = site_of(config)
     seen = watch.place(config.policy)
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])

@@ -79,7 +79,8 @@ def ratings(db: sqlite3.Connection, upto: int | None = None) -> list[Rating]:
         AND NOT EXISTS (SELECT 1 FROM ratings AS l WHERE l.answer = r.answer AND l.person = r.person
         AND l.sequence > r.sequence AND l.sequence <= ?) ORDER BY sequence"""
     most = 2**62 if upto is None else upto
-    return [Rating(*row[:3], bool(row[3]), *row[4:]) for row in db.execute(query, (most, most))]
+    found = db.execute(query, (most, most))
+    return [Rating(prompt, response, who, bool(good), *origin) for prompt, response, who, good, *origin in found]
 
 
 def rows(db: sqlite3.Connection) -> list[dict[str, Any]]:

@@ -188,20 +188,24 @@ class Bench:
 
     def _prompts(self, asks: list[Ask], count: int) -> Prompts:
         """Rows of these, and fillers up to `count`, which end at once."""
-        made = self._nothing(count)
+        made, draw = self._nothing(count), _no_draw(count)
+        limit = np.zeros(count, np.int32)
         for row, ask in enumerate(asks):
             made.tokens[row, : len(ask.ids)] = ask.ids
-            made.length[row], made.uid[row], made.limit[row] = len(ask.ids), ask.uid, ask.max_tokens
-            made.draw.temperature[row], made.draw.top_p[row] = ask.temperature, ask.top_p
-        return made
+            made.length[row], made.uid[row], limit[row] = len(ask.ids), ask.uid, ask.max_tokens
+            draw.temperature[row], draw.top_p[row] = ask.temperature, ask.top_p
+        return dataclasses.replace(made, limit=limit, draw=draw)
 
     def _nothing(self, count: int) -> Prompts:
         def filled(value: int) -> np.ndarray:
             return np.full(count, value, np.int32)
 
-        draw = Draw(np.ones(count, np.float32), np.ones(count, np.float32))
         tokens = np.zeros((count, self.width), np.int32)
-        return Prompts(tokens, filled(1), filled(0), filled(0), limit=filled(0), draw=draw)
+        return Prompts(tokens, filled(1), filled(0), filled(0), limit=filled(0), draw=_no_draw(count))
+
+
+def _no_draw(count: int) -> Draw:
+    return Draw(np.ones(count, np.float32), np.ones(count, np.float32))
 
 
 class Engine:

@@ -16,7 +16,7 @@ import logging
 import secrets
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -148,7 +148,7 @@ class Call:
         asks = [Ask(ids, uid, wanted.max_tokens, wanted.temperature, wanted.top_p) for ids, uid in rows]
         self._running = engine.submit(bench, asks, [put(index) for index in range(len(rows))])
 
-    async def parts(self) -> AsyncIterator[tuple[int, str, int]]:
+    async def parts(self) -> AsyncGenerator[tuple[int, str, int], None]:
         """(row, what is new to see of it, first of the tokens that are new), until all have ended.
 
         Raises:
