@@ -73,11 +73,24 @@ class Heard:
             self.ended.set()
 
 
+class Held(Heard):
+    """The engine's thread stands still at this row's first piece until `go`."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, piece):
+        super().__call__(piece)
+        self.begun.set()
+        assert self.go.wait(60)
+
+
 def answer(running: Engine, wanted: list[Ask]) -> list[Heard]:
     heard = [Heard() for _ in wanted]
     running.submit(running.bench, wanted, heard)
     for one in heard:
-        assert one.ended.wait(120)
+        assert one.ended.wait(60)
     return heard
 
 
@@ -125,13 +138,16 @@ def test_new_temperatures_compile_nothing(policy, running):
 
 def test_a_row_that_is_given_up_leaves_its_slot(policy, running):
     long = [dataclasses.replace(ask, max_tokens=MOST, temperature=1.7, top_p=1.0) for ask in asks(policy, 16)]
-    heard = [Heard() for _ in long]
+    held = Held()
+    heard: list[Heard] = [held, *(Heard() for _ in long[1:])]
     given = running.submit(running.bench, long, heard)
+    assert held.begun.wait(60)
     running.cancel(given)
+    held.go.set()
     (other,) = answer(running, [long[0]])
     assert other.end
     assert other.tokens == answer(running, [long[0]])[0].tokens
-    assert all(one.end == "" for one in heard[9:]), "rows that waited were never begun"
+    assert [one.pieces for one in heard] == 8 * [1] + 8 * [0], "nothing after it was given up, and rows that waited never began"
     assert not running.bench.waiting
 
 
@@ -158,26 +174,17 @@ def test_a_swap_under_16_rows_drops_and_changes_none(policy, tokenizer):
     other = policy_of(tokenizer, 1)
     wanted = [dataclasses.replace(ask, max_tokens=MOST) for ask in asks(policy, 16, 2)]
     with contextlib.closing(Engine(policy, Options(slots=4, width=WIDTH, chunk=1))) as made:
-        begun, go = threading.Event(), threading.Event()
-
-        class Held(Heard):
-            """The engine's thread stands still at its first piece until the other policy is there."""
-
-            def __call__(self, piece):
-                super().__call__(piece)
-                begun.set()
-                assert go.wait(120)
-
-        heard = [Held() for _ in wanted]
+        held = Held()  # until the other policy is there
+        heard = [held, *(Heard() for _ in wanted[1:])]
         made.submit(made.bench, wanted, heard)
-        assert begun.wait(120)
+        assert held.begun.wait(60)
         made.swap(other)
         assert made.bench.policy is other
         assert not made.settled
-        go.set()
+        held.go.set()
         after = answer(made, wanted)
         for one in heard:
-            assert one.ended.wait(120)
+            assert one.ended.wait(60)
         again = answer(made, wanted)
         assert made.settled, "the bench of the policy before is gone when it is empty"
     with contextlib.closing(Engine(policy, Options(slots=4, width=WIDTH, chunk=1))) as made:
