@@ -17,7 +17,7 @@ import json
 import sqlite3
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,9 +26,10 @@ from experiments import stage
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.core.types import Prompts, SamplingSpec
-from jaxrlhf.data import conversations, pipeline
+from jaxrlhf.data import pipeline
 from jaxrlhf.feedback import labelers, store
 from jaxrlhf.sampling import generate
+from jaxrlhf.serving import texts
 from jaxrlhf.training import cli
 
 
@@ -36,9 +37,7 @@ from jaxrlhf.training import cli
 class Config:
     policy: Path = Path("runs/demo/policy")
     prompt: str | None = None  # answer this and stop; without it, lines are read until the input ends
-    task: Literal["continue", "reply", "template"] = (
-        "continue"  # continue a review; or reply, in our format or the checkpoint's
-    )
+    task: texts.Task = "continue"  # continue a review; or reply, in our format or the checkpoint's
     ask: bool = False  # show two answers and keep the choice
     store: Path = Path("runs/demo/feedback.sqlite")  # where choices are kept
     name: str = "user"  # of the person, stored with every choice
@@ -89,10 +88,7 @@ def prompt_of(config: Config, policy: stage.Trained, spec: SamplingSpec, text: s
         ValueError: the prompt and the answer do not fit into the model's context.
     """
     tokenizer = policy.tokenizer
-    if config.task == "template":
-        ids = conversations.encode(tokenizer, [{"role": "user", "content": text}], ask=True)[0].tolist()
-    else:
-        ids = [tokenizer.bos, *tokenizer.encode(pipeline.clean(text)), *([tokenizer.eos] if config.task == "reply" else [])]
+    ids = texts.prompt(tokenizer, text, config.task)
     room = policy.model.max_length - spec.max_tokens
     if len(ids) > room and config.truncate and room > 1:
         print(f"(the prompt's first {len(ids) - room} tokens are left out: {room} fit)", file=sys.stderr, flush=True)
@@ -122,11 +118,11 @@ def answer(config: Config, policy: stage.Trained, spec: SamplingSpec, prompt: Pr
     )
     for piece in pieces:
         ids += piece[0]
-        whole = shown(policy.tokenizer.decode(ids, continuation=True), spec.stop_strings, ended=False)
+        whole = texts.shown(policy.tokenizer.decode(ids, continuation=True), spec.stop_strings, ended=False)
         whole = whole if config.task == "continue" else whole.lstrip()
         print(whole[len(printed) :], end="", flush=True)
         printed = whole
-    whole = shown(policy.tokenizer.decode(ids, continuation=True), spec.stop_strings, ended=True)
+    whole = texts.shown(policy.tokenizer.decode(ids, continuation=True), spec.stop_strings, ended=True)
     whole = whole if config.task == "continue" else whole.strip()
     print(whole[len(printed) :], flush=True)
 
@@ -135,16 +131,7 @@ def answers_to(policy: stage.Trained, spec: SamplingSpec, prompt: Prompts, seed:
     """n answers to one prompt."""
     table = stage.stop_table(spec, policy.tokenizer, policy.model.vocab_size)
     drawn = generate.generate(policy.model, policy.params, prompt, spec, jax.random.key(seed), n, stop_table=table)
-    return [shown(each, spec.stop_strings, ended=True) for each in stage.texts(drawn, policy.tokenizer)[1]]
-
-
-def shown(text: str, stops: tuple[str, ...], ended: bool) -> str:
-    """What a person sees of an answer: all before a stop string and, while more may come, no half of one or of a character."""
-    end = min((text.find(stop) for stop in stops if stop in text), default=len(text))
-    if ended or end < len(text):
-        return text[:end]
-    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-    return text[: len(text) - held].rstrip("\ufffd")
+    return [texts.shown(each, spec.stop_strings, ended=True) for each in stage.texts(drawn, policy.tokenizer)[1]]
 
 
 def choose(

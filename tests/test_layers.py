@@ -22,7 +22,7 @@ LAYERS = {
     "algorithms": {"core"},
     "training": {"core", "models"},
     "evaluation": {"core", "data", "models", "sampling", "rewards"},
-    "serving": {"core", "data", "models", "sampling"},
+    "serving": {"core", "data", "models", "sampling", "feedback"},
     "feedback": {"core", "data", "evaluation"},
 }
 
@@ -90,7 +90,6 @@ JITS = {
     "models/roles.py",
     "rewards/model.py",
     "rewards/ensemble.py",
-    "serving/batcher.py",
 }
 
 

@@ -107,12 +107,22 @@ class Term(NamedTuple):
 
 
 @struct.dataclass
+class Draw:
+    """How the responses to each prompt are drawn where that differs from prompt to prompt, in place of what the spec says: a
+    service answers many people in one batch, and a number of each row is no program of its own."""
+
+    temperature: Array  # [B] float32; 0: the most probable token, its log-prob that of temperature 1
+    top_p: Array  # [B] float32
+
+
+@struct.dataclass
 class Prompts:
     tokens: Array  # [B, P] int32
     length: Array  # [B] int32
     uid: Array  # [B] int32, names the prompt's random stream
     row: Array  # [B] int32, index of the source row (reference answer, consent)
     limit: Array | None = None  # [B] int32, most tokens of its responses; None, or above it: SamplingSpec.max_tokens
+    draw: Draw | None = None  # of each prompt's own; the spec then has temperature 1 and no filter
 
 
 @struct.dataclass

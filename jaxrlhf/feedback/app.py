@@ -10,16 +10,14 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import socket
 import sqlite3
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxrlhf.data import sources
-from jaxrlhf.feedback import accounts, assignments, dashboard, exchange, gate, limits, store, writer
+from jaxrlhf.feedback import accounts, assignments, dashboard, exchange, gate, limits, listen, store, writer
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -206,40 +204,11 @@ def running(site: Site) -> Iterator[str]:
         ValueError: the extra `serve` is not installed, or the store is none.
         OSError: the port is taken, the host is not this machine's, or the server did not start.
     """
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise ValueError("the labelling page needs starlette and uvicorn: pip install 'jaxrlhf[serve]'") from error
-    family = socket.AF_INET6 if ":" in site.host else socket.AF_INET
-    listening = socket.create_server((site.host, site.port), family=family)
-    with listening, contextlib.closing(writer.Writer(site.store, site.limits.waiting)) as writing:
-        config = uvicorn.Config(
-            make_app(site, writing),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            lifespan="off",
-            http="h11",
-            ws="none",
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=5,
-            limit_concurrency=2000,  # connections; requests have a limit of their own
-            h11_max_incomplete_event_size=16_384,  # of a request's head
-        )
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="feedback server", daemon=True)
-        thread.start()
-        try:
-            while not server.started and thread.is_alive():
-                time.sleep(0.01)
-            if not server.started:
-                raise OSError(f"the server at {site.host} did not start; what it printed says why")
-            host = socket.gethostname() if site.host in ("0.0.0.0", "::", "") else site.host
-            host = f"[{host}]" if ":" in host else host
-            yield f"http://{host}:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+    with (
+        contextlib.closing(writer.Writer(site.store, site.limits.waiting)) as writing,
+        listen.listening(lambda: make_app(site, writing), site.host, site.port) as address,
+    ):
+        yield address
 
 
 def wait_until_labelled(site: Site, limit: int | None = None, linger: int | float = 20.0) -> None:

@@ -44,6 +44,7 @@ class Refused(Exception):
     def __init__(self, status: int, code: str, message: str, retry_after: float = 0.0):
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
+        self.param: str | None = None  # the field that is to blame, where one is
         self.headers = {"Retry-After": str(math.ceil(retry_after))} if retry_after else {}
         if status == 401:
             self.headers["WWW-Authenticate"] = "Bearer"
@@ -90,7 +91,19 @@ async def body(request: Request, schema: sources.Schema, limit: limits.Limits) -
     """The request's JSON object with the fields of `schema` and no other.
 
     Raises:
-        Refused: 400, 408 or 413, saying why.
+        Refused: 400, 408, 413 or 415, saying why.
+    """
+    row = await fields(request, schema, limit)
+    if unknown := row.keys() - schema.required.keys() - schema.optional.keys():
+        raise Refused(400, "invalid", f"body: unknown field {sorted(unknown)[0]!r}")
+    return row
+
+
+async def fields(request: Request, schema: sources.Schema, limit: limits.Limits) -> dict[str, Any]:
+    """The request's JSON object with the fields of `schema`, and whatever others it has.
+
+    Raises:
+        Refused: 400, 408, 413 or 415, saying why.
     """
     from starlette.requests import ClientDisconnect
 
@@ -114,12 +127,9 @@ async def body(request: Request, schema: sources.Schema, limit: limits.Limits) -
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "content_type", "Content-Type must be application/json")
     try:
-        row = sources.parse_line(content, schema, "body", limit.body)
+        return sources.parse_line(content, schema, "body", limit.body)
     except ValueError as error:
         raise Refused(400, "invalid", str(error)) from None
-    if unknown := row.keys() - schema.required.keys() - schema.optional.keys():
-        raise Refused(400, "invalid", f"body: unknown field {sorted(unknown)[0]!r}")
-    return row
 
 
 def foreign(headers: dict[str, str], host: str, origins: tuple[str, ...], writes: bool) -> str | None:
@@ -146,8 +156,15 @@ def _place(address: str) -> SplitResult:
         return urlsplit("")
 
 
-def guarded(app: App, host: str, origins: tuple[str, ...], limit: limits.Limits) -> App:
-    """`app` behind the checks that need no account: where a request comes from, and how many there are at once."""
+def guarded(
+    app: App,
+    host: str,
+    origins: tuple[str, ...],
+    limit: limits.Limits,
+    told: Callable[[Refused], dict[str, Any]] = Refused.body,
+) -> App:
+    """`app` behind the checks that need no account: where a request comes from, and how many there are at once. `told`: how
+    a refusal reads."""
     busy = 0
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
@@ -169,7 +186,7 @@ def guarded(app: App, host: str, origins: tuple[str, ...], limit: limits.Limits)
         if refused is not None:
             from starlette.responses import JSONResponse
 
-            await JSONResponse(refused.body(), refused.status, refused.headers)(scope, receive, send_with_headers)  # pyright: ignore[reportArgumentType]
+            await JSONResponse(told(refused), refused.status, refused.headers)(scope, receive, send_with_headers)  # pyright: ignore[reportArgumentType]
             return
         busy += 1
         try:

@@ -120,7 +120,51 @@ CREATE TABLE labelers (
 ) STRICT;
 """
 
-STEPS = (_FIRST, _SECOND)
+# What the chat page needs: judgements of single answers, and who agreed that they are kept.
+_THIRD = """
+CREATE TABLE consents (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    person TEXT NOT NULL,
+    given INTEGER NOT NULL CHECK (given IN (0, 1)),
+    wording TEXT NOT NULL,               -- what the person was asked
+    time REAL NOT NULL
+) STRICT;
+CREATE INDEX consents_of_person ON consents (person, sequence);
+CREATE TRIGGER consents_no_update BEFORE UPDATE ON consents BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
+CREATE TRIGGER consents_no_delete BEFORE DELETE ON consents BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
+CREATE TABLE ratings (
+    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
+    answer TEXT NOT NULL,                -- hash of prompt and response
+    prompt TEXT NOT NULL,
+    response TEXT NOT NULL,
+    person TEXT NOT NULL,
+    good INTEGER NOT NULL CHECK (good IN (0, 1)),
+    checkpoint TEXT NOT NULL,            -- the policy that wrote the response
+    sampling TEXT NOT NULL,              -- JSON of how it was drawn
+    time REAL NOT NULL,
+    schema INTEGER NOT NULL              -- the version that wrote the row
+) STRICT;
+CREATE INDEX ratings_of_answer ON ratings (answer, person, sequence);
+CREATE TABLE withdrawn_answers (         -- whose texts somebody had a right to take back: the rows stay, empty
+    answer TEXT PRIMARY KEY,
+    time REAL NOT NULL
+) STRICT;
+CREATE TRIGGER ratings_no_update BEFORE UPDATE ON ratings WHEN NEW.prompt || NEW.response <> ''
+    OR NEW.sequence <> OLD.sequence OR NEW.answer <> OLD.answer OR NEW.person <> OLD.person OR NEW.good <> OLD.good
+    OR NEW.checkpoint <> OLD.checkpoint OR NEW.sampling <> OLD.sampling OR NEW.time <> OLD.time OR NEW.schema <> OLD.schema
+    OR NOT EXISTS (SELECT 1 FROM withdrawn_answers WHERE answer = OLD.answer)
+BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
+CREATE TRIGGER ratings_no_delete BEFORE DELETE ON ratings BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
+CREATE TRIGGER withdrawn_answers_no_update BEFORE UPDATE ON withdrawn_answers
+BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
+CREATE TRIGGER withdrawn_answers_no_delete BEFORE DELETE ON withdrawn_answers
+BEGIN SELECT RAISE(ABORT, 'the store is append-only'); END;
+CREATE TRIGGER withdrawn_answers_texts AFTER INSERT ON withdrawn_answers BEGIN
+    UPDATE ratings SET prompt = '', response = '' WHERE answer = NEW.answer;
+END;
+"""
+
+STEPS = (_FIRST, _SECOND, _THIRD)
 VERSION = len(STEPS)
 BUSY_SECONDS = 5.0  # how long one program waits for another's write
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxrlhf.core import masking, sharding
-from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
+from jaxrlhf.core.types import Draw, Prompts, Rollout, SamplingSpec
 from jaxrlhf.models import heads
 from jaxrlhf.models.model import Model, decode_changes
 from jaxrlhf.sampling import filters, nucleus
@@ -129,7 +129,7 @@ def _step(model: Model, spec: SamplingSpec, weights: Any, state: State) -> State
     old, going = rows.written, live(state)
     logits = model.logits(weights, rows.hidden)
     logits = heads.policy_logits(logits, jnp.broadcast_to(t, going.shape), spec, rows.seen)
-    token, logprob, sampled_logprob, kept = _choose(logits, _column(rows.uniforms, t), spec)
+    token, logprob, sampled_logprob, kept = _choose(logits, _column(rows.uniforms, t), spec, rows.draw)
     token = jnp.where(going, token, spec.pad)
     stopped = (token[:, None] == jnp.array(spec.stop, jnp.int32)).any(-1)
     match, seen = rows.match, rows.seen
@@ -167,18 +167,25 @@ def _set_column(x: jax.Array, column: jax.Array, step: Int[Array, "*b"]) -> jax.
 
 
 def _choose(
-    logits: Float[Array, "b v"], uniform: Float[Array, " b"], spec: SamplingSpec
+    logits: Float[Array, "b v"], uniform: Float[Array, " b"], spec: SamplingSpec, draw: Draw | None = None
 ) -> tuple[Int[Array, " b"], Float[Array, " b"], Float[Array, " b"], Bool[Array, "b v"]]:
     """A token from policy logits, its log-prob under the policy, that under the distribution drawn from, and the kept set."""
     drawable = logits
-    if spec.greedy:
+    if draw is not None:
+        sure = draw.temperature == 0
+        logits = logits / jnp.where(sure, 1.0, draw.temperature)[:, None]
+        drawable = filters.nucleus_of_each(logits, draw.top_p)
+        token, sampled_logprob = nucleus.draw(drawable, uniform)
+        token = jnp.where(sure, nucleus.greedy(logits), token)
+        sampled_logprob = jnp.where(sure, 0.0, sampled_logprob)
+    elif spec.greedy:
         token = nucleus.greedy(logits)
         sampled_logprob = jnp.zeros(token.shape)  # drawn with certainty
     else:
         drawable = filters.apply(logits, spec) if spec.filtered else logits
         token, sampled_logprob = nucleus.draw(drawable, uniform)
     kept = drawable > heads.IMPOSSIBLE / 2
-    if not spec.filtered:
+    if not spec.filtered and draw is None:
         return token, sampled_logprob, sampled_logprob, kept
     picked = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     return token, picked - jax.nn.logsumexp(logits, axis=-1), sampled_logprob, kept

@@ -38,6 +38,13 @@ def apply(logits: Float[Array, "b v"], spec: SamplingSpec) -> Float[Array, "b v"
     return jnp.where(weight >= jnp.maximum(least, spec.min_p)[:, None], logits, IMPOSSIBLE)
 
 
+def nucleus_of_each(logits: Float[Array, "b v"], top_p: Float[Array, " b"]) -> Float[Array, "b v"]:
+    """`apply` of top-p alone, with a share of its own for each row; 1 keeps every token."""
+    weight = jnp.exp(logits - logits.max(-1, keepdims=True))
+    least = jnp.where(top_p < 1, _top_p(weight, top_p), 0.0)
+    return jnp.where(weight >= least[:, None], logits, IMPOSSIBLE)
+
+
 def _top_k(logits: Float[Array, "b v"], k: int) -> Bool[Array, "b v"]:
     """True at every logit that is at least the k-th largest."""
     # A select makes -0.0 the 0.0 that it equals; XLA would simplify `logits + 0.0` away.
@@ -50,7 +57,7 @@ def _top_k(logits: Float[Array, "b v"], k: int) -> Bool[Array, "b v"]:
     return rank >= border[:, None]
 
 
-def _top_p(weight: Float[Array, "b v"], p: float) -> Float[Array, " b"]:
+def _top_p(weight: Float[Array, "b v"], p: float | Float[Array, " b"]) -> Float[Array, " b"]:
     """A weight such that tokens of at least this weight are the fewest that hold the share p of all; exact for float32 sums.
 
     Tokens of less than (1 - p) / V of all together hold less than 1 - p, so the border is not below that.

@@ -291,6 +291,7 @@ def make_job(
 ) -> Job:
     """The batch, and so many rows besides that are under way already, checked before anything is compiled."""
     _check_numbers(model, prompts, spec, n, options)
+    _check_draw(prompts, spec, besides)
     _check_prompts(model, prompts)
     _check_memory(cache_bytes(model, prompts, spec, n, options, besides))
     if spec.stop_strings and (stop_table is None or stop_table.shape[1] < model.vocab_size):
@@ -326,6 +327,20 @@ def _check_numbers(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, o
     outside = [i for i in (*spec.stop, *spec.forbidden, spec.pad) if not 0 <= i < model.vocab_size]
     if outside:
         raise ValueError(f"SamplingSpec names token ids {outside} outside the vocabulary 0 .. {model.vocab_size - 1}")
+
+
+def _check_draw(prompts: Prompts, spec: SamplingSpec, besides: int) -> None:
+    if prompts.draw is None:
+        return
+    if spec.temperature != 1 or spec.filtered or besides:
+        raise ValueError(
+            f"prompts with a draw of their own, but the spec has temperature={spec.temperature}, top_k={spec.top_k}, "
+            f"top_p={spec.top_p}, min_p={spec.min_p}, greedy={spec.greedy} and {besides} rows are under way: leave the spec "
+            "at temperature 1 without filters, and use no stragglers"
+        )
+    temperature, top_p = np.asarray(prompts.draw.temperature), np.asarray(prompts.draw.top_p)
+    if not ((temperature >= 0) & np.isfinite(temperature)).all() or not ((top_p > 0) & (top_p <= 1)).all():
+        raise ValueError(f"draw: temperature={temperature.tolist()} must be >= 0 and top_p={top_p.tolist()} in (0, 1]")
 
 
 def _check_prompts(model: Model, prompts: Prompts) -> None:

@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxrlhf.core import masking, sharding
-from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
+from jaxrlhf.core.types import Draw, Prompts, Rollout, SamplingSpec
 from jaxrlhf.models.model import CacheConfig, Model
 from jaxrlhf.sampling import stop_strings
 
@@ -53,6 +53,7 @@ class Rows:
     seen: jax.Array | None  # [B, V] bool, tokens that stand in the row, where the spec has a repetition penalty
     match: jax.Array | None  # [B] int32, state of the search for stop strings, where there are any
     written: Written
+    draw: Draw | None = None  # temperature and top-p of each, where each has its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,7 @@ def read(model, spec, shape, room, weights, prompts, first, key, stops) -> State
         seen=jnp.repeat(standing(model, prompts.tokens, prompts.length), shape.n, axis=0) if spec.penalised else None,
         match=None if stops is None else jnp.full(count, stop_strings.START, jnp.int32),
         written=blank(model, spec, shape, count),
+        draw=jax.tree.map(lambda x: jnp.repeat(x, shape.n), prompts.draw),
     )
     return State(step=jnp.int32(0), cache=cache, stops=stops, rows=by_row(rows))
 
