@@ -1673,7 +1673,7 @@ MUTATIONS = (
         "a-row-drawn-at-the-temperature-of-all",
         "sampling/decode.py",
         "logits = logits / jnp.where(sure, 1.0, draw.temperature)[:, None]",
-        "logits = logits / jnp.where(sure, 1.0, draw.temperature.max())",
+        "logits = logits / jnp.where(sure, 1.0, draw.temperature.max())[:, None]",
         "test_serving_engine.py::test_rows_are_those_that_generate_gives_for_each_alone",
     ),
     Mutation(
