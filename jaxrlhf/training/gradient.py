@@ -39,12 +39,11 @@ def update_from(
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(total(seen[0]))
     old_inner = offload.fetch(opt_state.inner, after=gradient)
-    unless_finite = jax.tree.map(lambda g: jnp.where(finite, g, jnp.nan), gradient)  # what `Moments` keep themselves at
-    updates, inner = optimizer.update(unless_finite, old_inner, params)
+    updates, inner = optax.with_extra_args_support(optimizer).update(gradient, old_inner, params, finite=finite)
 
     def keep(new, old):
         if isinstance(new, Moments):
-            return new._replace(count=keep(new.count, old.count))
+            return new  # they have seen to it
         return jnp.where(finite, new, old)
 
     opt_state = GuardedState(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -13,8 +14,7 @@ if TYPE_CHECKING:
 
 
 class Moments(NamedTuple):
-    """Adam's state. Where a gradient is NaN, its moments stay as they are; `training/gradient.py` makes all of it NaN where a
-    step is left out."""
+    """Adam's state, which stays as it is where the update is told that the gradient is not `finite`."""
 
     count: Any  # [] int32, updates done
     mu: Any  # of gradients
@@ -173,11 +173,14 @@ def _narrow(config: OptimizerConfig, update: optax.GradientTransformation) -> op
     def init(params):
         return cast(update.init(params), jnp.float32, jnp.bfloat16)
 
-    def advance(updates, state, params=None):
-        updates, state = update.update(updates, cast(state, jnp.bfloat16, jnp.float32), params)
+    whole = optax.with_extra_args_support(update)
+
+    def advance(updates, state, params=None, *, finite=True, **others):
+        del others
+        updates, state = whole.update(updates, cast(state, jnp.bfloat16, jnp.float32), params, finite=finite)
         return updates, cast(state, jnp.float32, jnp.bfloat16)
 
-    return optax.GradientTransformation(init, advance)
+    return optax.GradientTransformationExtraArgs(init, advance)
 
 
 def _schedule_free(
@@ -203,10 +206,13 @@ def of_members(update: optax.GradientTransformation) -> optax.GradientTransforma
 
     from jaxrlhf.core import members
 
-    return optax.GradientTransformation(
-        lambda params: members.each(update.init, params),
-        lambda updates, state, params=None: members.each(update.update, updates, state, params),
-    )
+    whole = optax.with_extra_args_support(update)
+
+    def advance(updates, state, params=None, *, finite=True, **others):
+        del others
+        return members.each(functools.partial(whole.update, finite=finite), updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(lambda params: members.each(update.init, params), advance)
 
 
 def times(update: optax.GradientTransformation, factor: Any) -> optax.GradientTransformation:
@@ -217,11 +223,14 @@ def times(update: optax.GradientTransformation, factor: Any) -> optax.GradientTr
     import jax
     import optax
 
-    def advance(updates, state, params=None):
-        updates, state = update.update(updates, state, params)
+    whole = optax.with_extra_args_support(update)
+
+    def advance(updates, state, params=None, *, finite=True, **others):
+        del others
+        updates, state = whole.update(updates, state, params, finite=finite)
         return jax.tree.map(lambda u: factor * u, updates), state
 
-    return optax.GradientTransformation(update.init, advance)
+    return optax.GradientTransformationExtraArgs(update.init, advance)
 
 
 def label(params: Any, name: str = "adamw") -> Any:
@@ -265,12 +274,12 @@ def _adam(config: OptimizerConfig, b1: float) -> optax.GradientTransformation:
     def init(params):
         return Moments(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params))
 
-    def update(updates, state, params=None):
-        del params
-        count = optax.safe_increment(state.count)
+    def update(updates, state, params=None, *, finite=True, **others):
+        del params, others
+        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
         first, second = 1 - b1**count, 1 - b2**count
-        mu = jax.tree.map(lambda g, m: jnp.where(jnp.isnan(g), m, (1 - b1) * g + b1 * m), updates, state.mu)
-        nu = jax.tree.map(lambda g, v: jnp.where(jnp.isnan(g), v, (1 - b2) * g**2 + b2 * v), updates, state.nu)
+        mu = jax.tree.map(lambda g, m: jnp.where(finite, (1 - b1) * g + b1 * m, m), updates, state.mu)
+        nu = jax.tree.map(lambda g, v: jnp.where(finite, (1 - b2) * g**2 + b2 * v, v), updates, state.nu)
 
         def corrected(m, v):
             return m / first / (jnp.sqrt(v / second) + epsilon)
@@ -281,7 +290,7 @@ def _adam(config: OptimizerConfig, b1: float) -> optax.GradientTransformation:
         direction = corrected if config.epsilon_style == "corrected" else tensorflow
         return jax.tree.map(direction, mu, nu), Moments(count, mu, nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _leaves(tree: Any) -> list:
