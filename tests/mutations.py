@@ -615,8 +615,8 @@ MUTATIONS = (
     Mutation(
         "all-members-clip-and-scale-together",
         "training/optimizer.py",
-        "lambda updates, state, params=None: members.each(update.update, updates, state, params),",
-        "lambda updates, state, params=None: update.update(updates, state, params),",
+        "return members.each(functools.partial(whole.update, finite=finite), updates, state, params)",
+        "return whole.update(updates, state, params, finite=finite)",
         "test_ensemble.py::test_models_trained_together_are_those_trained_alone[muon-cpu]",
     ),
     Mutation(
@@ -1731,5 +1731,19 @@ MUTATIONS = (
         "l.sequence > r.sequence",
         "l.sequence < r.sequence",
         "test_unpaired.py::test_the_latest_judgement_stands_and_the_same_twice_is_one",
+    ),
+    Mutation(
+        "the-direction-is-read-from-moments-that-may-not-be-kept",
+        "training/gradient.py",
+        "return new  # they have seen to it",
+        "return jax.tree.map(keep, new, old)",
+        "test_budgets.py::test_programs_stay_within_their_budgets",
+    ),
+    Mutation(
+        "moments-take-what-is-finite-of-a-gradient-that-is-not",
+        "training/gradient.py",
+        "update(gradient, old_inner, params, finite=finite)",
+        "update(gradient, old_inner, params, finite=jnp.isfinite(total(seen[0])))",
+        "test_step.py::test_where_one_gradient_overflows_the_moments_of_others_stay_too",
     ),
 )

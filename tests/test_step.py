@@ -206,6 +206,23 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(name, micr
     assert not np.array_equal(state.params["value"]["weight"], before[0]["value"]["weight"])
 
 
+def sums_outputs(params, frozen, batch, key):
+    del frozen, key
+    return Outputs(scores=params["a"] * batch.number + jnp.sqrt(params["b"] * batch.number))  # of the root infinite at 0
+
+
+def test_where_one_gradient_overflows_the_moments_of_others_stay_too():
+    update = optimizer.make(OptimizerConfig(clip_norm=None), 10, {"a": jnp.zeros(8), "b": jnp.ones(8)})
+    train = step.make_train_step(sums_outputs, numbers_loss, None, update)
+    state = step.init_state({"a": jnp.zeros(8), "b": jnp.ones(8)}, update, KEY)
+    state, _ = train(state, (), Numbers(jnp.arange(8.0) + 1.0))
+    before = data_of((state.params, state.opt_state.inner))
+    state, metrics = train(state, (), Numbers(jnp.arange(8.0)))
+    assert np.isfinite(metrics["loss/numbers"])
+    assert int(metrics["optimizer/skipped"]) == 1
+    assert_equal(before, (state.params, state.opt_state.inner))
+
+
 @struct.dataclass
 class Numbers:
     number: jax.Array  # [B] float32

@@ -16,6 +16,7 @@ from flax import struct
 from jaxrlhf.core import offload, sharding
 from jaxrlhf.core.types import Outputs, Term
 from jaxrlhf.training.objective import OutputsFn
+from jaxrlhf.training.optimizer import Moments
 
 LossFn = Callable[[Outputs, Any, Any], tuple[dict[str, Term], dict[str, Term]]]
 Metrics = dict[str, jax.Array]
@@ -38,13 +39,15 @@ def update_from(
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(total(seen[0]))
     old_inner = offload.fetch(opt_state.inner, after=gradient)
-    updates, inner = optimizer.update(gradient, old_inner, params)
+    updates, inner = optax.with_extra_args_support(optimizer).update(gradient, old_inner, params, finite=finite)
 
     def keep(new, old):
+        if isinstance(new, Moments):
+            return new  # they have seen to it
         return jnp.where(finite, new, old)
 
     opt_state = GuardedState(
-        inner=offload.leave(jax.tree.map(keep, inner, old_inner), opt_state.inner),
+        inner=offload.leave(jax.tree.map(keep, inner, old_inner, is_leaf=lambda x: isinstance(x, Moments)), opt_state.inner),
         skipped=opt_state.skipped + ~finite,
         in_a_row=jnp.where(finite, 0, opt_state.in_a_row + 1),
     )

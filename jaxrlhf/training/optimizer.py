@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import jax
     import optax
+
+
+class Moments(NamedTuple):
+    """Adam's state, which stays as it is where the update is told that the gradient is not `finite`."""
+
+    count: Any  # [] int32, updates done
+    mu: Any  # of gradients
+    nu: Any  # of their squares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,11 +153,9 @@ def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.name == "lion":
         return _narrow(config, optax.scale_by_lion(config.b1, config.b2))
     b1 = 0.0 if config.name == "schedule_free" else config.b1  # which averages parameters in place of gradients
-    if config.epsilon_style == "tensorflow":
-        return _narrow(config, _tensorflow_adam(b1, config.b2, config.epsilon))
-    if not b1:
+    if not b1 and config.epsilon_style == "corrected":
         return _narrow(config, optax.scale_by_rms(config.b2, config.epsilon, eps_in_sqrt=False, bias_correction=True))
-    return _narrow(config, optax.scale_by_adam(b1, config.b2, config.epsilon))
+    return _narrow(config, _adam(config, b1))
 
 
 def _narrow(config: OptimizerConfig, update: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -166,11 +173,14 @@ def _narrow(config: OptimizerConfig, update: optax.GradientTransformation) -> op
     def init(params):
         return cast(update.init(params), jnp.float32, jnp.bfloat16)
 
-    def advance(updates, state, params=None):
-        updates, state = update.update(updates, cast(state, jnp.bfloat16, jnp.float32), params)
+    whole = optax.with_extra_args_support(update)
+
+    def advance(updates, state, params=None, *, finite=True, **others):
+        del others
+        updates, state = whole.update(updates, cast(state, jnp.bfloat16, jnp.float32), params, finite=finite)
         return updates, cast(state, jnp.float32, jnp.bfloat16)
 
-    return optax.GradientTransformation(init, advance)
+    return optax.GradientTransformationExtraArgs(init, advance)
 
 
 def _schedule_free(
@@ -196,10 +206,13 @@ def of_members(update: optax.GradientTransformation) -> optax.GradientTransforma
 
     from jaxrlhf.core import members
 
-    return optax.GradientTransformation(
-        lambda params: members.each(update.init, params),
-        lambda updates, state, params=None: members.each(update.update, updates, state, params),
-    )
+    whole = optax.with_extra_args_support(update)
+
+    def advance(updates, state, params=None, *, finite=True, **others):
+        del others
+        return members.each(functools.partial(whole.update, finite=finite), updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(lambda params: members.each(update.init, params), advance)
 
 
 def times(update: optax.GradientTransformation, factor: Any) -> optax.GradientTransformation:
@@ -210,11 +223,14 @@ def times(update: optax.GradientTransformation, factor: Any) -> optax.GradientTr
     import jax
     import optax
 
-    def advance(updates, state, params=None):
-        updates, state = update.update(updates, state, params)
+    whole = optax.with_extra_args_support(update)
+
+    def advance(updates, state, params=None, *, finite=True, **others):
+        del others
+        updates, state = whole.update(updates, state, params, finite=finite)
         return jax.tree.map(lambda u: factor * u, updates), state
 
-    return optax.GradientTransformation(update.init, advance)
+    return optax.GradientTransformationExtraArgs(update.init, advance)
 
 
 def label(params: Any, name: str = "adamw") -> Any:
@@ -239,28 +255,42 @@ def label(params: Any, name: str = "adamw") -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _tensorflow_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:
-    """sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon): Adam's first steps are smaller than with epsilon inside.
+def _adam(config: OptimizerConfig, b1: float) -> optax.GradientTransformation:
+    """Adam's direction: corrected, m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + epsilon), as `optax.scale_by_adam`; or tensorflow,
+    sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + epsilon), whose first steps are smaller.
 
-    Source: Kingma and Ba 2015, section 2, the order "for more efficiency" with epsilon-hat, as TensorFlow 1's Adam and
-    openai/lm-human-preferences have it.
+    It is read from the moments that are kept. Were they to be kept or not after it, XLA would compute it from the old ones once
+    more, so that none could be written in its place: a CPU copied them all, twice the parameters, at every update.
+
+    Source: Kingma and Ba 2015, algorithm 1; the other in section 2, the order "for more efficiency" with epsilon-hat, as
+    TensorFlow 1's Adam and openai/lm-human-preferences have it.
     """
     import jax
     import jax.numpy as jnp
     import optax
 
+    b2, epsilon = config.b2, config.epsilon
+
     def init(params):
-        zeros = optax.tree.zeros_like(params)
-        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros, optax.tree.zeros_like(params))
+        return Moments(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), optax.tree.zeros_like(params))
 
-    def update(updates, state, params=None):
-        del params
-        mu, nu = optax.tree.update_moment(updates, state.mu, b1, 1), optax.tree.update_moment(updates, state.nu, b2, 2)
-        count = state.count + 1
-        step = jnp.sqrt(1 - b2**count) / (1 - b1**count)
-        return jax.tree.map(lambda m, v: step * m / (jnp.sqrt(v) + epsilon), mu, nu), optax.ScaleByAdamState(count, mu, nu)
+    def update(updates, state, params=None, *, finite=True, **others):
+        del params, others
+        count = jnp.where(finite, optax.safe_increment(state.count), state.count)
+        first, second = 1 - b1**count, 1 - b2**count
+        mu = jax.tree.map(lambda g, m: jnp.where(finite, (1 - b1) * g + b1 * m, m), updates, state.mu)
+        nu = jax.tree.map(lambda g, v: jnp.where(finite, (1 - b2) * g**2 + b2 * v, v), updates, state.nu)
 
-    return optax.GradientTransformation(init, update)
+        def corrected(m, v):
+            return m / first / (jnp.sqrt(v / second) + epsilon)
+
+        def tensorflow(m, v):
+            return jnp.sqrt(second) / first * m / (jnp.sqrt(v) + epsilon)
+
+        direction = corrected if config.epsilon_style == "corrected" else tensorflow
+        return jax.tree.map(direction, mu, nu), Moments(count, mu, nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _leaves(tree: Any) -> list:
