@@ -179,9 +179,9 @@ MUTATIONS = (
     ),
     Mutation(
         "excluded-rows-are-learned",
-        "algorithms/ppo.py",
-        "rollout.written) & counted[:, None]",
-        "rollout.written)",
+        "algorithms/policy.py",
+        "return mask & (experience.weight > 0)[:, None]",
+        "return mask",
         "test_ppo.py::test_masked_places_are_not_read[nan-True]",
     ),
     Mutation(
@@ -1235,8 +1235,8 @@ MUTATIONS = (
     Mutation(
         "evaluation-slows-tokens-a-second",
         "training/timing.py",
-        'ASIDE = ("evaluate", "save", ',
-        'ASIDE = ("save", ',
+        'ASIDE = ("evaluate", "record", ',
+        'ASIDE = ("record", ',
         "test_timing.py::test_rates_are_of_real_tokens_over_the_steps_own_time",
     ),
     Mutation(
