@@ -23,7 +23,9 @@ LLAMA = TransformerConfig(
 GPT = dataclasses.replace(LLAMA, kv_heads=4, norm="layer", positions="learned", mlp="gelu", tied_head=True)
 CONFIG = lora.LoraConfig(rank=3, alpha=6.0)
 EVERY = lora.LoraConfig(rank=3, alpha=6.0, targets=lora.TARGETS, rank_stabilised=True)
-KINDS = pytest.mark.parametrize(("shape", "config"), [(LLAMA, EVERY), (GPT, CONFIG)], ids=["llama", "gpt"])
+KINDS = pytest.mark.parametrize(
+    ("shape", "config"), [(LLAMA, EVERY), pytest.param(GPT, CONFIG, marks=pytest.mark.full)], ids=["llama", "gpt"]
+)
 SPEC = SamplingSpec(temperature=0.7, max_tokens=8, stop=(2,), forbidden=(0, 1))
 
 

@@ -134,7 +134,8 @@ def test_models_trained_together_are_those_trained_alone(name, backend, monkeypa
     assert metrics["loss/total"] == pytest.approx(sum(own["loss/total"] for _, own in alone), rel=1e-5)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=pytest.mark.full), "gpu"])
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_adapters_trained_together_are_those_trained_alone(backend, monkeypatch):
     """As models are, over one frozen base, to the same tolerance: float32 sums of another order."""
     data = [[batch_of(10 * i + m) for m in range(M)] for i in range(3)]

@@ -184,7 +184,8 @@ LIMITS = (18, 2, 3, 18, 1, 5, 2, 9)  # of eight prompts
     [
         (None, [32, 16, 16, 8, 8, 8]),  # rows that go on after each chunk of 3: 16, 12, 8, 8, 8
         pytest.param(sharding.MeshConfig(data=2, fsdp=2, tensor=2), [32, 16, 16, 8, 8, 8], marks=pytest.mark.full),
-        (sharding.MeshConfig(), [32, 16, 16, 8, 8, 8]),  # 8 rows on 8 devices are the fewest
+        # 8 rows on 8 devices are the fewest.
+        pytest.param(sharding.MeshConfig(), [32, 16, 16, 8, 8, 8], marks=pytest.mark.full),
     ],
     ids=["one", "2x2x2", "data=8"],
 )

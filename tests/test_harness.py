@@ -80,7 +80,7 @@ def pairs() -> list[tuple[list[int], list[int]]]:
 LENGTHS = [(3, 2), (12, 1), (3, 2), (30, 10), (1, 1), (3, 2), (12, 1), (1, 39)]
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.full)])
 def test_loglikelihoods_equal_numpy_in_the_order_asked(devices):
     subject = judged(devices)
     with jax.set_mesh(subject.mesh):

@@ -128,7 +128,7 @@ def test_a_look_up_reads_whole_rows_and_gives_the_table_no_gradient():
     assert not slope.any()
 
 
-@pytest.mark.parametrize("switches", [{"remat": "layers"}, {"scan": False}], ids=str)
+@pytest.mark.parametrize("switches", [{"remat": "layers"}, pytest.param({"scan": False}, marks=pytest.mark.full)], ids=str)
 def test_scan_and_remat_change_nothing(switches):
     shapes = (dataclasses.replace(LLAMA, **switches), LLAMA)
     found, expected = (gradient_of(shape)(adapter_of(LLAMA, CONFIG), narrow_of(LLAMA)) for shape in shapes)

@@ -168,6 +168,7 @@ def test_settings_that_make_no_sense_are_refused(name, value):
         stages.run(dataclasses.replace(tldr.RECIPE, **{name: value}), tldr.stand_in)
 
 
+@pytest.mark.full
 def test_a_pretrained_model_takes_the_place_of_the_warm_up(tmp_path):
     config = dataclasses.replace(tldr.RECIPE, out=tmp_path / "first", scale=1e-5, warm_up=1)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, width=16, layers=1, heads=2, kv_heads=2))
