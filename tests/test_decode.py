@@ -64,6 +64,7 @@ def test_slots_give_what_a_wave_gives(params, count, n, options, shape):
     np.testing.assert_array_equal(slotted.kept, static.kept)
 
 
+@pytest.mark.full
 def test_slots_serve_every_kind_of_layer():
     fresh, given = weights(VARIED), prompts(12)
     rules = spec(max_tokens=18, stop=(EOS,))

@@ -117,7 +117,8 @@ def optimizer_named(name: str, kind: str | None, over_base: bool) -> optax.Gradi
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [pytest.param("muon", "cpu", marks=pytest.mark.full), ("muon", "gpu"), ("adamw", "cpu")]
+    ("name", "backend"),
+    [*(pytest.param("muon", backend, marks=pytest.mark.full) for backend in ("cpu", "gpu")), ("adamw", "cpu")],
 )
 def test_models_trained_together_are_those_trained_alone(name, backend, monkeypatch):
     """Three steps, each model with its own data, clipping and moments; in a loop as on a CPU, and under vmap as elsewhere."""
@@ -197,6 +198,7 @@ def test_the_loss_of_members_is_each_members_own():
             np.testing.assert_allclose((terms | metrics)[name].count[m], term.count, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_a_mesh_of_devices_gives_the_same():
     params = members.stack([member(m) for m in range(M)])
     batch = together([batch_of(40 + m) for m in range(M)])

@@ -347,6 +347,7 @@ def test_dpo_samples_its_own_pairs_where_there_are_none(loop, tmp_path):
     assert first["loss/dpo"] == pytest.approx(0.6931, abs=1e-3)  # before the first update every implicit reward is 0
 
 
+@pytest.mark.full
 def test_choices_train_a_reward_model_from_a_file(loop, tmp_path):
     from jaxrlhf.data import sources
     from jaxrlhf.feedback import store

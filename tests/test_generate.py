@@ -212,6 +212,7 @@ def test_rows_that_have_ended_leave_and_change_nothing(params, shape, expected):
     np.testing.assert_array_equal(compacted.kept, static.kept)
 
 
+@pytest.mark.full
 def test_a_module_without_a_cache_of_its_own_lets_rows_leave_too():
     """Through models/flax_adapter.py, whose cache is the rows themselves."""
     plain = flax_adapter.from_flax(

@@ -169,6 +169,7 @@ def test_answers_are_greedy_and_end_before_the_first_stop_string():
     assert all(len(a) < len(b) for a, b in zip(found, plain, strict=True))
 
 
+@pytest.mark.full
 def test_drawn_answers_depend_on_the_seed_alone():
     settings = {"do_sample": True, "temperature": 2.0, "top_p": 0.9, "max_gen_toks": 4}
     requests = [([1, 9, i], settings) for i in range(5)]

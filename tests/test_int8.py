@@ -146,6 +146,7 @@ def gradient_of(shape):
     return jax.jit(jax.value_and_grad(loss))
 
 
+@pytest.mark.full
 def test_no_program_holds_all_layers_wide():
     """Neither the forward nor the backward pass over stacked layers; of float weights, the same search finds them."""
     shape = dataclasses.replace(LLAMA, dtype="bfloat16", remat="layers")

@@ -109,6 +109,7 @@ def test_training_holds_and_moves_the_adapter_alone():
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.full
 def test_no_product_makes_the_gradient_of_a_frozen_weight():
     """The step of the adapter has none of the products [in, rows] x [rows, out] that the step of the model has."""
 
@@ -125,6 +126,7 @@ def test_no_product_makes_the_gradient_of_a_frozen_weight():
     assert products_of(config, adapter_of(shape, config), {"base": base}) == 0
 
 
+@pytest.mark.full
 def test_eight_devices_give_the_same():
     shape, config = LLAMA, lora.LoraConfig(rank=3, targets=("query", "down", "head"))
     adapter, base = adapter_of(shape, config), base_of(shape)
@@ -221,6 +223,7 @@ def test_a_target_that_the_model_has_not_names_those_that_it_has():
         lora.attach(base_of(GPT), adapter_of(LLAMA, CONFIG), CONFIG)
 
 
+@pytest.mark.full
 def test_the_code_of_the_page_runs():
     page = (pathlib.Path(__file__).parent.parent / "docs" / "lora.md").read_text(encoding="utf-8")
     found: dict = {}

@@ -71,6 +71,7 @@ def test_rows_sorted_by_length_and_the_average_of_schedule_free():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(step.served(here)), jax.device_get(step.served(there)))
 
 
+@pytest.mark.full
 def test_updates_are_the_same_and_the_state_stays_where_it_was(tmp_path):
     here, metrics, _ = two_updates(False)
     there, other_metrics, sizes = two_updates(True)

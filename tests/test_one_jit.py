@@ -65,6 +65,7 @@ def assert_same(found: dict[str, np.ndarray], want: dict[str, np.ndarray], start
     assert max(np.abs(want[name] - start[name]).max() for name in want) > 1e-4
 
 
+@pytest.mark.full
 def test_one_program_and_many_runs_train_what_the_script_trains(base, tmp_path, monkeypatch):
     """Alone, and beside runs of another seed, learning rate and KL coefficient."""
     monkeypatch.setattr(jax, "devices", lambda *args: jax.local_devices()[:1])  # as on a machine with one device

@@ -91,6 +91,7 @@ def test_each_pair_is_on_one_side_and_the_seed_decides():
             preference_data.split(given, share, 1, 0, "here")
 
 
+@pytest.mark.full
 def test_own_answers_are_paired_by_the_tasks_score(tmp_path):
     model = arithmetic.PRESETS["smoke"].model
     params = transformer.build(model).init(jax.random.key(0))

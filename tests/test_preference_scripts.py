@@ -74,6 +74,7 @@ def test_kto_learns_from_a_tfds_folder(start, choices, tmp_path):
     assert rows[0]["loss/kto"] == pytest.approx(0.5, abs=1e-4)
 
 
+@pytest.mark.full
 def test_online_dpo_learns_from_its_own_scored_answers(start, tmp_path):
     _, rows = learned("online_dpo", start, tmp_path / "online", "--iterations", 4, "--batch", 16, "--n", 4)
     assert (

@@ -51,7 +51,7 @@ def check(out: pathlib.Path, start: pathlib.Path) -> list[dict]:
     [
         pytest.param("ppo", ("--batch", 32), marks=pytest.mark.full),  # plain pytest runs it below, with options
         pytest.param("grpo", ("--batch", 8, "--watch.strict"), marks=pytest.mark.full),
-        ("grpo", ("--batch", 8, "--microbatches.tokens", 64, "--microbatches.multiple", 7)),
+        pytest.param("grpo", ("--batch", 8, "--microbatches.tokens", 64, "--microbatches.multiple", 7), marks=pytest.mark.full),
         pytest.param("rloo", ("--batch", 8), marks=pytest.mark.full),  # and this as the fork
         pytest.param(
             "reinforce",

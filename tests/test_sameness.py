@@ -57,6 +57,7 @@ def test_twenty_updates_on_recorded_rollouts_are_the_same(shape):
     same_updates(shape)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_a_live_iteration_draws_the_same_tokens(shape):
     same_tokens(shape)

@@ -143,6 +143,7 @@ def test_narrow_caches_are_carried_on(dtype):
     assert np.mean(same) > 0.7  # rounding changes a draw now and then, and what follows it
 
 
+@pytest.mark.full
 def test_devices_change_nothing_and_no_batch_compiles_anew():
     params, rules = weights(), varied()
     alone, *_ = carried(MODEL, params, rules, count=4)

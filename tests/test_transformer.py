@@ -283,7 +283,8 @@ def test_scan_and_remat_change_nothing(switches):
     assert_close(*results, 2e-6)  # float32 sums in another order
 
 
-@pytest.mark.parametrize("experts", [0, pytest.param(4, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("experts", [0, 4])
 def test_what_is_stored_follows_the_choice(experts):
     """Bytes of temporaries of a gradient, of a dense model and of a mixture; loss and gradient are the same."""
     shape = TransformerConfig(40, 32, 3, 4, 4, 8, 96, 64, experts=experts, experts_per_token=min(experts, 2))
@@ -429,7 +430,8 @@ def test_sampling_on_eight_devices_gives_the_same_logits():
     assert_close(np.asarray(out), sampler(GPT, 2)(params, prompts, length, responses), 2e-5)
 
 
-@pytest.mark.parametrize("config", [pytest.param(LLAMA, marks=pytest.mark.full), GPT], ids=["tied", "head"])
+@pytest.mark.full
+@pytest.mark.parametrize("config", [LLAMA, GPT], ids=["tied", "head"])
 def test_a_vocabulary_that_the_mesh_does_not_divide_is_whole_on_each_device_and_told(config):
     """39 ids over two devices: the same numbers, and no id more."""
     config = dataclasses.replace(config, vocab_size=39)
