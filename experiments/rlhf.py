@@ -1,6 +1,6 @@
 """The whole loop, on real human judgements: from nothing to a policy that people's choices trained, and one round more.
 
-    python -m experiments.rlhf --out runs/demo                     # nine minutes on two cores
+    python -m experiments.rlhf --out runs/demo                     # nine to eleven minutes on two cores
     python -m experiments.rlhf --out runs/demo --labeler human     # you choose between the answers of the second round
     python -m experiments.rlhf --out runs/demo --control --overoptimize
 
