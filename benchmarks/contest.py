@@ -28,6 +28,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models import hf, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.rewards import model as rewards
+from jaxrlhf.training import cli
 
 APART = 1e-3  # at most, between sums of log-probs, or scores, of the same rows by two contenders
 ROPE_THETA = 1e6  # of all contenders: Tunix 0.1.7's Llama takes this, whatever its configuration says
@@ -168,7 +169,13 @@ def load(folder: Path) -> Start:
     mesh = sharding.make_mesh(sharding.MeshConfig())
     trunk, shape = hf.load(folder / "policy", mesh)
     judge, _ = hf.load(folder / "reward", mesh)
-    return Start(shape, trunk, jax.device_get(judge), jnp.asarray(np.load(folder / "prompts.npy")))
+    cli.keep_memory()  # as every script of ours does
+    return Start(
+        dataclasses.replace(shape, **shapes.UNROLLED),
+        trunk,
+        jax.device_get(judge),
+        jnp.asarray(np.load(folder / "prompts.npy")),
+    )
 
 
 def updates(state: Any) -> int:

@@ -27,7 +27,7 @@ from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.feedback.limits import Limits
 from jaxrlhf.models import transformer
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.serving import server
+from jaxrlhf.serving import desk, server
 from jaxrlhf.serving.engine import Engine, Options, Policy
 from jaxrlhf.serving.protocol import Defaults
 
@@ -77,7 +77,7 @@ def make_policy(config: argparse.Namespace) -> Policy:
 def serving(policy: Policy, config: argparse.Namespace, slots: int):
     """The address of a service with so many slots."""
     free = Limits(rate=1e9, burst=10**9)
-    site = server.Site("policy", Defaults(1.0, 0.9, config.tokens, 1), limits=free, port=0)
+    site = desk.Site("policy", Defaults(1.0, 0.9, config.tokens, 1), limits=free, port=0)
     with (
         contextlib.closing(Engine(policy, Options(slots, config.prompt, config.chunk))) as engine,
         server.running(site, engine) as address,

@@ -30,9 +30,10 @@ from jaxrlhf.algorithms import lm, reward
 from jaxrlhf.data import tokenizer as tokenizers
 from jaxrlhf.models import hf, transformer
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.training import objective, optimizer, step
+from jaxrlhf.training import cli, objective, optimizer, step
 from jaxrlhf.training.optimizer import OptimizerConfig
 
+VARIANTS = {"jaxrlhf": shapes.UNROLLED, "jaxrlhf, layers recomputed in a scan": {"scan": True, "remat": "layers"}}
 UPDATE = OptimizerConfig(learning_rate=1e-4, schedule="constant", warmup_fraction=0.0, b1=0.9, b2=0.95, clip_norm=1.0)
 
 
@@ -60,16 +61,12 @@ def compare(config: argparse.Namespace) -> dict[str, Any]:
     own = measure.rates(products)
     losses: dict[str, list[float]] = {}
     cases: dict[str, Callable[[], Any]] = {}
-    for name, changes in {"jaxrlhf": {}, "jaxrlhf, nothing recomputed": {"remat": "none"}}.items():
-        cases[name] = ours(dataclasses.replace(shape, **changes), params, tokens, config.task, losses.setdefault(name, []))
-    for name in ("jaxrlhf", "jaxrlhf, nothing recomputed"):
-        cases[name + ", bfloat16 products"] = ours(
-            dataclasses.replace(shape, dtype="bfloat16", remat="layers" if name == "jaxrlhf" else "none"),
-            params,
-            tokens,
-            config.task,
-            [],
-        )
+    cli.keep_memory()  # as every script of ours does
+    for name, changes in VARIANTS.items():
+        wanted = dataclasses.replace(shape, **changes)
+        cases[name] = ours(wanted, params, tokens, config.task, losses.setdefault(name, []))
+        narrow = dataclasses.replace(wanted, dtype="bfloat16")
+        cases[name + ", bfloat16 products"] = ours(narrow, params, tokens, config.task, [])
     with tempfile.TemporaryDirectory() as folder:
         peers = {}
         if config.torch:

@@ -25,7 +25,7 @@ from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.feedback import accounts, gate, limits, store
 from jaxrlhf.models import pretrained
 from jaxrlhf.models.model import CacheConfig
-from jaxrlhf.serving import engine, server, texts, watch
+from jaxrlhf.serving import desk, engine, server, texts, watch
 from jaxrlhf.serving.protocol import Defaults
 from jaxrlhf.training import cli
 
@@ -91,10 +91,10 @@ def serving(config: Config):
         yield address, answering
 
 
-def site_of(config: Config) -> server.Site:
-    """What is served, and to whom. ValueError as `server.Site`."""
+def site_of(config: Config) -> desk.Site:
+    """What is served, and to whom. ValueError as `desk.Site`."""
     asked = config.sampling
-    return server.Site(
+    return desk.Site(
         config.name,
         Defaults(asked.temperature, asked.top_p, asked.max_tokens, config.most),
         config.task,

@@ -15,7 +15,7 @@ from jaxrlhf.core.types import Rollout, SamplingSpec
 from jaxrlhf.models import flax_adapter, transformer
 from jaxrlhf.models.heads import IMPOSSIBLE
 from jaxrlhf.models.model import CacheConfig
-from jaxrlhf.sampling import decode, filters, generate
+from jaxrlhf.sampling import checks, decode, filters, generate
 from jaxrlhf.sampling.generate import Options
 from jaxrlhf.sampling.rows import Shape, uniforms
 
@@ -307,7 +307,7 @@ def test_bad_input_is_refused_with_the_numbers_and_the_fix(params):
     refuse(r"slots=5 must be a multiple of n=2 samples times 1 .* choose 4", n=2, slots=5)
     refuse("stop_strings=.* need a stop_table with a column for each of 48 ids", rules=spec(stop_strings=("x",)))
     refuse("cache dtype 'float8' is not known: choose one of float32, bfloat16, int8", cache=CacheConfig("float8"))
-    generate._check_numbers(MODEL, given, spec(max_tokens=18), 1, Options())  # the longest that fits
+    checks.numbers(MODEL, given, spec(max_tokens=18), 1, 8, 8, 0)  # the longest that fits
 
 
 def test_a_cache_larger_than_the_memory_is_refused_before_it_is_made(params, monkeypatch):
@@ -317,7 +317,7 @@ def test_a_cache_larger_than_the_memory_is_refused_before_it_is_made(params, mon
     found = generate.cache_bytes(MODEL, given, rules, 2)
     assert held < found < 1.1 * held  # beside them lengths and the table of rotations
     with monkeypatch.context() as patch:
-        patch.setattr(generate.os, "sysconf", lambda name: 100)  # 100 pages of 100 bytes
+        patch.setattr(checks.os, "sysconf", lambda name: 100)  # 100 pages of 100 bytes
         with pytest.raises(ValueError, match=r"take 0\.0 GiB a device, more than its 0\.0 GiB: set slots to fewer rows"):
             generate.generate(MODEL, params, given, rules, KEY, 2)
     half = generate.cache_bytes(MODEL, given, rules, 2, Options(cache=CacheConfig("bfloat16")))

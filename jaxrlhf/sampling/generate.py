@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxrlhf.core import offload, processes
+from jaxrlhf.core import offload, processes, sharding
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.models.model import EXACT, CacheConfig, Model
-from jaxrlhf.sampling import decode
+from jaxrlhf.sampling import checks, decode
 from jaxrlhf.sampling.rows import Shape, State, Written
 
 HALVINGS = 3  # of a batch, at most: each number of rows is a program of its own
@@ -199,7 +198,7 @@ class Job:
     @property
     def refilled(self) -> int:
         """Prompts read at a time into free slots: few programs, and products large enough."""
-        ways = _ways()
+        ways = sharding.ways()
         return max(1, self.options.slots // (8 * self.shape.n * ways)) * ways
 
     @property
@@ -207,7 +206,7 @@ class Job:
         """Rows that the batch shrinks to at least: by halves, each split evenly over the devices."""
         rows = self.options.slots if self.in_slots else self.count * self.shape.n + self.besides
         for _ in range(HALVINGS):
-            if rows // 2 < self.options.least or rows % (2 * _ways()):
+            if rows // 2 < self.options.least or rows % (2 * sharding.ways()):
                 break
             rows //= 2
         return rows
@@ -275,7 +274,7 @@ def _in_slots(job: Job) -> tuple[Written | None, State]:
             done, state = job.shrunk(done, state, going)
 
 
-# ------------------------------------------------------------------------------------------------ checks
+# ------------------------------------------------------------------------------------------------ a batch
 
 
 def make_job(
@@ -290,89 +289,17 @@ def make_job(
     besides: int = 0,
 ) -> Job:
     """The batch, and so many rows besides that are under way already, checked before anything is compiled."""
-    _check_numbers(model, prompts, spec, n, options)
-    _check_draw(prompts, spec, besides)
-    _check_prompts(model, prompts)
-    _check_memory(cache_bytes(model, prompts, spec, n, options, besides))
-    if spec.stop_strings and (stop_table is None or stop_table.shape[1] < model.vocab_size):
-        raise ValueError(
-            f"stop_strings={spec.stop_strings} need a stop_table with a column for each of {model.vocab_size} ids: "
-            "stop_strings.table(spec.stop_strings, tokenizer.pieces(), model.vocab_size)"
-        )
+    checks.numbers(model, prompts, spec, n, options.chunk, options.least, options.slots)
+    checks.draw(prompts, spec, besides)
+    checks.ids(model, prompts)
+    checks.memory(cache_bytes(model, prompts, spec, n, options, besides))
+    checks.stops(model, spec, stop_table)
     chunks = -(-spec.max_tokens // options.chunk)
     steps = -(-spec.max_tokens // chunks)  # chunks of equal length: one compiled program, the fewest steps past the end
     shape = Shape(n, chunks * steps, options.cache)
     weights = decode.decode_params(model, offload.to_device_memory(params))
     stop_table = stop_table if spec.stop_strings else None
     return Job(model, spec, shape, steps, weights, prompts, key, options, stop_table, besides)
-
-
-def _check_numbers(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, options: Options) -> None:
-    width = prompts.tokens.shape[1]
-    if width + spec.max_tokens > model.max_length:
-        raise ValueError(
-            f"prompt width {width} + max_tokens {spec.max_tokens} = {width + spec.max_tokens} exceeds the model's context of "
-            f"{model.max_length}: cut prompts to {model.max_length - spec.max_tokens} tokens, or lower max_tokens to "
-            f"{model.max_length - width}, or use a model with a longer context"
-        )
-    if n < 1 or options.chunk < 1 or options.least < 1 or options.slots < 0:
-        raise ValueError(
-            f"n={n}, chunk={options.chunk}, least={options.least} must be at least 1, slots={options.slots} at least 0"
-        )
-    if 0 < options.slots < prompts.length.shape[0] * n and options.slots % (n * _ways()):
-        raise ValueError(
-            f"slots={options.slots} must be a multiple of n={n} samples times {_ways()} devices that split the batch: "
-            f"choose {max(1, options.slots // (n * _ways())) * n * _ways()}"
-        )
-    outside = [i for i in (*spec.stop, *spec.forbidden, spec.pad) if not 0 <= i < model.vocab_size]
-    if outside:
-        raise ValueError(f"SamplingSpec names token ids {outside} outside the vocabulary 0 .. {model.vocab_size - 1}")
-
-
-def _check_draw(prompts: Prompts, spec: SamplingSpec, besides: int) -> None:
-    if prompts.draw is None:
-        return
-    if spec.temperature != 1 or spec.filtered or besides:
-        raise ValueError(
-            f"prompts with a draw of their own, but the spec has temperature={spec.temperature}, top_k={spec.top_k}, "
-            f"top_p={spec.top_p}, min_p={spec.min_p}, greedy={spec.greedy} and {besides} rows are under way: leave the spec "
-            "at temperature 1 without filters, and use no stragglers"
-        )
-    temperature, top_p = np.asarray(prompts.draw.temperature), np.asarray(prompts.draw.top_p)
-    if not ((temperature >= 0) & np.isfinite(temperature)).all() or not ((top_p > 0) & (top_p <= 1)).all():
-        raise ValueError(f"draw: temperature={temperature.tolist()} must be >= 0 and top_p={top_p.tolist()} in (0, 1]")
-
-
-def _check_prompts(model: Model, prompts: Prompts) -> None:
-    tokens, length = prompts.tokens, prompts.length
-    if not all(isinstance(x, np.ndarray) or x.is_fully_addressable for x in (tokens, length)):
-        return  # another host holds a part of them
-    tokens, length = np.asarray(tokens), np.asarray(length)
-    width = tokens.shape[1]
-    if length.min() < 1 or length.max() > width:
-        raise ValueError(
-            f"prompt lengths {length.min()} .. {length.max()} must be in 1 .. {width}, the width of the rows: "
-            "begin every prompt with a BOS token, and cut long ones"
-        )
-    outside = (np.arange(width) < length[:, None]) & ((tokens < 0) | (tokens >= model.vocab_size))
-    if outside.any():
-        row, place = np.argwhere(outside)[0]
-        raise ValueError(
-            f"prompt {row} has the id {tokens[row, place]} at place {place}, outside the vocabulary 0 .. "
-            f"{model.vocab_size - 1}: is its tokenizer that of the model?"
-        )
-
-
-def _check_memory(size: int) -> None:
-    mesh = jax.sharding.get_abstract_mesh()
-    size //= 1 if mesh.empty else mesh.size
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    limit = limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size > limit:
-        raise ValueError(
-            f"keys and values of all rows take {size / 2**30:.1f} GiB a device, more than its {limit / 2**30:.1f} GiB: set "
-            "slots to fewer rows at a time, or cache.dtype to bfloat16 or int8, or lower max_tokens"
-        )
 
 
 @functools.lru_cache(maxsize=64)
@@ -382,9 +309,3 @@ def _cache_bytes(model: Model, prompts: int, width: int, n: int, room: int, cach
 
     given = (jax.random.key(0), np.zeros((prompts, width), np.int32), np.ones(prompts, np.int32))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(prefill, *given)))
-
-
-def _ways() -> int:
-    """Devices that split the batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
