@@ -86,7 +86,8 @@ def choose_best(config: Config, setting: held_out.Setting, params: Any, start: d
     """Best-of-n of the baseline by the proxy: what choosing among samples buys without any training."""
     few = pipeline.take_prompts(setting.prompts, slice(config.best_of_prompts))
     most = max(config.best_of)
-    drawn = generate.generate(setting.model, params, sharding.shard_batch(few, setting.mesh), setting.spec, key, most)
+    few = sharding.shard_batch(few, setting.mesh)
+    drawn = generate.generate(setting.model, params, few, setting.spec, key, most, options=stage.ONCE)
     texts = [prompt + response for prompt, response in zip(*stage.texts(drawn, setting.tokenizer), strict=True)]
     proxy = processes.to_host(setting.reward(drawn)).reshape(-1, most)
     values = {"length": processes.to_host(drawn.response_len).astype(np.float64).reshape(-1, most)}

@@ -51,7 +51,7 @@ class Setting:
 def sample(setting: Setting, params: Any, key: jax.Array) -> policy.Samples:
     """One response to each held-out prompt, with entropy, KL to the reference and proxy score."""
     batch = sharding.shard_batch(setting.prompts, setting.mesh)
-    drawn = generate.generate(setting.model, params, batch, setting.spec, key)
+    drawn = generate.generate(setting.model, params, batch, setting.spec, key, options=stage.ONCE)
     logprobs, entropy = rollout.score_rollout(setting.model, params, drawn, setting.spec)
     reference, _ = rollout.score_rollout(setting.model, setting.reference, drawn, setting.spec)
     mask = masking.response_mask(drawn.response_len, logprobs.shape[1])

@@ -70,7 +70,8 @@ def centred(config: Config, model: Any, params: Any, shown: dict[str, np.ndarray
 def scaled(config: Config, model: Any, params: Any, policy: stage.Trained, prompts: Prompts, mesh: jax.sharding.Mesh) -> Any:
     """Scores of a policy's answers get mean 0 and deviation 1."""
     spec, key = stage.spec(config.sampling, policy.tokenizer), jax.random.key(config.seed)
-    drawn = generate.generate(policy.model, policy.params, sharding.shard_batch(prompts, mesh), spec, key)
+    prompts = sharding.shard_batch(prompts, mesh)
+    drawn = generate.generate(policy.model, policy.params, prompts, spec, key, options=stage.ONCE)
     scores = scores_of(config, model)(params, drawn.tokens, drawn.prompt_len + drawn.response_len)
     return rewards.normalise(params, processes.to_host(scores))
 

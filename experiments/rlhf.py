@@ -21,6 +21,7 @@ from typing import Any, Literal
 from experiments import evaluate, label, ppo, pretrain, reward_model, sample_pairs, sft, stage
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.evaluation import report
+from jaxrlhf.sampling import generate, rollout
 from jaxrlhf.training import cli
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
@@ -39,12 +40,14 @@ REFRESH = reward_model.Config(
         clip_norm=None,
     ),
 )
+# For a model this small a program takes longer to compile than all that fewer rows would save.
+PPO = dataclasses.replace(ppo.Config(), rollouts=rollout.Options(generation=generate.Options(halvings=1)))
 # A refreshed reward model scores more steeply: a higher price keeps the policy about as near as in the first round.
-AGAIN = dataclasses.replace(ppo.Config(), algorithm=dataclasses.replace(ppo.Config().algorithm, kl_coef=0.15))
+AGAIN = dataclasses.replace(PPO, algorithm=dataclasses.replace(ppo.Config().algorithm, kl_coef=0.15))
 # What few kinds of text taught is exploited soonest: the words that films are praised with are not those of other judges.
 NARROW = reward_model.Config(domains=("movie",), steps=200)
 OVEROPTIMIZE = dataclasses.replace(
-    ppo.Config(),
+    PPO,
     iterations=60,
     algorithm=dataclasses.replace(ppo.Config().algorithm, kl_coef=0.0),
     optimizer=dataclasses.replace(ppo.Config().optimizer, learning_rate=1e-3),
@@ -63,7 +66,7 @@ class Config:
     pretrain: pretrain.Config = pretrain.Config()
     sft: sft.Config = sft.Config()
     reward_model: reward_model.Config = reward_model.Config()
-    ppo: ppo.Config = ppo.Config()
+    ppo: ppo.Config = PPO
     evaluate: evaluate.Config = evaluate.Config()
     sample_pairs: sample_pairs.Config = sample_pairs.Config()
     label: label.Config = label.Config()

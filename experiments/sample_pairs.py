@@ -76,7 +76,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def answer(writer: stage.Trained, prompts: Any, spec: Any, key: jax.Array, n: int) -> tuple[list[str], list[str]]:
     """The prompts once each, and n answers to each of them."""
-    rollout = generate.generate(writer.model, writer.params, prompts, spec, key, n)
+    rollout = generate.generate(writer.model, writer.params, prompts, spec, key, n, options=stage.ONCE)
     starts, responses = stage.texts(rollout, writer.tokenizer)
     return starts[::n], responses
 

@@ -22,7 +22,7 @@ from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.models.model import Model
 from jaxrlhf.rewards import ensemble
 from jaxrlhf.rewards import model as rewards
-from jaxrlhf.sampling import stop_strings
+from jaxrlhf.sampling import generate, stop_strings
 from jaxrlhf.training import metrics, plan, timing
 from jaxrlhf.training.run import Run
 
@@ -57,6 +57,9 @@ def spec(sampling: Sampling, tokenizer: Tokenizer) -> SamplingSpec:
     # A checkpoint's tokenizer may have one token for all three, and EOS must stay possible.
     forbidden = tuple(i for i in (tokenizer.pad, tokenizer.bos) if i != tokenizer.eos)
     return SamplingSpec(**dataclasses.asdict(sampling), stop=(tokenizer.eos,), forbidden=forbidden, pad=tokenizer.pad)
+
+
+ONCE = generate.Options(halvings=1)  # of answers that are not drawn again and again: compiling takes longer than they do
 
 
 def stop_table(spec: SamplingSpec, tokenizer: Tokenizer, vocab_size: int) -> jax.Array | None:

@@ -236,5 +236,6 @@ def greedy(
     rows = held_out_sums(count)
     spec = dataclasses.replace(stage.spec(sampling, policy.tokenizer), greedy=True, replay=False)
     prompts = pipeline.text_prompts([row["prompt"] for row in rows], policy.tokenizer, PROMPT_WIDTH)
-    drawn = generate.generate(policy.model, params, sharding.shard_batch(prompts, mesh), spec, jax.random.key(0))
+    prompts = sharding.shard_batch(prompts, mesh)
+    drawn = generate.generate(policy.model, params, prompts, spec, jax.random.key(0), options=stage.ONCE)
     return float(correct(drawn, policy.tokenizer, rows).mean(dtype=np.float64)), stage.texts(drawn, policy.tokenizer)[1]

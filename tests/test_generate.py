@@ -304,10 +304,11 @@ def test_bad_input_is_refused_with_the_numbers_and_the_fix(params):
     refuse("n=0", n=0)
     refuse("chunk=0", chunk=0)
     refuse("slots=-1 at least 0", slots=-1)
+    refuse("halvings=-1, slots=0 at least 0", halvings=-1)
     refuse(r"slots=5 must be a multiple of n=2 samples times 1 .* choose 4", n=2, slots=5)
     refuse("stop_strings=.* need a stop_table with a column for each of 48 ids", rules=spec(stop_strings=("x",)))
     refuse("cache dtype 'float8' is not known: choose one of float32, bfloat16, int8", cache=CacheConfig("float8"))
-    checks.numbers(MODEL, given, spec(max_tokens=18), 1, 8, 8, 0)  # the longest that fits
+    checks.numbers(MODEL, given, spec(max_tokens=18), 1, 8, 3, 8, 0)  # the longest that fits
 
 
 def test_a_cache_larger_than_the_memory_is_refused_before_it_is_made(params, monkeypatch):

@@ -66,7 +66,7 @@ def programs(config: Config) -> dict[str, int]:
     options, ways = config.rollouts.generation, max(config.mesh.data, 1) * config.mesh.fsdp
     in_slots = 0 < options.slots < config.rows
     rows, sizes = options.slots if in_slots else config.rows, 1
-    while sizes <= generate.HALVINGS and rows // 2 >= options.least and rows % (2 * ways) == 0:
+    while sizes <= options.halvings and rows // 2 >= options.least and rows % (2 * ways) == 0:
         rows, sizes = rows // 2, sizes + 1
     rooms = 2 if config.response >= generate.GROWING and not in_slots else 1
     # Weights as they are read, prompts read, slots refilled; for each number of rows chunks, halving and the end.

@@ -12,7 +12,9 @@ from jaxrlhf.core.types import Prompts, SamplingSpec
 from jaxrlhf.models.model import Model
 
 
-def numbers(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, chunk: int, least: int, slots: int) -> None:
+def numbers(
+    model: Model, prompts: Prompts, spec: SamplingSpec, n: int, chunk: int, halvings: int, least: int, slots: int
+) -> None:
     """Lengths, options and the spec's ids.
 
     Raises:
@@ -25,8 +27,10 @@ def numbers(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, chunk: i
             f"{model.max_length}: cut prompts to {model.max_length - spec.max_tokens} tokens, or lower max_tokens to "
             f"{model.max_length - width}, or use a model with a longer context"
         )
-    if n < 1 or chunk < 1 or least < 1 or slots < 0:
-        raise ValueError(f"n={n}, chunk={chunk}, least={least} must be at least 1, slots={slots} at least 0")
+    if n < 1 or chunk < 1 or least < 1 or halvings < 0 or slots < 0:
+        raise ValueError(
+            f"n={n}, chunk={chunk}, least={least} must be at least 1, halvings={halvings}, slots={slots} at least 0"
+        )
     if 0 < slots < prompts.length.shape[0] * n and slots % (n * sharding.ways()):
         raise ValueError(
             f"slots={slots} must be a multiple of n={n} samples times {sharding.ways()} devices that split the batch: "

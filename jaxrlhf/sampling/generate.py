@@ -24,7 +24,6 @@ from jaxrlhf.models.model import EXACT, CacheConfig, Model
 from jaxrlhf.sampling import checks, decode
 from jaxrlhf.sampling.rows import Shape, State, Written
 
-HALVINGS = 3  # of a batch, at most: each number of rows is a program of its own
 GROWING = 256  # response tokens from which on the cache starts with half of its room
 
 
@@ -34,6 +33,7 @@ class Options:
 
     chunk: int = 8  # steps between two looks at which rows go on, at most
     slots: int = 0  # rows decoded at a time, the others waiting for one that is free; 0: all rows at once
+    halvings: int = 3  # of a batch, at most: each number of rows is two programs of its own, seconds to compile
     least: int = 8  # rows that a batch shrinks to at least; fewer take a product as long
     cache: CacheConfig = EXACT
 
@@ -205,7 +205,7 @@ class Job:
     def fewest(self) -> int:
         """Rows that the batch shrinks to at least: by halves, each split evenly over the devices."""
         rows = self.options.slots if self.in_slots else self.count * self.shape.n + self.besides
-        for _ in range(HALVINGS):
+        for _ in range(self.options.halvings):
             if rows // 2 < self.options.least or rows % (2 * sharding.ways()):
                 break
             rows //= 2
@@ -289,7 +289,7 @@ def make_job(
     besides: int = 0,
 ) -> Job:
     """The batch, and so many rows besides that are under way already, checked before anything is compiled."""
-    checks.numbers(model, prompts, spec, n, options.chunk, options.least, options.slots)
+    checks.numbers(model, prompts, spec, n, options.chunk, options.halvings, options.least, options.slots)
     checks.draw(prompts, spec, besides)
     checks.ids(model, prompts)
     checks.memory(cache_bytes(model, prompts, spec, n, options, besides))
