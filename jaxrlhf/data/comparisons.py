@@ -150,6 +150,25 @@ def preference_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, wid
     for i, (_, *responses) in enumerate(encoded):
         if (longest := max(map(len, responses))) > width:
             raise ValueError(f"pair {i} has {longest} tokens, more than the width {width}: widen it, or leave the pair out")
+    return _laid_out(rows, encoded, width)
+
+
+def whole_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, multiple: int = 16) -> Preferences:
+    """`preference_rows` as wide as the longest row, rounded up to a multiple: to be scored, where none may be left out.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("there are no preference pairs to score")
+    encoded = _encode_pairs(rows, tokenizer)
+    longest = max(len(row) for _, *two in encoded for row in two)
+    return _laid_out(rows, encoded, -(-longest // multiple) * multiple)
+
+
+def _laid_out(
+    rows: Sequence[Mapping[str, Any]], encoded: Sequence[tuple[int, list[int], list[int]]], width: int
+) -> Preferences:
     tokens, length = pipeline.pad_rows([row for _, *two in encoded for row in two], width)
     prompt_len = np.repeat(np.array([[prompt] for prompt, *_ in encoded], np.int32), 2, axis=1)
     tie = np.array([bool(row.get("tie", False)) for row in rows])
