@@ -1,11 +1,11 @@
 """How many labels it takes to reach an accuracy, by which pairs people are asked about: random, uncertain, disputed ones.
 
-    python -m experiments.label_efficiency --out runs/label_efficiency       # after rlhf.py: reads the language model of runs/demo
+    python -m experiments.label_efficiency --out runs/label_efficiency     # after rlhf.py: the language model of runs/demo
 
-Pairs of people's rated texts, of which a simulated person is asked about some at a time. After each batch of labels several linear
-rewards on the language model's hidden states (its trunk stays as it is), each on a bootstrap of the labels, are fitted anew; they
-choose the next batch, and are judged together on the held-out texts that people rated. Every way of choosing begins with the same
-labels, from the same pool, and is judged by the same kind of model, so that the curves differ by what was asked alone.
+Pairs of people's rated texts, of which a simulated person is asked about some at a time. After each batch of labels several
+linear rewards on the language model's hidden states (its trunk stays as it is), each on a bootstrap of the labels, are fitted
+anew; they choose the next batch, and are judged together on the held-out texts that people rated. Every way of choosing begins
+with the same labels, from the same pool, and is judged by the same kind of model: the curves differ by what was asked alone.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def seen(trunk: stage.Trained, ratings: Sequence[Rating], width: int, size: int 
     def pooled(params: Any, tokens: jax.Array, length: jax.Array) -> jax.Array:
         hidden = trunk.model.hidden(params, tokens).astype(jnp.float32)
         mask = masking.length_mask(length, tokens.shape[1])[..., None]
-        return masking.masked(hidden, mask).sum(axis=1) / length[:, None]
+        return jnp.where(mask, hidden, 0.0).sum(axis=1) / length[:, None]
 
     count = len(ratings)
     tokens, length = (np.resize(rows[x], (-(-count // size) * size, *rows[x].shape[1:])) for x in ("tokens", "length"))
@@ -168,7 +168,7 @@ def curve(config: Config, train: Texts, test: Texts, way: selection.Way, seed: i
     pairs = pool(config, train, seed)
     said, gap = asked(config, train, pairs, seed), train.features[pairs[:, 0]] - train.features[pairs[:, 1]]
     taken, accuracy = list(range(config.first)), []  # the pool is in random order
-    # A pair's copies in each bootstrap are its own, whenever it is labelled: Poisson of mean 1, as `comparisons.bootstrapped_sets`.
+    # A pair's copies in each bootstrap are its own, whenever it is labelled: Poisson, as in `comparisons.bootstrapped_sets`.
     copies = np.random.default_rng([seed, 2]).poisson(1.0, (config.members, len(pairs))).astype(np.float64)
     for number in range((config.labels - config.first) // config.batch + 1):
         heads = fit(gap[taken], said[taken], copies[:, taken], config.ridge)
@@ -193,9 +193,7 @@ def compared(labels: Int[np.ndarray, " k"], curves: Mapping[str, Sequence[Sequen
             "way": way,
             "last": float(rows[:, -1].mean()),
             "mean": float(rows.mean()),
-            "better": int(
-                (rows.mean(axis=1) > found["random"].mean(axis=1)).sum()
-            ),  # seeds whose whole curve is above, on average
+            "better_seeds": int((rows.mean(axis=1) > found["random"].mean(axis=1)).sum()),  # by the mean over the curve
             "share_needed": {
                 str(labels[at]): selection.share_needed(labels, rows, found["random"], at)._asdict() for at in quarters
             },

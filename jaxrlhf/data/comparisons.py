@@ -189,6 +189,23 @@ def fitting(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, width: int)
     return [row for row, (_, *two) in zip(rows, encoded, strict=True) if max(map(len, two)) <= width]
 
 
+def answer_rows(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, width: int
+) -> tuple[dict[str, np.ndarray], list[Mapping[str, Any]]]:
+    """Token rows bos + prompt + completion + eos of the single answers {prompt, completion, ...} that have room in `width`.
+
+    Returns tokens [n, width], prompt_len [n], response_len [n], and the rows that they are of; count what is missing.
+    """
+    prompts = tokenizer.encode_batch([row["prompt"] for row in rows])
+    answers = tokenizer.encode_batch([row["completion"] for row in rows], continuation=True)
+    whole = [[tokenizer.bos, *prompt, *answer, tokenizer.eos] for prompt, answer in zip(prompts, answers, strict=True)]
+    kept = [i for i, row in enumerate(whole) if len(row) <= width]
+    tokens, length = pipeline.pad_rows([whole[i] for i in kept], width)
+    prompt_len = np.array([len(prompts[i]) + 1 for i in kept], np.int32)
+    arrays = {"tokens": tokens, "prompt_len": prompt_len, "response_len": length - prompt_len}
+    return arrays, [rows[i] for i in kept]
+
+
 def _encode_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[tuple[int, list[int], list[int]]]:
     """(prompt length with BOS, row of the chosen response, row of the rejected one) of each pair."""
     prompts = tokenizer.encode_batch([row["prompt"] for row in rows])

@@ -101,12 +101,11 @@ def tabulate(choices: Sequence[store.Choice], gold: Mapping[str, str]) -> Table:
         if pair not in gold and next(word for word in row if word) < 0:
             row = [-word for word in row]  # the margins are symmetric: which response is a says nothing
         rows.append([int(pair in gold), *row])
-    kinds, count = np.unique(np.array(rows, np.int64).reshape(len(rows), -1), axis=0, return_counts=True)
-    kinds = kinds.reshape(len(count), 1 + len(labelers))
+    kinds, count = np.unique(np.array(rows, np.int64).reshape(len(rows), 1 + len(labelers)), axis=0, return_counts=True)
     return Table(labelers, kinds[:, 1:], kinds[:, 0], count.astype(np.float64))
 
 
-def agreeing(beta: Float[np.ndarray, "*s"]) -> Float[np.ndarray, "*s"]:
+def agreeing(beta: Float[np.ndarray, " labelers"]) -> Float[np.ndarray, " labelers"]:
     """Share of the pairs on which a labeler of this beta chooses what the common taste prefers: mean of sigmoid(beta |m|)."""
     return (np.exp(log_sigmoid(beta[..., None] * MARGIN)) * DENSITY).sum(axis=-1)
 
