@@ -34,8 +34,8 @@ def bald(margins: list[float]) -> float:
     return sum(q * math.log(q / mean) + (1 - q) * math.log((1 - q) / (1 - mean)) for q in p) / len(p)
 
 
-def log_posterior(betas, said, gold, deviation: float = 1.0) -> float:
-    """Log of the likelihood of verdicts, margins integrated out on a fine grid, and of the prior N(1, 1) of each beta.
+def log_posterior(betas, said, gold, deviation: float = 3.0) -> float:
+    """Log of the likelihood of verdicts, margins integrated out on a fine grid, and of the prior N(1, 3^2) of each beta.
 
     `said[i][l]`: 1 for a (of gold pairs: right), -1 for b, 0 not judged.
     """

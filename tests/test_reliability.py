@@ -29,7 +29,7 @@ def _people(betas, pairs: int, judges: int, gold: int, seed: int) -> tuple[list[
 def test_the_fit_is_where_the_likelihood_has_no_slope(gold):
     choices, known = _people((3.0, 1.0, 0.2, -0.5), pairs=30, judges=3, gold=gold, seed=gold)
     table = reliability.tabulate(choices, known)
-    found = reliability.fit(table.said, table.known, table.count)
+    found = reliability.likeliest(table)
     names = [f"p{i}" for i in range(4)]
     said, of_gold = [], []
     for pair in sorted({choice.pair for choice in choices}):
@@ -46,19 +46,19 @@ def test_the_fit_is_where_the_likelihood_has_no_slope(gold):
 
 
 def test_who_reads_is_told_from_who_does_not():
-    betas = (4.0, 2.0, 1.0, 0.0)
-    choices, known = _people(betas, pairs=400, judges=4, gold=0, seed=3)
-    found = {each.labeler: each for each in reliability.reliability(choices, known, draws=30)}
-    for who, beta in enumerate(betas):
-        each = found[f"p{who}"]
-        assert each.low < each.beta < each.high
-        assert each.low - 0.5 < beta < each.high + 0.5
-        assert each.pairs == 400
-    assert found["p0"].low > found["p2"].high
-    assert found["p3"].high < 0.5 < found["p2"].beta
-    assert found["p3"].agrees == pytest.approx(0.5, abs=0.08)
-    assert next(each.labeler for each in reliability.reliability(choices, known, draws=2)) == "p0"
-    assert reliability.reliability(choices, known, draws=5) == reliability.reliability(choices, known, draws=5)
+    betas = (3.0, 1.5, 0.7, 0.0)
+    inside = 0
+    for seed in range(6):
+        choices, known = _people(betas, pairs=1000, judges=3, gold=0, seed=seed)
+        found = {each.labeler: each for each in reliability.reliability(choices, known)}
+        assert next(iter(found)) == "p0"
+        assert found["p3"].high < found["p2"].beta < found["p1"].beta
+        assert found["p3"].agrees == pytest.approx(0.5, abs=0.08)
+        assert all(abs(each.pairs - 750) < 75 for each in found.values())
+        assert all(each.low < each.beta < each.high for each in found.values())
+        inside += sum(found[f"p{who}"].low < beta < found[f"p{who}"].high for who, beta in enumerate(betas))
+    assert inside >= 20  # of 24 intervals of 95 %: fewer than once in a hundred, were they right
+    assert reliability.reliability(choices, known) == list(found.values()), "the bootstrap is seeded"
 
 
 def test_gold_finds_a_reversed_majority():

@@ -20,7 +20,9 @@ _PLACE, _WEIGHT = np.polynomial.legendre.leggauss(20)
 MARGIN = 3.5 * (_PLACE + 1)  # margins above 0 that stand for all of them: up to 7 deviations
 DENSITY = _WEIGHT * np.exp(-0.5 * MARGIN**2)
 DENSITY = DENSITY / DENSITY.sum()
-PRIOR_MEAN, PRIOR_DEVIATION = 1.0, 1.0  # of beta: keeps those who always agree finite, and says that most read
+LOG_DENSITY = np.log(np.concatenate([DENSITY[::-1], DENSITY]) / 2)
+NODE = np.concatenate([-MARGIN[::-1], MARGIN])
+PRIOR_MEAN, PRIOR_DEVIATION = 1.0, 3.0  # of beta: keeps those who always agree finite, and says that most read
 
 
 class Reliability(NamedTuple):
@@ -48,40 +50,81 @@ def log_sigmoid(x: Float[np.ndarray, "*s"]) -> Float[np.ndarray, "*s"]:
     return -np.logaddexp(0.0, -x)
 
 
-def fit(
-    said: Int[np.ndarray, "n labelers"],
-    known: Int[np.ndarray, " n"],
-    count: Float[np.ndarray, " n"],
-    start: Float[np.ndarray, " labelers"] | None = None,
-    tolerance: float = 1e-8,
-    most: int = 2000,
-) -> Float[np.ndarray, " labelers"]:
-    """The likeliest beta of each labeler under the prior; rows are those of a `Table`.
+def fit(table: Table, start: Float[np.ndarray, " labelers"] | None = None, most: int = 500) -> Float[np.ndarray, " labelers"]:
+    """The likeliest beta of each labeler under the prior, near `start`.
 
     Source: the two-parameter logistic model without difficulties, labelers in the place of questions, fitted by marginal
-    likelihood (Bock and Aitkin 1981), each step one of Newton's; a reliability of each labeler beside a common taste as in Chen
-    et al. 2013, "Pairwise ranking aggregation in a crowdsourced setting".
+    likelihood (Bock and Aitkin 1981); a reliability of each labeler beside a common taste as in Chen et al. 2013, "Pairwise
+    ranking aggregation in a crowdsourced setting". By Newton's method, and by a step of expectation and maximisation, which
+    always goes up, where that would not.
     """
-    node = np.concatenate([-MARGIN, MARGIN])
-    below = np.where(known[:, None] > 0, 0.0, DENSITY)  # the right answer of a gold pair has a margin above 0
-    prior = np.concatenate([below, np.broadcast_to(DENSITY, below.shape)], axis=1)  # [n, nodes]
-    yes, no = (said > 0).astype(np.float64), (said < 0).astype(np.float64)
-    beta = np.ones(said.shape[1]) if start is None else start
+    beta = np.ones(len(table.labelers)) if start is None else start
+    reached = log_posterior(beta, table)
     for _ in range(most):
-        lead = beta[:, None] * node  # [labelers, nodes]
-        likelihood = (yes + no) @ log_sigmoid(lead) - no @ lead  # log sigmoid(-x) = log sigmoid(x) - x
-        likelihood = np.where(prior > 0, likelihood, -np.inf)
-        posterior = prior * np.exp(likelihood - likelihood.max(axis=1, keepdims=True))
-        posterior *= (count / posterior.sum(axis=1))[:, None]
-        chose, other = yes.T @ posterior, no.T @ posterior
-        chance = np.exp(log_sigmoid(lead))
-        slope = ((chose * (1 - chance) - other * chance) * node).sum(axis=1) - (beta - PRIOR_MEAN) / PRIOR_DEVIATION**2
-        bend = ((chose + other) * chance * (1 - chance) * node**2).sum(axis=1) + 1 / PRIOR_DEVIATION**2
-        step = np.clip(slope / bend, -1.0, 1.0)
-        beta = beta + step
-        if np.abs(step).max(initial=0.0) < tolerance:
+        scores, whole, curvature = _slopes(beta, table)
+        slope = table.count @ scores - (beta - PRIOR_MEAN) / PRIOR_DEVIATION**2
+        if np.abs(slope).max(initial=0.0) < 1e-7 * max(table.count.sum(), 1.0):
             break
+        newton = beta + np.clip(np.linalg.solve(curvature, slope), -1.0, 1.0)
+        if (after := log_posterior(newton, table)) <= reached:
+            newton = beta + np.clip(slope / whole, -1.0, 1.0)
+            after = log_posterior(newton, table)
+        beta, reached = newton, after
     return beta
+
+
+def _slopes(
+    beta: Float[np.ndarray, " labelers"], table: Table
+) -> tuple[Float[np.ndarray, "n labelers"], Float[np.ndarray, " labelers"], Float[np.ndarray, "labelers labelers"]]:
+    """Slope of the log-likelihood of a pair of each row; the curvature that there would be if the margins were known, and that
+    which there is, the prior's in both.
+
+    Source: Louis 1982, "Finding the observed information matrix when using the EM algorithm".
+    """
+    joint = _log_joint(beta, table)
+    posterior = np.exp(joint - joint.max(axis=1, keepdims=True))
+    posterior /= posterior.sum(axis=1, keepdims=True)
+    chance = np.exp(log_sigmoid(beta[:, None] * NODE))  # [labelers, nodes]
+    judged, scores = np.abs(table.said).astype(np.float64), np.zeros(table.said.shape)
+    spread = np.zeros((len(beta), len(beta)))
+    for place, p, weight in zip(NODE, chance.T, posterior.T, strict=True):
+        own = place * judged * (np.where(table.said > 0, 1.0, 0.0) - p)  # of each verdict, were this the margin
+        scores += weight[:, None] * own
+        spread += (own * (table.count * weight)[:, None]).T @ own
+    spread -= (scores * table.count[:, None]).T @ scores
+    bend = (judged * table.count[:, None]).T @ posterior * chance * (1 - chance) * NODE**2
+    whole = bend.sum(axis=1) + 1 / PRIOR_DEVIATION**2
+    return scores, whole, np.diag(whole) - spread
+
+
+def _log_joint(beta: Float[np.ndarray, " labelers"], table: Table) -> Float[np.ndarray, "n nodes"]:
+    """Log of the density of each margin and of the verdicts under it; -inf where the answer is known to be the other one."""
+    lead, said = beta[:, None] * NODE, table.said
+    # log sigmoid(-x) = log sigmoid(x) - x
+    likelihood = np.abs(said).astype(np.float64) @ log_sigmoid(lead) - (said < 0).astype(np.float64) @ lead
+    return np.where((table.known[:, None] > 0) & (NODE < 0), -np.inf, likelihood + LOG_DENSITY)
+
+
+def log_posterior(beta: Float[np.ndarray, " labelers"], table: Table) -> float:
+    """Log of the likelihood of a table and of the prior, up to constants of the table."""
+    joint = _log_joint(beta, table)
+    largest = joint.max(axis=1)
+    likelihood = (table.count * (largest + np.log(np.exp(joint - largest[:, None]).sum(axis=1)))).sum()
+    return float(likelihood - 0.5 * ((beta - PRIOR_MEAN) ** 2).sum() / PRIOR_DEVIATION**2)
+
+
+def likeliest(table: Table) -> Float[np.ndarray, " labelers"]:
+    """`fit` from several starts, the one that ends highest: ones, the reverse of where these lead, and what gold alone says.
+
+    Verdicts say nothing of whose taste is the reversed one: the likelihood has a top on either side, of which the prior (that most
+    people read) or gold makes one the higher.
+    """
+    found, gold = [fit(table)], table.known > 0
+    starts = [-found[0]]
+    if gold.any():
+        starts.append(fit(Table(table.labelers, table.said[gold], table.known[gold], table.count[gold])))
+    found += [fit(table, start) for start in starts]
+    return max(found, key=lambda beta: log_posterior(beta, table))
 
 
 def tabulate(choices: Sequence[store.Choice], gold: Mapping[str, str]) -> Table:
@@ -110,19 +153,21 @@ def agreeing(beta: Float[np.ndarray, " labelers"]) -> Float[np.ndarray, " labele
     return (np.exp(log_sigmoid(beta[..., None] * MARGIN)) * DENSITY).sum(axis=-1)
 
 
-def reliability(choices: Sequence[store.Choice], gold: Mapping[str, str], draws: int = 100, seed: int = 0) -> list[Reliability]:
+def reliability(choices: Sequence[store.Choice], gold: Mapping[str, str], draws: int = 500, seed: int = 0) -> list[Reliability]:
     """Every labeler of whom the choices tell, the most reliable first; empty where no pair tells.
 
-    Intervals: percentiles over `draws` bootstrap samples of the pairs. Two labelers who judged the same pairs and no gold come
-    out alike, as nothing tells them apart: it takes three, or gold.
+    Intervals: percentiles over `draws` bootstrap samples of the pairs, each fitted by one step of Newton's from the whole
+    (Schucany and Wang 1991, "One-step bootstrapping for smooth iterative procedures"). Two labelers who judged the same pairs
+    and no gold come out alike, as nothing tells them apart: it takes three, or gold.
     """
     table = tabulate(choices, gold)
     if not table.labelers:
         return []
-    whole = fit(table.said, table.known, table.count)
+    whole = likeliest(table)
     pairs = int(table.count.sum())
     sampled = np.random.default_rng(seed).multinomial(pairs, table.count / pairs, draws).astype(np.float64)
-    drawn = np.stack([fit(table.said, table.known, count, whole, tolerance=1e-3) for count in sampled])
+    scores, _, curvature = _slopes(whole, table)
+    drawn = whole + np.linalg.solve(curvature, ((sampled - table.count) @ scores).T).T
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
     judged = (np.abs(table.said) * table.count[:, None]).sum(axis=0).astype(int)
     rows = zip(table.labelers, *(x.tolist() for x in (whole, low, high, agreeing(whole), judged)), strict=True)
