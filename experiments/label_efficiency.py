@@ -38,7 +38,7 @@ class Config:
     init: Path = Path("runs/demo/pretrain/model")  # language model whose hidden states the rewards are linear in
     out: Path = Path("runs/label_efficiency")
     mesh: MeshConfig = MeshConfig()
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)  # of pool, first labels, bootstraps and the person
+    seeds: tuple[int, ...] = (1, 2, 3)  # of pool, first labels, bootstraps and the person
     ways: tuple[selection.Way, ...] = ("random", "uncertainty", "disagreement", "bald")
     pool: int = 2000  # pairs that may be asked about
     first: int = 40  # labels of pairs drawn at random, which every way begins with

@@ -116,8 +116,8 @@ def log_posterior(beta: Float[np.ndarray, " labelers"], table: Table) -> float:
 def likeliest(table: Table) -> Float[np.ndarray, " labelers"]:
     """`fit` from several starts, the one that ends highest: ones, the reverse of where these lead, and what gold alone says.
 
-    Verdicts say nothing of whose taste is the reversed one: the likelihood has a top on either side, of which the prior (that most
-    people read) or gold makes one the higher.
+    Verdicts say nothing of whose taste is the reversed one: the likelihood has a top on either side, of which the prior (that
+    most people read) or gold makes one the higher.
     """
     found, gold = [fit(table)], table.known > 0
     starts = [-found[0]]
