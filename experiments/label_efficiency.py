@@ -185,7 +185,14 @@ def curve(config: Config, train: Texts, test: Texts, way: selection.Way, seed: i
 
 
 def compared(labels: Int[np.ndarray, " k"], curves: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, Any]]:
-    """Of each way: mean accuracy at the end, the mean over the curve, and the share of random's labels that it needs."""
+    """Of each way: mean accuracy at the end, the mean over the curve, and the share of random's labels that it needs, with its
+    interval; None: more than there are.
+    """
+
+    def share(rows: np.ndarray, at: int) -> dict[str, float | None]:
+        needed = selection.share_needed(labels, rows, found["random"], at)._asdict()
+        return {name: value if np.isfinite(value) else None for name, value in needed.items()}
+
     found = {way: np.array(rows, np.float64) for way, rows in curves.items()}
     quarters = [len(labels) // 4, len(labels) // 2, 3 * len(labels) // 4, len(labels) - 1]
     return [
@@ -194,9 +201,7 @@ def compared(labels: Int[np.ndarray, " k"], curves: Mapping[str, Sequence[Sequen
             "last": float(rows[:, -1].mean()),
             "mean": float(rows.mean()),
             "better_seeds": int((rows.mean(axis=1) > found["random"].mean(axis=1)).sum()),  # by the mean over the curve
-            "share_needed": {
-                str(labels[at]): selection.share_needed(labels, rows, found["random"], at)._asdict() for at in quarters
-            },
+            "share_needed": {str(labels[at]): share(rows, at) for at in quarters},
         }
         for way, rows in found.items()
     ]
