@@ -173,6 +173,7 @@ def test_settings_that_cannot_be_are_refused(place, tmp_path):
         selecting.ask_first(db, selecting.Config("disagreement", tmp_path / "single"), assignments.Rules(), 1)
 
 
+@pytest.mark.full
 def test_the_study_of_label_efficiency_runs_and_goes_on(tmp_path):
     """Its smallest form, on a language model of random weights."""
     trained = tokenizers.train(["a film that is good", "a sound that is bad"], 300)
