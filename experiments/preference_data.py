@@ -89,7 +89,7 @@ def load(path: Path, tokenizer: Tokenizer, config: Config, seed: int, run: Run |
     return split(pairs, config.held_out, seed, len(rows) - len(fitting), str(path))
 
 
-def thumbs(path: Path, tokenizer: Tokenizer, width: int, run: Run | None = None) -> tuple[dict[str, np.ndarray], int]:
+def thumbs(path: Path, tokenizer: Tokenizer, width: int, run: Run | None = None) -> tuple[dict[str, Any], int]:
     """Single answers that people judged by thumbs up or down, of a feedback store: the fields of `kto.Examples` but those of
     the models, and how many had no room in `width`. A `run` that goes on reads what it read before.
 

@@ -84,11 +84,11 @@ def _share(choices, of) -> float:
 
 def test_the_lazy_take_the_left_one_unread():
     """Of those who read none, all; of those who do not read a third, half of the rest is at the left as well."""
-    pairs = _pairs(4000)
+    pairs = _pairs(2500)
     assert _share(labelers.simulated(pairs, judge, "sim", Person(lazy=1.0)), lambda c: c.choice == "left") == 1
     some = labelers.simulated(pairs, judge, "sim", Person(noise=0.0, lazy=0.3))
-    assert _share(some, lambda c: c.choice == "left") == pytest.approx(0.3 + 0.7 / 2, abs=0.03)  # 4 standard errors
-    assert _errors(some, pairs) == pytest.approx(0.15, abs=0.025)
+    assert _share(some, lambda c: c.choice == "left") == pytest.approx(0.3 + 0.7 / 2, abs=0.04)  # 4 standard errors
+    assert _errors(some, pairs) == pytest.approx(0.15, abs=0.03)
 
 
 def test_the_lazy_may_take_the_shorter_one():
@@ -116,28 +116,24 @@ def test_position_bias_turns_what_is_nearer_than_it():
 
 
 def test_errors_grow_with_the_choices_made():
-    pairs = _pairs(6000)
-    person = Person(noise=0.05, noise_drift=0.1)
-    said = labelers.simulated(pairs, judge, "sim", person)
-    for start in (0, 2000, 4000):  # 0.05 at first, then 0.1 more every 1,000 choices, until chance
-        mean = np.clip(0.05 + 0.1 * np.arange(start, start + 1000) / 1000, 0, 0.5).mean()
-        part = slice(start, start + 1000)
-        assert _errors(said[part], pairs[part]) == pytest.approx(mean, abs=4 * np.sqrt(mean * (1 - mean) / 1000))
-    tired = labelers.simulated(pairs[:2000], judge, "sim", person, made=10_000)
-    assert _errors(tired, pairs[:2000]) == pytest.approx(0.5, abs=0.045)
+    pairs, person = _pairs(1000), Person(noise=0.05, noise_drift=0.1)
+    for made in (0, 2000, 4000):  # 0.05 at first, then 0.1 more every 1,000 choices, until chance
+        mean = np.clip(0.05 + 0.1 * np.arange(made, made + len(pairs)) / 1000, 0, 0.5).mean()
+        said = labelers.simulated(pairs, judge, "sim", person, made=made)
+        assert _errors(said, pairs) == pytest.approx(mean, abs=4 * np.sqrt(mean * (1 - mean) / len(pairs)))
+    tired = labelers.simulated(pairs, judge, "sim", person, made=100_000)
+    assert _errors(tired, pairs) == pytest.approx(0.5, abs=0.065)
     learning = labelers.simulated(pairs, judge, "sim", Person(noise=0.4, noise_drift=-0.1), made=4000)
     assert _errors(learning, pairs) == 0
 
 
 def test_taste_turns_to_the_longer_answer():
-    pairs = [store.Pair(f"p{i}", " 9", " words 1") for i in range(5000)]
-    said = labelers.simulated(pairs, judge, "sim", Person(noise=0.0, taste_drift=0.2))
-    for start in (0, 2000, 4000):
-        mean = 0.2 * (start + 500) / 1000
-        longer = _share(said[start : start + 1000], lambda c: c.preferred == "b")
+    pairs, person = [store.Pair(f"p{i}", " 9", " words 1") for i in range(1000)], Person(noise=0.0, taste_drift=0.2)
+    for made in (0, 2000, 4000):
+        mean = 0.2 * (made + 500) / 1000
+        longer = _share(labelers.simulated(pairs, judge, "sim", person, made=made), lambda c: c.preferred == "b")
         assert longer == pytest.approx(mean, abs=4 * np.sqrt(mean * (1 - mean) / 1000))
-    late = labelers.simulated(pairs, judge, "sim", Person(noise=0.0, taste_drift=0.2), made=5000)
-    assert _share(late, lambda c: c.preferred == "b") == 1
+    assert _share(labelers.simulated(pairs, judge, "sim", person, made=5000), lambda c: c.preferred == "b") == 1
 
 
 def test_drift_counts_the_choices_in_the_store(db):

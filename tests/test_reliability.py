@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
 import reference_feedback as reference
 
-from jaxrlhf.feedback import reliability, store
+from jaxrlhf.feedback import assignments, dashboard, reliability, store
 
 
 def _people(betas, pairs: int, judges: int, gold: int, seed: int) -> tuple[list[store.Choice], dict[str, str]]:
@@ -85,11 +88,25 @@ def test_what_tells_nothing_is_left_out():
     assert reliability.reliability([], {}) == []
 
 
+def test_an_admin_sees_it(tmp_path):
+    choices, _ = _people((3.0, 2.0, 0.0), pairs=40, judges=3, gold=0, seed=1)
+    pairs = {f"{i}": store.Pair(f"prompt {i}", " one", " two") for i in range(40)}
+    with contextlib.closing(store.open_store(tmp_path / "feedback.sqlite")) as db:
+        store.add_pairs(db, pairs.values())
+        assert dashboard.summary(db, assignments.Rules(k=3))["reliability"] == []
+        store.record(db, [dataclasses.replace(choice, pair=pairs[choice.pair].id) for choice in choices])
+        shown = json.loads(json.dumps(dashboard.summary(db, assignments.Rules(k=3)), allow_nan=False))["reliability"]
+    assert sorted(each["labeler"] for each in shown) == ["p0", "p1", "p2"]
+    assert all(each["low"] < each["beta"] < each["high"] and each["pairs"] == 40 for each in shown)
+    assert shown[-1]["labeler"] == "p2"
+
+
 def test_pairs_judged_alike_are_one_row_and_sides_do_not_matter():
     choices = [
         *(store.Choice("x", who, "left", "a") for who in ("ann", "bob")),
         *(store.Choice("y", who, "left", "b") for who in ("ann", "bob")),
-        *(store.Choice("z", who, word, "a") for who, word in (("ann", "right"), ("bob", "left"))),
+        store.Choice("z", "ann", "right", "a"),
+        store.Choice("z", "bob", "left", "a"),
     ]
     table = reliability.tabulate(choices, {})
     assert table.labelers == ["ann", "bob"]

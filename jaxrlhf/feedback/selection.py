@@ -83,7 +83,7 @@ def order(
     """
     times = dict(asked or {})
     turn = np.zeros(len(value), np.int64)
-    for i in np.argsort(-value, kind="stable"):
+    for i in map(int, np.argsort(-value, kind="stable")):
         turn[i] = times[prompts[i]] = times.get(prompts[i], 0) + 1
     return np.lexsort((-value, turn))
 
