@@ -1,10 +1,12 @@
 """Train the policy by KTO on single answers that are marked desirable or undesirable.
 
     python -m experiments.kto --choices runs/demo/feedback.sqlite --out runs/demo/kto
+    python -m experiments.kto --choices runs/demo/feedback.sqlite --learn thumbs  # what people marked while they chatted
     python -m experiments.kto --preset arithmetic  # sums: own right answers and own wrong ones
 
 The marks are made from choices (a feedback store, a .jsonl file or a TFDS folder; `--choices None` as in dpo.py): the chosen
-answer of a pair is desirable, the other undesirable, and from then on each stands alone. Log-probs are of the plain softmax.
+answer of a pair is desirable, the other undesirable, and from then on each stands alone. Or they are thumbs, up and down, which
+the chat service keeps in the same store (docs/serving.md). Log-probs are of the plain softmax.
 To change the algorithm, copy jaxrlhf/algorithms/kto.py and this page.
 """
 
@@ -12,9 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from experiments import preference_data, stage, tasks, watched
 from jaxrlhf.algorithms import kto
@@ -41,6 +44,7 @@ class Config:
     out: Path = Path("runs/demo/kto")
     seed: int = 1
     mesh: MeshConfig = MeshConfig()
+    learn: Literal["pairs", "thumbs", "both"] = "pairs"  # of a store: choices, thumbs of the chat service (serve.py), or both
     pairs: preference_data.Config = preference_data.Config()
     steps: int = 120
     batch: int = 128  # answers
@@ -65,9 +69,9 @@ def run(config: Config) -> dict[str, Any]:
 def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Train the task's policy on single answers."""
     task, start = watched.timed(run.clock, task), task.start
-    pairs = preference_data.gather(config, task, mesh, run)
-    reference = rollout.batch_logprobs(start.model, start.params, pairs.train, pairs.longest)
-    examples = kto.from_preferences(dataclasses.replace(pairs.train, ref_logprobs=reference))
+    examples, longest, too_long = gather(config, task, mesh, run)
+    reference = rollout.batch_logprobs(start.model, start.params, examples, longest)
+    examples = dataclasses.replace(examples, ref_logprobs=reference)
     data = pipeline.batches(preference_data.arrays(examples), config.batch, config.seed)
     data = stage.timed(run.clock, pipeline.within(data, start.config.vocab_size))
     params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
@@ -83,7 +87,7 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         """The batch with what its reference point is estimated from: each prompt with another one's answer."""
         others = mismatched(batch)
         run.clock.scored(others, Pass(start.config), Pass(start.config, lora=config.lora))
-        own, reference = (rollout.batch_logprobs(start.model, p, others, pairs.longest) for p in (params, start.params))
+        own, reference = (rollout.batch_logprobs(start.model, p, others, longest) for p in (params, start.params))
         return dataclasses.replace(batch, other_ratio=(own - reference).sum(axis=1), other_weight=others.weight)
 
     with_others = run.clock.timed("score", with_others)
@@ -101,8 +105,30 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     run.log(config.steps, judged)
     stage.save_policy(config.out, start, step.served(state), config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
-    told = {"answers": len(examples.weight), "too_long": pairs.too_long}
+    good = int((np.asarray(examples.desirable) & (np.asarray(examples.weight) > 0)).sum())
+    told = {"answers": len(examples.weight), "desirable": good, "too_long": too_long}
     return run.done({"curve": curve, "data": told, "samples": samples})
+
+
+def gather(config: Config, task: tasks.Task, mesh: jax.sharding.Mesh, run: Run) -> tuple[kto.Examples, int, int]:
+    """Single answers to learn from, tokens of the longest of them, and how many were left out for want of room.
+
+    Raises:
+        ValueError: thumbs without a store, or none in it.
+    """
+    parts, too_long = [], 0
+    if config.learn != "thumbs":
+        pairs = preference_data.gather(config, task, mesh, run)
+        parts.append(kto.from_preferences(pairs.train))
+        too_long += pairs.too_long
+    if config.learn != "pairs":
+        if config.choices is None:
+            raise ValueError(f"learn='{config.learn}' reads thumbs from a feedback store: give it as --choices")
+        fields, left_out = preference_data.thumbs(config.choices, task.start.tokenizer, config.pairs.width, run)
+        parts.append(kto.Examples(**fields))
+        too_long += left_out
+    examples = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    return examples, int(np.max(examples.response_len)), too_long
 
 
 ARITHMETIC = Config(

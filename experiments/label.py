@@ -3,10 +3,12 @@
     python -m experiments.label --store runs/demo/feedback.sqlite --page --people ann bob --admins you
     python -m experiments.label --store runs/demo/feedback.sqlite --labeler human --name you
     python -m experiments.label --store runs/demo/feedback.sqlite --labeler simulated
+    python -m experiments.label --page --limit 500 --select.by disagreement --select.reward runs/demo/ensemble/model
 
 The page (docs/feedback.md) prints a link for each person, with a token that is shown this once; it ends when every pair has
-its labels, or with Ctrl-C. The simulated person prefers the text that VADER finds more positive, errs in 10 % of the
-choices, and calls equal scores a tie. Every choice is on disk before the next pair is shown; the work can be left at any
+its labels, or with Ctrl-C. `--select` asks first about the pairs of which a reward model is least sure (docs/selection.md). The
+simulated person prefers the text that VADER finds more positive, errs in 10 % of the choices, and calls equal scores a tie;
+`--person` gives it other faults. Every choice is on disk before the next pair is shown; the work can be left at any
 moment and taken up again.
 """
 
@@ -19,12 +21,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments import selecting
 from jaxrlhf.evaluation import judges
 from jaxrlhf.feedback import accounts, agreement, app, assignments, gate, labelers, limits, store
 from jaxrlhf.training import cli
 from jaxrlhf.training.run import Run
 
-ELSEWHERE = ("people", "admins", "renew", "host", "port", "origins", "guidelines", "page")  # may change on the way
+ELSEWHERE = ("people", "admins", "renew", "host", "port", "origins", "guidelines", "page", "select")  # may change on the way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +36,10 @@ class Config:
     out: Path = Path("runs/demo/label")
     labeler: Literal["human", "simulated"] = "simulated"
     name: str = "simulated-vader"  # of the labeler, stored with every choice
-    noise: float = 0.1  # share of wrong choices of the simulated person
+    person: labelers.Person = labelers.Person()  # the simulated person's faults
     seed: int = 1
-    limit: int | None = None  # pairs a person is asked about in one sitting; at the page, labels of all people together
+    limit: int | None = None  # pairs somebody is asked about in one sitting; at the page, labels of all people together
+    select: selecting.Config = selecting.Config()  # which pairs are asked about first
     least: int = 0  # choices without which the stage is not done: the same command then goes on
     page: bool = False  # people choose at a page in the browser
     people: tuple[str, ...] = ()  # who may choose there; without any, `name`
@@ -57,27 +61,30 @@ def run(config: Config) -> dict[str, Any]:
         if not config.store.is_file():
             raise FileNotFoundError(f"{config.store}: no feedback store; make pairs first with sample_pairs.py")
         with contextlib.closing(store.open_store(config.store)) as db:
+            selected = selecting.ask_first(db, config.select, config.rules, config.seed)
             if config.page:
                 serve(config)
             elif config.labeler == "human":
                 labelers.label_at_terminal(db, config.name, config.limit)
             else:
-                labelers.label_simulated(db, judges.vader, config.name, config.noise, seed=config.seed)
+                labelers.label_simulated(db, judges.vader, config.name, config.person, config.seed, config.limit)
             every = store.choices(db)
             names = {account.name for account in accounts.every(db)} if config.page else {config.name}
         mine = [choice for choice in every if choice.labeler in names]
         decided = sum(choice.preferred is not None for choice in mine)
         if decided < config.least:
             raise ValueError(f"{decided} choices so far, {config.least} are needed; all are kept: the same command goes on")
-        counts = Counter(choice.choice for choice in mine)
+        counts, human = Counter(choice.choice for choice in mine), config.page or config.labeler == "human"
         agreed = {
             " and ".join(two): found._asdict() for two, found in agreement.between_labelers(every).items() if names & {*two}
         }
         return run.done(
             {
-                "labeler": "human" if config.page else config.labeler,
+                "labeler": "human" if human else config.labeler,
                 "name": ", ".join(people(config)) if config.page else config.name,
-                "noise": config.noise,
+                "noise": config.person.noise,
+                "person": None if human else dataclasses.asdict(config.person),
+                "select": selected,
                 "choices": dict(counts),
                 "left": agreement.left_share(mine),  # about half, with its interval: no favourite side
                 "agreement": agreed,  # with others who chose on the same pairs

@@ -19,7 +19,7 @@ from jaxrlhf.core.types import Preferences
 from jaxrlhf.data import comparisons
 from jaxrlhf.data.pipeline import Arrays
 from jaxrlhf.data.tokenizer import Tokenizer
-from jaxrlhf.feedback import exchange, store
+from jaxrlhf.feedback import exchange, store, unpaired
 from jaxrlhf.sampling import rollout
 from jaxrlhf.training.run import Run
 
@@ -87,6 +87,26 @@ def load(path: Path, tokenizer: Tokenizer, config: Config, seed: int, run: Run |
         raise ValueError(f"{path}: none of {len(rows)} choices has room in width={config.width}: label more, or widen it")
     pairs = comparisons.preference_rows(fitting, tokenizer, config.width)
     return split(pairs, config.held_out, seed, len(rows) - len(fitting), str(path))
+
+
+def thumbs(path: Path, tokenizer: Tokenizer, width: int, run: Run | None = None) -> tuple[dict[str, Any], int]:
+    """Single answers that people judged by thumbs up or down, of a feedback store: the fields of `kto.Examples` but those of
+    the models, and how many had no room in `width`. A `run` that goes on reads what it read before.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: not a feedback store, or no judgement in it that has room.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no feedback store; thumbs are collected there by serve.py")
+    with contextlib.closing(store.open_store(path)) as db:
+        upto = None if run is None else run.once("thumbs_sequence", lambda: unpaired.last_sequence(db))
+        rows = unpaired.rows(db, upto)
+    arrays, kept = comparisons.answer_rows(rows, tokenizer, width) if rows else ({}, [])
+    if not kept:
+        raise ValueError(f"{path}: none of {len(rows)} thumbs has room in width={width}: collect more by serve.py, or widen it")
+    judged = {"desirable": np.array([row["label"] for row in kept]), "weight": np.ones(len(kept), np.float32)}
+    return arrays | judged, len(rows) - len(kept)
 
 
 def split(pairs: Preferences, held_out: float, seed: int, too_long: int, place: str) -> Pairs:

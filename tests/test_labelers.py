@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxrlhf.feedback import labelers, store
+from jaxrlhf.feedback.labelers import Person
 
 
 def judge(texts):
@@ -35,7 +36,7 @@ def db(tmp_path):
 
 def test_without_noise_the_judge_is_followed():
     pairs = _pairs(300)
-    choices = labelers.simulated(pairs, judge, "sim", noise=0.0)
+    choices = labelers.simulated(pairs, judge, "sim", Person(noise=0.0))
     assert _errors(choices, pairs) == 0
     assert 0.4 < np.mean([choice.left_response == "a" for choice in choices]) < 0.6
     assert 0.4 < np.mean([choice.choice == "left" for choice in choices]) < 0.6
@@ -43,31 +44,107 @@ def test_without_noise_the_judge_is_followed():
 
 def test_the_share_of_errors_is_the_noise():
     pairs = _pairs(4000)
-    assert _errors(labelers.simulated(pairs, judge, "sim", noise=0.1), pairs) == pytest.approx(
-        0.1, abs=0.02
-    )  # 4 standard errors
+    assert _errors(labelers.simulated(pairs, judge, "sim"), pairs) == pytest.approx(0.1, abs=0.02)  # 4 standard errors
 
 
 def test_an_answer_depends_on_the_pair_alone():
     pairs = _pairs(200)
-    forward = labelers.simulated(pairs, judge, "sim", noise=0.3, seed=1)
-    backward = labelers.simulated(pairs[::-1], judge, "sim", noise=0.3, seed=1)
+    forward = labelers.simulated(pairs, judge, "sim", Person(noise=0.3), 1)
+    backward = labelers.simulated(pairs[::-1], judge, "sim", Person(noise=0.3), 1)
     assert forward == backward[::-1]
-    assert forward[50:60] == labelers.simulated(pairs[50:60], judge, "sim", noise=0.3, seed=1)
-    assert forward != labelers.simulated(pairs, judge, "sim", noise=0.3, seed=2)
+    assert forward[50:60] == labelers.simulated(pairs[50:60], judge, "sim", Person(noise=0.3), 1)
+    assert forward != labelers.simulated(pairs, judge, "sim", Person(noise=0.3), 2)
 
 
 def test_near_equal_judgements_are_ties():
     pairs = [store.Pair("p", " 10", " 12"), store.Pair("p", " 10", " 14")]
-    assert [c.choice == "tie" for c in labelers.simulated(pairs, judge, "sim", tie_gap=2.0)] == [True, False]
+    assert [c.choice == "tie" for c in labelers.simulated(pairs, judge, "sim", Person(tie_gap=2.0))] == [True, False]
     assert labelers.simulated([], judge, "sim") == []
 
 
-def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match=r"noise=0\.6"):
-        labelers.simulated(_pairs(2), judge, "sim", noise=0.6)
-    with pytest.raises(ValueError, match="tie_gap=-1"):
-        labelers.simulated(_pairs(2), judge, "sim", tie_gap=-1.0)
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"noise": 0.6}, r"noise=0\.6"),
+        ({"tie_gap": -1.0}, "tie_gap=-1"),
+        ({"lazy": 1.5}, r"lazy=1\.5"),
+        ({"unread": "right"}, "unread='right'"),
+        ({"taste_drift": -0.1}, "taste_drift=-0"),
+        ({"noise_drift": float("nan")}, "must be finite"),
+    ],
+)
+def test_impossible_settings_are_refused(given, told):
+    with pytest.raises(ValueError, match=told):
+        Person(**given)
+
+
+def _share(choices, of) -> float:
+    return float(np.mean([of(choice) for choice in choices]))
+
+
+def test_the_lazy_take_the_left_one_unread():
+    """Of those who read none, all; of those who do not read a third, half of the rest is at the left as well."""
+    pairs = _pairs(2500)
+    assert _share(labelers.simulated(pairs, judge, "sim", Person(lazy=1.0)), lambda c: c.choice == "left") == 1
+    some = labelers.simulated(pairs, judge, "sim", Person(noise=0.0, lazy=0.3))
+    assert _share(some, lambda c: c.choice == "left") == pytest.approx(0.3 + 0.7 / 2, abs=0.04)  # 4 standard errors
+    assert _errors(some, pairs) == pytest.approx(0.15, abs=0.03)
+
+
+def test_the_lazy_may_take_the_shorter_one():
+    pairs = [store.Pair(f"p{i}", " 7" + " 1" * (1 + i % 3), " 7" + " 1" * (1 + i % 2)) for i in range(2000)]
+    lengths = {pair.id: (len(pair.response_a), len(pair.response_b)) for pair in pairs}
+    unread = labelers.simulated(pairs, judge, "sim", Person(lazy=1.0, unread="shorter"))
+    for choice in unread:
+        a, b = lengths[choice.pair]
+        assert choice.choice == "left" if a == b else choice.preferred == ("a" if a < b else "b")
+    some = labelers.simulated(pairs, judge, "sim", Person(tie_gap=0.0, lazy=0.25, unread="shorter"))
+    assert _share(some, lambda c: c.choice != "tie") == pytest.approx(0.25, abs=0.04)  # whoever reads finds all alike: ties
+
+
+def test_position_bias_turns_what_is_nearer_than_it():
+    pairs, bias = _pairs(3000), 100.0
+    said = labelers.simulated(pairs, judge, "sim", Person(noise=0.0, left=bias))
+    turned = 0
+    for pair, choice in zip(pairs, said, strict=True):
+        lead = int(pair.response_a) - int(pair.response_b)
+        lead = lead if choice.left_response == "a" else -lead  # of the left one
+        expected = "tie" if lead == -bias else "left" if lead > -bias else "right"
+        assert choice.choice == expected
+        turned += -bias < lead < 0
+    assert turned > 200  # of two numbers below 1,000 a tenth is so near, and behind at the left
+
+
+def test_errors_grow_with_the_choices_made():
+    pairs, person = _pairs(1000), Person(noise=0.05, noise_drift=0.1)
+    for made in (0, 2000, 4000):  # 0.05 at first, then 0.1 more every 1,000 choices, until chance
+        mean = np.clip(0.05 + 0.1 * np.arange(made, made + len(pairs)) / 1000, 0, 0.5).mean()
+        said = labelers.simulated(pairs, judge, "sim", person, made=made)
+        assert _errors(said, pairs) == pytest.approx(mean, abs=4 * np.sqrt(mean * (1 - mean) / len(pairs)))
+    tired = labelers.simulated(pairs, judge, "sim", person, made=100_000)
+    assert _errors(tired, pairs) == pytest.approx(0.5, abs=0.065)
+    learning = labelers.simulated(pairs, judge, "sim", Person(noise=0.4, noise_drift=-0.1), made=4000)
+    assert _errors(learning, pairs) == 0
+
+
+def test_taste_turns_to_the_longer_answer():
+    pairs, person = [store.Pair(f"p{i}", " 9", " words 1") for i in range(1000)], Person(noise=0.0, taste_drift=0.2)
+    for made in (0, 2000, 4000):
+        mean = 0.2 * (made + 500) / 1000
+        longer = _share(labelers.simulated(pairs, judge, "sim", person, made=made), lambda c: c.preferred == "b")
+        assert longer == pytest.approx(mean, abs=4 * np.sqrt(mean * (1 - mean) / 1000))
+    assert _share(labelers.simulated(pairs, judge, "sim", person, made=5000), lambda c: c.preferred == "b") == 1
+
+
+def test_drift_counts_the_choices_in_the_store(db):
+    """Labelling in two sittings says what one says, and no fault that is off touches another's draw."""
+    pairs, person = _pairs(600), Person(noise=0.1, noise_drift=0.4, taste_drift=0.3, lazy=0.1)
+    store.add_pairs(db, pairs)
+    assert labelers.label_simulated(db, judge, "sim", person, limit=200) == 200
+    labelers.label_simulated(db, judge, "other", limit=50)
+    assert labelers.label_simulated(db, judge, "sim", person) == 400 - (600 - len(pairs))
+    said = [(choice.pair, choice.choice) for choice in store.choices(db) if choice.labeler == "sim"]
+    assert said == [(choice.pair, choice.choice) for choice in labelers.simulated(pairs, judge, "sim", person)]
 
 
 def test_simulated_labelling_goes_on_where_it_stopped(db):

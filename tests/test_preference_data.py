@@ -16,8 +16,9 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import sources, tfds_preferences
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.feedback import store
+from jaxrlhf.feedback import store, unpaired
 from jaxrlhf.models import transformer
+from jaxrlhf.training.run import Run
 
 ROWS = [
     {"prompt": "the film is", "chosen": " good.", "rejected": " bad."},
@@ -74,6 +75,37 @@ def test_too_long_pairs_are_counted_and_ties_kept(places):
     assert found.longest == max(longest[:2]) + 1  # with EOS
     with pytest.raises(ValueError, match="none of 3 choices has room in width=4"):
         preference_data.load(places["jsonl"], trained, dataclasses.replace(config, width=4), seed=0)
+
+
+def test_thumbs_are_read_as_rows_that_stand_alone(places, tmp_path):
+    """Up and down as they stand, in tokens as pairs have them, long ones counted; a run that goes on reads what it read."""
+    trained = tokenizers.train(["the film is good."], 300)
+    said = [
+        unpaired.Rating("the film is", " good.", "ann", True),
+        unpaired.Rating("the film is", " bad.", "ann", True),
+        unpaired.Rating("the film is", " bad.", "ann", False),
+        unpaired.Rating("the film is", " good.", "bob", False),
+        unpaired.Rating("the film is", " good." * 40, "bob", False),
+    ]
+    with contextlib.closing(store.open_store(places["store"])) as db:
+        unpaired.add(db, said)
+    with Run.open(tmp_path / "run", preference_data.Config()) as run:
+        fields, too_long = preference_data.thumbs(places["store"], trained, 24, run)
+        assert (too_long, fields["desirable"].tolist()) == (1, [True, False, False])
+        for row, each in enumerate((said[0], said[2], said[3])):
+            start, whole = int(fields["prompt_len"][row]), int(fields["prompt_len"][row] + fields["response_len"][row])
+            tokens = fields["tokens"][row].tolist()
+            assert tokens[:start] == [trained.bos, *trained.encode(each.prompt)]
+            assert tokens[start:whole] == [*trained.encode(each.response, continuation=True), trained.eos]
+            assert set(tokens[whole:]) <= {trained.pad}
+        with contextlib.closing(store.open_store(places["store"])) as db:
+            unpaired.add(db, [unpaired.Rating("the film is", " good.", "eve", True)])
+        assert len(preference_data.thumbs(places["store"], trained, 24, run)[0]["weight"]) == 3
+    assert len(preference_data.thumbs(places["store"], trained, 24)[0]["weight"]) == 4
+    with pytest.raises(ValueError, match="none of 5 thumbs has room in width=3"):
+        preference_data.thumbs(places["store"], trained, 3)
+    with pytest.raises(FileNotFoundError, match="thumbs are collected there by"):
+        preference_data.thumbs(tmp_path / "none.sqlite", trained, 24)
 
 
 def test_each_pair_is_on_one_side_and_the_seed_decides():

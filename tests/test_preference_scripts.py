@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 
@@ -9,6 +10,7 @@ import pytest
 from scripts import check_clock, script
 
 from jaxrlhf.data import arithmetic, sources, tfds_preferences
+from jaxrlhf.feedback import store, unpaired
 
 SMALL = ("--preset", "arithmetic", "--evaluate-every", 2, "--held-out-prompts", 48)
 
@@ -68,10 +70,30 @@ def test_orpo_learns_from_a_json_lines_file(start, choices, tmp_path):
 @pytest.mark.full
 def test_kto_learns_from_a_tfds_folder(start, choices, tmp_path):
     result, rows = learned("kto", start, tmp_path / "kto", "--steps", 4, "--batch", 32, "--choices", choices["tfds"])
-    assert result["data"] == {"answers": 110, "too_long": 0}
+    assert result["data"] == {"answers": 110, "desirable": 55, "too_long": 0}
     assert rows[0]["policy/kl_mismatched"] == pytest.approx(0, abs=1e-4)  # policy and reference are one at first
     assert rows[1]["policy/kl_mismatched"] != 0
     assert rows[0]["loss/kto"] == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("learn", ["thumbs", "both"])
+def test_kto_learns_from_thumbs(start, tmp_path, learn):
+    """Of a store with 40 thumbs up, 20 down and 20 choices."""
+    rows = arithmetic.problems("train")[:80]
+    right, wrong = ([str(int(row["answer"]) + i) for row in rows] for i in (0, 1))
+    with contextlib.closing(store.open_store(tmp_path / "feedback.sqlite")) as db:
+        unpaired.add(db, [unpaired.Rating(row["prompt"], right[i], "ann", True) for i, row in enumerate(rows[:40])])
+        unpaired.add(db, [unpaired.Rating(row["prompt"], wrong[i], "ann", False) for i, row in enumerate(rows[:20])])
+        pairs = [store.Pair(row["prompt"], right[i], wrong[i]) for i, row in enumerate(rows) if i >= 60]
+        store.add_pairs(db, pairs)
+        store.record(db, [store.Choice(pair.id, "ann", "left", "a") for pair in pairs])
+    flags = ("--steps", 4, "--batch", 16, "--choices", tmp_path / "feedback.sqlite", "--learn", learn)
+    result, rows = learned("kto", start, tmp_path / "kto", *flags)
+    chosen = 17 if learn == "both" else 0  # 15 % of 20 choices are held out
+    assert result["data"] == {"answers": 60 + 2 * chosen, "desirable": 40 + chosen, "too_long": 0}
+    assert rows[0]["loss/kto"] == pytest.approx(0.5, abs=1e-4)
+    assert rows[0]["examples/counted"] == 16
 
 
 @pytest.mark.full

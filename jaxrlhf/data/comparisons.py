@@ -150,6 +150,25 @@ def preference_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, wid
     for i, (_, *responses) in enumerate(encoded):
         if (longest := max(map(len, responses))) > width:
             raise ValueError(f"pair {i} has {longest} tokens, more than the width {width}: widen it, or leave the pair out")
+    return _laid_out(rows, encoded, width)
+
+
+def whole_rows(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, multiple: int = 16) -> Preferences:
+    """`preference_rows` as wide as the longest row, rounded up to a multiple: to be scored, where none may be left out.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not rows:
+        raise ValueError("there are no preference pairs to score")
+    encoded = _encode_pairs(rows, tokenizer)
+    longest = max(len(row) for _, *two in encoded for row in two)
+    return _laid_out(rows, encoded, -(-longest // multiple) * multiple)
+
+
+def _laid_out(
+    rows: Sequence[Mapping[str, Any]], encoded: Sequence[tuple[int, list[int], list[int]]], width: int
+) -> Preferences:
     tokens, length = pipeline.pad_rows([row for _, *two in encoded for row in two], width)
     prompt_len = np.repeat(np.array([[prompt] for prompt, *_ in encoded], np.int32), 2, axis=1)
     tie = np.array([bool(row.get("tie", False)) for row in rows])
@@ -168,6 +187,23 @@ def fitting(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, width: int)
     """The pairs of which both rows have room in `width`; count what is missing."""
     encoded = _encode_pairs(rows, tokenizer)
     return [row for row, (_, *two) in zip(rows, encoded, strict=True) if max(map(len, two)) <= width]
+
+
+def answer_rows(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, width: int
+) -> tuple[dict[str, np.ndarray], list[Mapping[str, Any]]]:
+    """Token rows bos + prompt + completion + eos of the single answers {prompt, completion, ...} that have room in `width`.
+
+    Returns tokens [n, width], prompt_len [n], response_len [n], and the rows that they are of; count what is missing.
+    """
+    prompts = tokenizer.encode_batch([row["prompt"] for row in rows])
+    answers = tokenizer.encode_batch([row["completion"] for row in rows], continuation=True)
+    whole = [[tokenizer.bos, *prompt, *answer, tokenizer.eos] for prompt, answer in zip(prompts, answers, strict=True)]
+    kept = [i for i, row in enumerate(whole) if len(row) <= width]
+    tokens, length = pipeline.pad_rows([whole[i] for i in kept], width)
+    prompt_len = np.array([len(prompts[i]) + 1 for i in kept], np.int32)
+    arrays = {"tokens": tokens, "prompt_len": prompt_len, "response_len": length - prompt_len}
+    return arrays, [rows[i] for i in kept]
 
 
 def _encode_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[tuple[int, list[int], list[int]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from jaxrlhf.feedback import schema, store
@@ -67,7 +67,7 @@ def now() -> float:
 def give(db: sqlite3.Connection, labeler: str, rules: Rules, count: int) -> list[Given]:
     """`count` pairs for a labeler, fewer where fewer are left: those held already (taken-back ones first), then new ones.
 
-    Asking again prolongs what is held. Pairs with the fewest labels go first, in order of arrival.
+    Asking again prolongs what is held. Pairs with the fewest labels go first, in order of arrival or as `ask_first` has it.
     """
     with schema.transaction(db):
         moment = now()
@@ -173,6 +173,31 @@ def progress(db: sqlite3.Connection, labeler: str, rules: Rules) -> Progress:
     answered = "SELECT COUNT(*) FROM progress WHERE pair = ? AND labels < ?"
     done_here = sum(db.execute(answered, (pair, rules.k)).fetchone()[0] for pair in standing)
     return Progress(len(standing), unfilled - done_here, labels, wanted)
+
+
+def waiting(db: sqlite3.Connection, rules: Rules) -> list[store.Pair]:
+    """The pairs that lack labels, in the order in which they are asked about; gold pairs are none."""
+    of_id = {pair.id: pair for pair in store.pairs(db)}
+    rows = db.execute("SELECT pair FROM progress WHERE labels < ? ORDER BY number", (rules.k,))
+    return [of_id[pair] for (pair,) in rows]
+
+
+def ask_first(db: sqlite3.Connection, pairs: Sequence[str]) -> None:
+    """Ask about these pairs in this order: they share out among them the places that they have, whatever else is in the store.
+
+    Pairs with fewer labels still go before those with more, leases hold, and pairs that arrive later come after.
+
+    Raises:
+        ValueError: a pair twice, or one that is not to be labelled; nothing is then changed.
+    """
+    with schema.transaction(db):
+        places = dict(db.execute("SELECT pair, number FROM progress"))
+        if wrong := [pair for pair in pairs if pair not in places]:
+            raise ValueError(f"pair {wrong[0]!r} is not to be labelled: unknown, gold or withdrawn")
+        if len(set(pairs)) < len(pairs):
+            raise ValueError(f"{len(pairs)} pairs, {len(set(pairs))} different ones: each has one place")
+        shared = zip(sorted(places[pair] for pair in pairs), pairs, strict=True)
+        db.executemany("UPDATE progress SET number = ? WHERE pair = ?", shared)
 
 
 def add_gold(db: sqlite3.Connection, answers: Iterable[tuple[store.Pair, str]]) -> int:

@@ -6,7 +6,7 @@ import sqlite3
 import statistics
 from typing import Any
 
-from jaxrlhf.feedback import accounts, agreement, assignments, ratings, store
+from jaxrlhf.feedback import accounts, agreement, assignments, ratings, reliability, store
 
 _TOGETHER = {"raw": agreement.raw, "fleiss": agreement.fleiss, "krippendorff": agreement.krippendorff}
 
@@ -48,5 +48,6 @@ def summary(db: sqlite3.Connection, rules: assignments.Rules) -> dict[str, Any]:
         "labelers": people,
         "together": None if together is None else {"pairs": len(counts), **together},
         "agreement": pairs,
+        "reliability": [found._asdict() for found in reliability.reliability(standing, known)],
         "ratings": [rating._asdict() for rating in ratings.ratings(standing, by_id)],
     }

@@ -36,6 +36,10 @@ function tables(found) {
   if (found.agreement.length)
     made.push(table("Labelers by two", ["Labelers", "Pairs", "Raw agreement", "Cohen's kappa"],
       found.agreement.map((two) => [`${two.first}, ${two.second}`, two.pairs, interval(two, percent), number(two.kappa)]))); // prettier-ignore
+  if (found.reliability?.length)
+    made.push(table("Reliability: how steeply each follows the taste that all share (0: a coin, 95 % interval)",
+      ["Labeler", "Pairs that tell", "Reliability", "Agrees with the common taste"],
+      found.reliability.map((each) => [each.labeler, each.pairs, `${number(each.beta)} (${number(each.low)} to ${number(each.high)})`, percent(each.agrees)]))); // prettier-ignore
   if (found.ratings?.length)
     made.push(table("Checkpoints (Bradley-Terry, in Elo points, 95 % interval)", ["Checkpoint", "Comparisons", "Rating"],
       found.ratings.map((each) => [each.checkpoint, each.comparisons, `${number(each.rating, 0)} (${number(each.low, 0)} to ${number(each.high, 0)})`]))); // prettier-ignore

@@ -1,11 +1,14 @@
-"""Who chooses: a simulated person with a judge's taste and a known share of errors, or a person at a terminal."""
+"""Who chooses: a simulated person with a judge's taste and known faults, or a person at a terminal."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sqlite3
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -14,45 +17,98 @@ from jaxrlhf.evaluation import policy
 from jaxrlhf.feedback import store
 
 
+@dataclasses.dataclass(frozen=True)
+class Person:
+    """How a simulated person's choices differ from its taste. Which pairs are hit is drawn for each, by its id alone."""
+
+    noise: float = 0.1  # share of wrong choices
+    tie_gap: float = 0.0  # judgements no further apart than this are called a tie
+    left: float = 0.0  # position bias: added to the judgement of the answer at the left
+    lazy: float = 0.0  # share of answers given without reading
+    unread: Literal["left", "shorter"] = "left"  # what is chosen then: always the left one, or the one that is sooner read
+    noise_drift: float = 0.0  # added to `noise` over 1,000 choices, which stays in [0, 0.5]: somebody who tires, or who learns
+    taste_drift: float = 0.0  # over 1,000 choices, the share of choices that turn from the taste to the longer answer
+
+    def __post_init__(self):
+        if not 0 <= self.noise <= 0.5:
+            raise ValueError(f"noise={self.noise} must be in [0, 0.5]: a share of 0.5 is chance, more is a reversed taste")
+        if self.tie_gap < 0:
+            raise ValueError(f"tie_gap={self.tie_gap} must be >= 0")
+        if not 0 <= self.lazy <= 1:
+            raise ValueError(f"lazy={self.lazy} must be in [0, 1]: it is a share of the choices")
+        if self.unread not in ("left", "shorter"):
+            raise ValueError(f"unread='{self.unread}' must be left or shorter")
+        if self.taste_drift < 0:
+            raise ValueError(f"taste_drift={self.taste_drift} must be >= 0: a share of the choices per 1,000")
+        if not math.isfinite(self.left) or not math.isfinite(self.noise_drift):
+            raise ValueError(f"left={self.left} and noise_drift={self.noise_drift} must be finite numbers")
+
+
 def simulated(
     pairs: Sequence[store.Pair],
     judge: judging.Judge,
     labeler: str,
-    noise: float = 0.1,
-    tie_gap: float = 0.0,
+    person: Person = Person(),
     seed: int = 0,
+    made: int = 0,
 ) -> list[store.Choice]:
-    """Choices of a simulated person: the response of which `judge` says more (of prompt and response), flipped with `noise`.
+    """Choices of a simulated person: the response of which `judge` says more (of prompt and response), and the person's faults.
 
-    A gap of judgements of at most `tie_gap` is a tie. Errors and sides shown are seeded by (seed, labeler, pair id).
-
-    Raises:
-        ValueError: noise is not in [0, 0.5], or tie_gap < 0.
+    Errors and sides shown are seeded by (seed, labeler, pair id); with drift a choice depends also on how many came before it,
+    `made` before the first.
     """
-    if not 0 <= noise <= 0.5:
-        raise ValueError(f"noise={noise} must be in [0, 0.5]: a share of 0.5 is chance, more is a reversed taste")
-    if tie_gap < 0:
-        raise ValueError(f"tie_gap={tie_gap} must be >= 0")
     if not pairs:
         return []
     texts = [policy.whole(pair.prompt, response) for pair in pairs for response in (pair.response_a, pair.response_b)]
-    scores = np.asarray(judge(texts), np.float64).reshape(len(pairs), 2)
+    scores = np.asarray(judge(texts), np.float64).reshape(len(pairs), 2).tolist()
     result = []
-    for pair, (a, b) in zip(pairs, scores, strict=True):
+    for number, (pair, (a, b)) in enumerate(zip(pairs, scores, strict=True), made):
         left = store.left_response(pair.id, labeler)
-        if abs(a - b) <= tie_gap:
-            result.append(store.Choice(pair.id, labeler, "tie", left))
-            continue
-        prefers_a = bool(a > b) != (store.uniform("error", seed, labeler, pair.id) < noise)
-        result.append(store.Choice(pair.id, labeler, "left" if prefers_a == (left == "a") else "right", left))
+        drawn = {what: store.uniform(what, seed, labeler, pair.id) for what in ("lazy", "taste", "error")}
+        preferred = _preferred(pair, a - b, left, person, number / 1000, drawn)
+        word = "tie" if preferred is None else "left" if preferred == left else "right"
+        result.append(store.Choice(pair.id, labeler, word, left))
     return result
 
 
+def _preferred(
+    pair: store.Pair, lead: float, left: store.Side, person: Person, thousands: float, drawn: Mapping[str, float]
+) -> store.Side | None:
+    """What the person takes after so many thousand choices, where the judgement of a is above that of b by `lead`; None: a tie.
+
+    `drawn`: a number in [0, 1) for each fault.
+    """
+    if drawn["lazy"] < person.lazy:
+        return _unread(pair, left, person)
+    if drawn["taste"] < person.taste_drift * thousands:
+        lead, gap = float(len(pair.response_a) - len(pair.response_b)), 0.0
+    else:
+        lead, gap = lead + (person.left if left == "a" else -person.left), person.tie_gap
+    if abs(lead) <= gap:
+        return None
+    noise = min(max(person.noise + person.noise_drift * thousands, 0.0), 0.5)
+    return "a" if (lead > 0) != (drawn["error"] < noise) else "b"
+
+
+def _unread(pair: store.Pair, left: store.Side, person: Person) -> store.Side:
+    """What somebody takes who does not read; of equally long answers the left one."""
+    lengths = len(pair.response_a), len(pair.response_b)
+    if person.unread == "left" or lengths[0] == lengths[1]:
+        return left
+    return "a" if lengths[0] < lengths[1] else "b"
+
+
 def label_simulated(
-    db: sqlite3.Connection, judge: judging.Judge, labeler: str, noise: float = 0.1, tie_gap: float = 0.0, seed: int = 0
+    db: sqlite3.Connection,
+    judge: judging.Judge,
+    labeler: str,
+    person: Person = Person(),
+    seed: int = 0,
+    limit: int | None = None,
 ) -> int:
-    """Let a simulated person choose on every pair it has not chosen on yet; returns how many."""
-    return len(store.record(db, simulated(store.unlabelled(db, labeler), judge, labeler, noise, tie_gap, seed)))
+    """Let a simulated person choose on every pair it has not chosen on yet (at most `limit`); returns how many."""
+    waiting, made = store.unlabelled(db, labeler), sum(choice.labeler == labeler for choice in store.choices(db))
+    return len(store.record(db, simulated(waiting[:limit], judge, labeler, person, seed, made)))
 
 
 def visible(text: str) -> str:

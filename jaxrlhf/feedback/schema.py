@@ -1,7 +1,8 @@
 """The tables of the feedback store, the steps from each version of them to the next, and transactions.
 
 A new file is made by the same steps that bring an old one forward, so there is one way to each version. `pairs`, `events`
-and `gold` are append-only, by triggers (but for texts withdrawn); `progress` is derived from them, by triggers too;
+and `gold` are append-only, by triggers (but for texts withdrawn); `progress` is derived from them, by triggers too, but for
+the places in the queue (`number`), which are those of arrival until `assignments.ask_first` shares them out anew;
 `leases` and `labelers` are the present state of who is at work.
 """
 

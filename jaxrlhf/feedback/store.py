@@ -293,9 +293,15 @@ def choices(db: sqlite3.Connection, upto: int | None = None) -> list[Choice]:
 
 
 def unlabelled(db: sqlite3.Connection, labeler: str) -> list[Pair]:
-    """The pairs without a standing choice of this labeler, in order of arrival."""
+    """The pairs without a standing choice of this labeler, in the order in which they are asked about: that of arrival, but
+    where `assignments.ask_first` changed it.
+    """
     done = {choice.pair for choice in choices(db) if choice.labeler == labeler}
-    return [pair for pair in pairs(db) if pair.id not in done]
+    rows = db.execute(
+        f"SELECT {_FIELDS} FROM pairs LEFT JOIN progress ON progress.pair = pairs.id "
+        "WHERE id NOT IN (SELECT pair FROM withdrawn) ORDER BY COALESCE(progress.number, pairs.number)"
+    )
+    return [pair for row in rows if (pair := Pair(*row)).id not in done]
 
 
 def preferences(db: sqlite3.Connection, upto: int | None = None, ties: bool = False) -> list[dict[str, Any]]:

@@ -83,9 +83,14 @@ def ratings(db: sqlite3.Connection, upto: int | None = None) -> list[Rating]:
     return [Rating(prompt, response, who, bool(good), *origin) for prompt, response, who, good, *origin in found]
 
 
-def rows(db: sqlite3.Connection) -> list[dict[str, Any]]:
-    """Standing judgements in the form that KTO trainers read: prompt, completion, label."""
-    return [{"prompt": each.prompt, "completion": each.response, "label": each.good} for each in ratings(db)]
+def last_sequence(db: sqlite3.Connection) -> int:
+    """Number of the latest judgement; 0 where there is none."""
+    return db.execute("SELECT COALESCE(MAX(sequence), 0) FROM ratings").fetchone()[0]
+
+
+def rows(db: sqlite3.Connection, upto: int | None = None) -> list[dict[str, Any]]:
+    """Judgements that stand (`upto`: stood) in the form that KTO trainers read: prompt, completion, label."""
+    return [{"prompt": each.prompt, "completion": each.response, "label": each.good} for each in ratings(db, upto)]
 
 
 def withdraw(db: sqlite3.Connection, answer: str) -> None:
