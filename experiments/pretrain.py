@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments import stage
+from experiments import best, stage
 from jaxrlhf.algorithms import lm
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -34,6 +35,8 @@ MODEL = TransformerConfig(
     vocab_size=4096, width=192, layers=4, heads=4, kv_heads=4, head_width=48, mlp_width=512, max_length=128, dtype="bfloat16"
 )
 
+BITS = "held_out/bits_per_character"  # of reviews; the best step has the fewest
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -48,11 +51,14 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig(
         name="muon", muon_dtype="bfloat16", learning_rate=0.02, adam_learning_rate=4e-3, weight_decay=0.01, clip_norm=None
     )
+    evaluate_every: int = 0  # steps; also before the first and after the last. 0: after the last alone
+    keep: best.Keep = "last"  # written as model/: the last weights, or the best that was measured (bits per character)
     watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
+    best.check(config.keep, config.evaluate_every)
     mesh = stage.mesh(config.mesh, batch=config.batch)
     with Run.open(config.out, config) as run:
         if run.result is not None:
@@ -73,16 +79,18 @@ def run(config: Config) -> dict[str, Any]:
             outputs = objective.make_outputs(model, packed=True)
             train_step = step.make_train_step(outputs, lm.loss, lm.Config(), update)
             train_step = run.clock.learner(train_step, Pass(model_config, gradient=True))
+            judge, every = run.clock.timed("evaluate", measure(outputs, held_out)), config.evaluate_every
             for i in run.steps(run.start, config.steps, "pretrain", show=("loss/lm",)):
+                judged = best.judged(run, i, every, BITS, step.served(state), judge, higher=False)
                 batch = sharding.shard_batch(lm.packed(**data[i]), mesh)
                 state, metrics = train_step(state, None, batch)
-                run.log(i, metrics, batch)
+                run.log(i, judged | metrics, batch)
                 run.maybe_save(i, state)
-            trained = step.served(state)
-            nll, bits = bits_per_character(outputs, trained, held_out)
+            last = config.steps, every, BITS, step.served(state), judge, config.keep
+            trained, (figures, _) = best.finish(run, *last, higher=False)
         stage.save(config.out / "model", "policy", trained, model_config, tokenizer)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        return run.done({"nll_per_token": nll, "bits_per_character": bits, "parameters": parameters})
+        return run.done({name.removeprefix("held_out/"): x for name, x in figures.items()} | {"parameters": parameters})
 
 
 def texts(split: str) -> list[str]:
@@ -110,15 +118,20 @@ def dataset(config: Config, tokenizer: tokenizers.Tokenizer, chat: list[str], re
     return pipeline.mixed(first, second, config.batch, config.seed, config.steps, config.review_share)
 
 
-def bits_per_character(outputs: objective.OutputsFn, params: Any, rows: dict[str, np.ndarray], size: int = 64) -> tuple:
-    """Of held-out texts: nats per token, EOS counted, and bits per character."""
+def measure(outputs: objective.OutputsFn, rows: dict[str, np.ndarray], size: int = 64) -> Callable[[Any], best.Judgement]:
+    """(params) -> nats per token of held-out texts, EOS counted, and bits per character; and nothing else."""
     score = jax.jit(lambda params, batch: lm.loss(outputs(params, None, batch, None), batch, lm.Config())[0]["loss/lm"])
     segments = (np.arange(rows["tokens"].shape[1]) < rows["length"][:, None]).astype(np.int32)
-    total = tokens = 0.0
-    for i in range(0, len(segments), size):
-        term = score(params, lm.packed(rows["tokens"][i : i + size], segments[i : i + size]))
-        total, tokens = total + float(term.sum), tokens + float(term.count)
-    return total / tokens, total / math.log(2) / float(rows["characters"].sum())
+
+    def judge(params: Any) -> best.Judgement:
+        total = tokens = 0.0
+        for i in range(0, len(segments), size):
+            term = score(params, lm.packed(rows["tokens"][i : i + size], segments[i : i + size]))
+            total, tokens = total + float(term.sum), tokens + float(term.count)
+        bits = total / math.log(2) / float(rows["characters"].sum())
+        return {"held_out/nll_per_token": total / tokens, BITS: bits}, None
+
+    return judge
 
 
 PRESETS = {
