@@ -101,9 +101,8 @@ def judge(config: Config, trunk: stage.Trained, base: Any) -> Callable[[Any], be
         scores = together(config, score_rows(program, reward_params.whole(config, base, params), rows))
         told = reward_model.pair_accuracy(scores, means, domains)
         found = {d: a.accuracy for d, a in told.items() if d in config.domains and a.pairs}
-        return {ACCURACY: float(np.mean(list(found.values()) or [np.nan]))} | {
-            f"{ACCURACY}_{d}": x for d, x in found.items()
-        }, None
+        mean = float(np.mean(list(found.values()) or [np.nan]))
+        return {ACCURACY: mean} | {f"{ACCURACY}_{domain}": x for domain, x in found.items()}, None
 
     return measure
 

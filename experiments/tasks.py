@@ -25,7 +25,7 @@ from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, policy
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.rewards import functions, pool
+from jaxrlhf.rewards import child, functions, pool
 from jaxrlhf.sampling import generate
 from jaxrlhf.training.run import Run
 
@@ -108,7 +108,7 @@ def make(
         if config.pool.workers and sources:
             given = opened.enter_context(pool.open_pool(sources, config.pool))
         else:
-            given = {name: pool.find(source) for name, source in sources.items()}
+            given = {name: child.find(source) for name, source in sources.items()}
         task = arithmetic if config.task == "arithmetic" else sentiment
         yield task(config, start, mesh, given)
 

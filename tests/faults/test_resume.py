@@ -192,33 +192,40 @@ def online(module, start: pathlib.Path, **more):
 
 
 def pairwise(module, start: pathlib.Path):
-    """Of choices in a file, for an untrained model's own answers to sums are all wrong."""
-    small = {"policy": start / "policy", "steps": 3, "batch": 8, "evaluate_every": 2, "held_out_prompts": 8}
+    """Of choices in a file, for an untrained model's own answers to sums are all wrong: 17 to learn from, so that the second
+    epoch of pairs begins inside the third batch."""
+    small = {"policy": start / "policy", "steps": 3, "batch": 8, "evaluate_every": 2, "held_out_prompts": 8, "keep": "best"}
     path = start / "choices.jsonl"
     rows = [
         {"prompt": row["prompt"], "chosen": row["answer"], "rejected": str(int(row["answer"]) + 1)}
-        for row in sums.problems("train")[:40]
+        for row in sums.problems("train")[:20]
     ]
     sources.write_jsonl(path, rows)
     return dataclasses.replace(module.PRESETS["arithmetic"], choices=path, **small)
 
 
+MEASURED = {"steps": 3, "evaluate_every": 1, "keep": "best"}
 ADAPTIVE = dataclasses.replace(ppo.ARITHMETIC.algorithm, kl_target=1.0)
 STAGES = {
-    "ppo": lambda start: online(ppo, start, batch=32, ema_decay=0.5, algorithm=ADAPTIVE),
+    "ppo": lambda start: online(ppo, start, batch=32, ema_decay=0.5, algorithm=ADAPTIVE, keep="best"),
     "grpo": lambda start: online(grpo, start),
     "rloo": lambda start: online(rloo, start),
     "raft": lambda start: online(raft, start),
-    "reinforce": lambda start: online(reinforce, start),
-    "online_dpo": lambda start: online(online_dpo, start),
+    "reinforce": lambda start: online(reinforce, start, batch=32),
+    "online_dpo": lambda start: online(online_dpo, start, batch=16),
     "dpo": lambda start: pairwise(dpo, start),
     "orpo": lambda start: pairwise(orpo, start),
     "kto": lambda start: pairwise(kto, start),
-    "sft": lambda start: dataclasses.replace(sft.PRESETS["smoke"], init=start / "policy", steps=3),
-    "pretrain": lambda start: dataclasses.replace(pretrain.PRESETS["smoke"], steps=3),
+    "sft": lambda start: dataclasses.replace(sft.PRESETS["smoke"], init=start / "policy", **MEASURED),
+    "pretrain": lambda start: dataclasses.replace(pretrain.PRESETS["smoke"], **MEASURED),
     "arithmetic": lambda start: dataclasses.replace(arithmetic.PRESETS["smoke"], steps=3),
     "reward_model": lambda start: dataclasses.replace(
-        reward_model.PRESETS["smoke"], init=start / "policy", reference=start / "policy", steps=3, dropout=0.1
+        reward_model.PRESETS["smoke"],
+        init=start / "policy",
+        reference=start / "policy",
+        dropout=0.1,
+        held_out_texts=300,
+        **MEASURED,
     ),
 }
 MODULES = {
@@ -232,11 +239,11 @@ MODULES = {
     [
         ("ppo", 1),
         *(pytest.param(name, 1, marks=pytest.mark.full) for name in STAGES if name != "ppo"),
-        *(pytest.param(name, 8, marks=pytest.mark.full) for name in ("ppo", "dpo", "sft")),
+        *(pytest.param(name, 8, marks=pytest.mark.full) for name in STAGES),
     ],
 )
 def test_a_stage_broken_at_every_step(start, tmp_path, one_step, use, name, data):
-    """Optimizer, random keys, KL coefficient, averaged weights and the place in the data all come back."""
+    """Optimizer, random keys, KL coefficient, averaged weights, the best step and the place in the data all come back."""
     use(data)
     config, run = STAGES[name](start), MODULES[name].run
     run(dataclasses.replace(config, out=tmp_path / "whole"))
@@ -246,9 +253,44 @@ def test_a_stage_broken_at_every_step(start, tmp_path, one_step, use, name, data
     assert whole.keys() == broken.keys() == {"params.safetensors", metrics.FILE}
     for file, content in whole.items():
         assert content == broken[file], file
-    kinds = [event["kind"] for event in events.read(tmp_path / "broken")]
+    results = [json.loads((tmp_path / side / "result.json").read_text()) for side in ("whole", "broken")]
+    assert results[0].get("best") == results[1].get("best")
+    assert ("best" in results[0]) == (name != "arithmetic")  # which measures at its end alone
+    kinds = [event["kind"] for event in events.read(tmp_path / "broken") if event["kind"] != "best"]
     assert kinds[:6] == ["started", "saved", "asked to end", "started", "restored", "saved"]
     assert kinds[-1] == "done"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "ppo"])
+def test_a_stage_goes_on_with_another_number_of_devices(start, tmp_path, monkeypatch, one_step, use, name):
+    """A step on one device, one on two, one on eight: every batch is the unbroken run's, and so are the losses up to rounding."""
+    seen: set[bytes] = set()
+    original = sharding.shard_batch
+
+    def told(batch, mesh):
+        seen.update(np.asarray(x).tobytes() for x in jax.tree.leaves(batch) if np.asarray(x).dtype == np.int32)
+        return original(batch, mesh)
+
+    monkeypatch.setattr(sharding, "shard_batch", told)
+    config, run = STAGES[name](start), MODULES[name].run
+    use(1)
+    run(dataclasses.replace(config, out=tmp_path / "whole"))
+    whole = set(seen)
+    seen.clear()
+    one_step()
+    for devices in (1, 2, 8):
+        use(devices)
+        with pytest.raises(SystemExit):
+            run(dataclasses.replace(config, out=tmp_path / "broken"))
+    use(4)
+    run(dataclasses.replace(config, out=tmp_path / "broken"))
+    assert seen == whole
+    losses = [
+        [row["loss/total"] for row in metrics.read(tmp_path / side) if "loss/total" in row] for side in ("whole", "broken")
+    ]
+    assert len(losses[0]) == 3
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.01)  # weights and products in bfloat16
 
 
 # ----------------------------------------------------------------------------------------------- facts from outside
