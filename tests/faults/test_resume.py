@@ -264,7 +264,7 @@ def test_a_stage_broken_at_every_step(start, tmp_path, one_step, use, name, data
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "ppo"])
 def test_a_stage_goes_on_with_another_number_of_devices(start, tmp_path, monkeypatch, one_step, use, name):
-    """A step on one device, one on two, one on eight: every batch is the unbroken run's, and so are the losses up to rounding."""
+    """A step on one device, one on two, one on eight: the batches are the unbroken run's, and so are losses up to rounding."""
     seen: set[bytes] = set()
     original = sharding.shard_batch
 
