@@ -204,6 +204,15 @@ def pairwise(module, start: pathlib.Path):
     return dataclasses.replace(module.PRESETS["arithmetic"], choices=path, **small)
 
 
+def own_texts(start: pathlib.Path):
+    """Pre-training on a file so short that its second epoch begins inside the second batch."""
+    path = start / "texts.txt"
+    rows = [f"{row['prompt']} {row['answer']} is what row {i} says about it, at some length" for i, row in enumerate(PROBLEMS)]
+    path.write_text("\n".join(rows) + "\n")
+    return dataclasses.replace(pretrain.PRESETS["smoke"], texts=path, held_out=0.1, **MEASURED)
+
+
+PROBLEMS = sums.problems("train")[:60]
 MEASURED = {"steps": 3, "evaluate_every": 1, "keep": "best"}
 ADAPTIVE = dataclasses.replace(ppo.ARITHMETIC.algorithm, kl_target=1.0)
 STAGES = {
@@ -218,6 +227,7 @@ STAGES = {
     "kto": lambda start: pairwise(kto, start),
     "sft": lambda start: dataclasses.replace(sft.PRESETS["smoke"], init=start / "policy", **MEASURED),
     "pretrain": lambda start: dataclasses.replace(pretrain.PRESETS["smoke"], **MEASURED),
+    "own_texts": own_texts,
     "arithmetic": lambda start: dataclasses.replace(arithmetic.PRESETS["smoke"], steps=3),
     "reward_model": lambda start: dataclasses.replace(
         reward_model.PRESETS["smoke"],
@@ -231,7 +241,7 @@ STAGES = {
 MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (ppo, grpo, rloo, raft, reinforce, online_dpo, dpo, orpo, kto, sft, pretrain, arithmetic, reward_model)
-}
+} | {"own_texts": pretrain}
 
 
 @pytest.mark.parametrize(
