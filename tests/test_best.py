@@ -39,8 +39,7 @@ def train(out: pathlib.Path, saves: tuple[int, ...] = (), killed_at: int | None 
         for step in run.steps(run.start, len(values) - 1, "toy"):
             run.best(step, "held_out/loss", values[step], state, higher=False)
             if step == killed_at:
-                run._finish_saving()
-                raise Killed
+                raise Killed  # what is being saved becomes whole first
             state = {"w": state["w"] + 1}
             run.log(step, {"x": step})
             run.maybe_save(step, state, last=step in saves)
