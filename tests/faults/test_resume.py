@@ -194,7 +194,7 @@ def online(module, start: pathlib.Path, **more):
 def pairwise(module, start: pathlib.Path):
     """Of choices in a file, for an untrained model's own answers to sums are all wrong: 17 to learn from, so that the second
     epoch of pairs begins inside the third batch."""
-    small = {"policy": start / "policy", "steps": 3, "batch": 8, "evaluate_every": 2, "held_out_prompts": 8, "keep": "best"}
+    small = {"policy": start / "policy", "steps": 3, "batch": 8, "evaluate_every": 2, "held_out_prompts": 8}
     path = start / "choices.jsonl"
     rows = [
         {"prompt": row["prompt"], "chosen": row["answer"], "rejected": str(int(row["answer"]) + 1)}
@@ -213,10 +213,10 @@ def own_texts(start: pathlib.Path):
 
 
 PROBLEMS = sums.problems("train")[:60]
-MEASURED = {"steps": 3, "evaluate_every": 1, "keep": "best"}
+MEASURED = {"steps": 3, "evaluate_every": 1}
 ADAPTIVE = dataclasses.replace(ppo.ARITHMETIC.algorithm, kl_target=1.0)
 STAGES = {
-    "ppo": lambda start: online(ppo, start, batch=32, ema_decay=0.5, algorithm=ADAPTIVE, keep="best"),
+    "ppo": lambda start: online(ppo, start, batch=32, ema_decay=0.5, algorithm=ADAPTIVE),
     "grpo": lambda start: online(grpo, start),
     "rloo": lambda start: online(rloo, start),
     "raft": lambda start: online(raft, start),
@@ -225,7 +225,7 @@ STAGES = {
     "dpo": lambda start: pairwise(dpo, start),
     "orpo": lambda start: pairwise(orpo, start),
     "kto": lambda start: pairwise(kto, start),
-    "sft": lambda start: dataclasses.replace(sft.PRESETS["smoke"], init=start / "policy", **MEASURED),
+    "sft": lambda start: dataclasses.replace(sft.PRESETS["smoke"], init=start / "policy", keep="best", **MEASURED),
     "pretrain": lambda start: dataclasses.replace(pretrain.PRESETS["smoke"], **MEASURED),
     "own_texts": own_texts,
     "arithmetic": lambda start: dataclasses.replace(arithmetic.PRESETS["smoke"], steps=3),
