@@ -198,7 +198,7 @@ class Run:
             if not self._kept_samples().write(step, found):
                 self._events.write("samples left out", step=step, reason=f"{recorder.FILE} would pass {recorder.LARGEST} bytes")
 
-    def best(self, step: int, metric: str, value: float, params: Any, higher: bool = True) -> None:
+    def best(self, step: int, metric: str, value: int | float, params: Any, higher: bool = True) -> None:
         """After `step` updates the held-out figure `metric` was `value`: if no step before was better, keep `params` as the
         best, a checkpoint of its own in `best/` that is never removed as long as the run counts it as the best.
 
