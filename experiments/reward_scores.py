@@ -79,7 +79,7 @@ def scaled(config: Config, model: Any, params: Any, policy: stage.Trained, promp
     spec, key = stage.spec(config.sampling, policy.tokenizer), jax.random.key(config.seed)
     drawn = generate.generate(policy.model, policy.params, sharding.shard_batch(prompts, mesh), spec, key)
     scores = scores_of(config, model)(params, drawn.tokens, drawn.prompt_len + drawn.response_len)
-    return rewards.normalise(params, processes.to_host(scores))
+    return rewards.normalise(params, jnp.asarray(processes.to_host(scores)))
 
 
 def held_out(config: Config) -> list[human_sentiment.Rating]:

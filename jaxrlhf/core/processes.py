@@ -159,7 +159,8 @@ def largest(*numbers: int) -> tuple[int, ...]:
 
 def told_of_preemption() -> bool:
     """Whether jax's preemption service takes SIGTERM in this job, so that nobody else should (`preempted`)."""
-    return jax.process_count() > 1 and bool(jax.config.jax_enable_preemption_service)
+    on = jax.config.jax_enable_preemption_service  # pyright: ignore[reportAttributeAccessIssue]: a flag
+    return jax.process_count() > 1 and bool(on)
 
 
 def preempted() -> bool:
