@@ -334,9 +334,14 @@ def add_choices(db, low: int, high: int) -> None:
         store.record(db, [store.Choice(pair.id, "ann", "left", "a")])
 
 
-def test_a_file_of_choices_that_changed_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["choices.jsonl", "choices"])
+def test_a_file_of_choices_that_changed_is_refused(tmp_path, name):
+    """Or a folder of them."""
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    path = tmp_path / "choices.jsonl"
+    path, file = tmp_path / name, tmp_path / name
+    if not path.suffix:
+        path.mkdir()
+        file = path / "train.jsonl"
 
     def read() -> None:
         with Run.open(tmp_path / "run", Toy(tmp_path / "run"), tensorboard=False) as run:
@@ -345,11 +350,11 @@ def test_a_file_of_choices_that_changed_is_refused(tmp_path):
             run.log(run.start, {"x": 1})
             run.maybe_save(run.start, state, last=True)
 
-    sources.write_jsonl(path, [row])
+    sources.write_jsonl(file, [row])
     read()
     read()
-    sources.write_jsonl(path, [row, row | {"prompt": "q"}])
-    with pytest.raises(ValueError, match=r"choices\.jsonl: changed since this run began to learn from it"):
+    sources.write_jsonl(file, [row, row | {"prompt": "q"}])
+    with pytest.raises(ValueError, match=rf"{name}: changed since this run began to learn from it"):
         read()
 
 
