@@ -101,6 +101,7 @@ def whole(tmp_path_factory) -> pathlib.Path:
     return out
 
 
+@pytest.mark.timeout(3000)  # fifty kills take nine minutes on two busy cores
 @pytest.mark.parametrize(
     ("said", "folder", "kills"),
     [
