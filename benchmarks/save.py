@@ -6,7 +6,9 @@ What bounds it: the copy of the arrays to the host (the part that waits: memory 
 core) and the disk. Three states under AdamW: of as many parameters as the default run's policy, of 20 and of 80 million. Beside
 it the save as it was before it went to the background: the same bytes, waited for. Saves come every 30 seconds (`Run.open`).
 `share` is blocked / 30 s, that is, of each step between two saves; the bar is 0.05. `share_with_slower_steps` adds what steps
-lose to the thread that hashes and writes, which on a CPU computes where they do. The last line of stdout is one JSON document.
+lose to the thread that hashes and writes, which on a CPU computes where they do. On a machine that others use too, seconds of
+the processor say more: `blocked_processor` of the thread that waits, `whole_processor` of all threads while a save runs alone.
+The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from jaxrlhf.training import step as train
 
 ROOT = Path(__file__).resolve().parent.parent
 CADENCE = 30.0  # seconds, the default of Run.open
+KEYS = ("step", "waited", "blocked", "blocked_processor", "whole", "whole_processor", "step_during")
 STATES = {"2.6 million": (12, 465), "20 million": (20, 1000), "80 million": (20, 2000)}  # leaves, width of each square one
 
 
@@ -69,7 +72,7 @@ def measure(name: str, config: argparse.Namespace) -> dict[str, Any]:
     train_step, state, batch = toy(leaves, width)
     state, _ = train_step(state, (), batch)
     folder = Path(tempfile.mkdtemp(dir=config.folder))
-    found: dict[str, list[float]] = {key: [] for key in ("step", "waited", "blocked", "whole", "step_during")}
+    found: dict[str, list[float]] = {key: [] for key in KEYS}
     try:
         for number in range(config.repeats + 1):  # the first one warms up
             shutil.rmtree(folder)
@@ -97,18 +100,19 @@ def once(train_step: Any, state: Any, batch: Any, folder: Path) -> dict[str, Any
     jax.block_until_ready(measured)
     step = (time.perf_counter() - began) / 3
     jax.block_until_ready(state)
-    began = time.perf_counter()
+    began, processor = time.perf_counter(), time.process_time()
     checkpoint.save(folder / "waited", 1, state)
-    waited = time.perf_counter() - began
+    found = {"step": step, "waited": time.perf_counter() - began, "whole_processor": time.process_time() - processor}
+    processor = time.thread_time()
     saving = checkpoint.save_async(folder / "behind", 1, state)
+    found["blocked_processor"] = time.thread_time() - processor
     began, count = time.perf_counter(), 0
     while not saving.done() or not count:
         state, measured = train_step(state, (), batch)
         jax.block_until_ready(measured)
         count += 1
     during = (time.perf_counter() - began) / count
-    whole = saving.took()
-    return {"state": state, "step": step, "waited": waited, "blocked": saving.blocked, "whole": whole, "step_during": during}
+    return found | {"state": state, "blocked": saving.blocked, "whole": saving.took(), "step_during": during}
 
 
 def toy(leaves: int, width: int) -> tuple[Any, Any, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import jax
 
-from experiments import preference_data, stage, tasks, watched
+from experiments import best, preference_data, stage, tasks, watched
 from jaxrlhf.algorithms import dpo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -56,6 +56,7 @@ class Config:
     sampling: stage.Sampling = stage.Sampling()  # of held-out answers, and of own answers in the arithmetic task
     microbatches: Microbatches = Microbatches()  # of a batch; with `tokens` rows of about equal length
     evaluate_every: int = 40  # steps; also before the first and after the last
+    keep: best.Keep = "last"  # written as model/: the last weights, or the best that a judgement found
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
     watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
@@ -91,16 +92,16 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         return figures | {"held_out/pair_accuracy": float(right.sum / right.count)}, samples
 
     for i in run.steps(run.start, config.steps, "dpo", show=("reward/accuracy", "reward/margin")):
-        judged = {} if i % config.evaluate_every else judge(step.served(state))[0]
+        judged = best.judged(run, i, config.evaluate_every, task.best, step.served(state), judge)
         batch = sharding.shard_batch(Preferences(**data[i]), mesh)
         batch, algorithm, stats = prepare(batch, state.algorithm, config=config.algorithm)
         state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
         run.log(i, judged | stats | metrics, batch)
         run.maybe_save(i, state)
     run.maybe_save(config.steps - 1, state, last=True)
-    judged, samples = judge(step.served(state))
-    run.log(config.steps, judged)
-    stage.save_policy(config.out, start, step.served(state), config.lora, config.policy)
+    last = config.steps, config.evaluate_every, task.best, step.served(state)
+    trained, (_, samples) = best.finish(run, *last, judge, config.keep)
+    stage.save_policy(config.out, start, trained, config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     told = {"train": len(pairs.train.weight), "held_out": counts, "too_long": pairs.too_long}
     return run.done({"curve": curve, "pairs": told, "samples": samples})

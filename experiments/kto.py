@@ -19,7 +19,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from experiments import preference_data, stage, tasks, watched
+from experiments import best, preference_data, stage, tasks, watched
 from jaxrlhf.algorithms import kto
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -56,6 +56,7 @@ class Config:
     sampling: stage.Sampling = stage.Sampling()  # of held-out answers, and of own answers in the arithmetic task
     microbatches: Microbatches = Microbatches()  # of a batch; with `tokens` rows of about equal length
     evaluate_every: int = 40  # steps; also before the first and after the last
+    keep: best.Keep = "last"  # written as model/: the last weights, or the best that a judgement found
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
     watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
@@ -91,19 +92,23 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
         return dataclasses.replace(batch, other_ratio=(own - reference).sum(axis=1), other_weight=others.weight)
 
     with_others = run.clock.timed("score", with_others)
+
+    def judge(params: Any) -> tuple[tasks.Figures, list[dict[str, str]]]:
+        return task.judge(lora.attach(start.params, params, config.lora))
+
     show = ("policy/kl_mismatched", "reward/desirable", "reward/undesirable")
     for i in run.steps(run.start, config.steps, "kto", show=show):
         current = lora.attach(start.params, step.served(state), config.lora)
-        judged = {} if i % config.evaluate_every else task.judge(current)[0]
+        judged = best.judged(run, i, config.evaluate_every, task.best, step.served(state), judge)
         batch = with_others(sharding.shard_batch(kto.Examples(**data[i]), mesh), current)
         batch, algorithm, stats = prepare(batch, state.algorithm, config=config.algorithm)
         state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
         run.log(i, judged | stats | metrics, batch)
         run.maybe_save(i, state)
     run.maybe_save(config.steps - 1, state, last=True)
-    judged, samples = task.judge(lora.attach(start.params, step.served(state), config.lora))
-    run.log(config.steps, judged)
-    stage.save_policy(config.out, start, step.served(state), config.lora, config.policy)
+    last = config.steps, config.evaluate_every, task.best, step.served(state)
+    trained, (_, samples) = best.finish(run, *last, judge, config.keep)
+    stage.save_policy(config.out, start, trained, config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     good = int((np.asarray(examples.desirable) & (np.asarray(examples.weight) > 0)).sum())
     told = {"answers": len(examples.weight), "desirable": good, "too_long": too_long}

@@ -7,7 +7,7 @@
     preparer   scores -> the batch that the algorithm learns from
     record     a few answers, token by token, for `experiments/inspect_run.py`
     learner    batch -> the next state
-    judged     the policy on held-out prompts, every so many iterations
+    judged     the policy on held-out prompts, every so many iterations; the best one so far is kept
     finish     the last judgement; the policy and the result are written
 
 Each stage is timed and its work counted. A script calls what it wants of these, and writes the rest itself.
@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import stage, tasks, watched
+from experiments import best, stage, tasks, watched
 from experiments.settings import Online
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec, TrainState
@@ -87,16 +87,18 @@ def under_way(loop: Loop) -> Begun | None:
 
 def judged(loop: Loop, number: int, state: TrainState) -> tasks.Figures:
     """Held-out figures of the policy before this iteration, where it is one of those that begin with a judgement."""
-    return {} if number % loop.config.evaluate_every else loop.task.judge(_policy(loop, _served(state)))[0]
+    every, metric = loop.config.evaluate_every, loop.task.best
+    return best.judged(loop.run, number, every, metric, _served(state), _judge(loop))
 
 
 def finish(loop: Loop, state: TrainState, begun: Begun | None) -> dict[str, Any]:
-    """Save the last state, judge the policy and write it; the result: what was held out over time, answers before and after."""
+    """Save the last state, judge the policy and write it, or with keep="best" the best one; the result: what was held out over
+    time, answers before and after."""
     run, config, start = loop.run, loop.config, loop.task.start
     run.maybe_save(config.iterations - 1, (state, begun), last=True)
-    figures, samples = loop.task.judge(_policy(loop, _served(state)))
-    run.log(config.iterations, figures)
-    stage.save_policy(config.out, start, _served(state), config.lora, config.policy)
+    last = config.iterations, config.evaluate_every, loop.task.best, _served(state)
+    params, (_, samples) = best.finish(run, *last, _judge(loop), config.keep)
+    stage.save_policy(config.out, start, params, config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     return run.done({"curve": curve, "samples": samples})
 
@@ -105,6 +107,10 @@ def over_start(loop: Loop, params: Any) -> dict[str, Any]:
     """{"policy": ...} and what else is trained, or from a policy alone, each adapter laid over the start."""
     tree = params if "policy" in params else {"policy": params}
     return roles.attach(loop.task.start.params, tree, loop.config.lora)
+
+
+def _judge(loop: Loop) -> Callable[[Any], best.Judgement]:
+    return lambda params: loop.task.judge(_policy(loop, params))
 
 
 def _policy(loop: Loop, params: Any) -> Any:

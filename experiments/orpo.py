@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from experiments import preference_data, stage, tasks, watched
+from experiments import best, preference_data, stage, tasks, watched
 from jaxrlhf.algorithms import orpo
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -51,6 +51,7 @@ class Config:
     sampling: stage.Sampling = stage.Sampling()  # of held-out answers, and of own answers in the arithmetic task
     microbatches: Microbatches = Microbatches()  # of a batch; with `tokens` rows of about equal length
     evaluate_every: int = 40  # steps; also before the first and after the last
+    keep: best.Keep = "last"  # written as model/: the last weights, or the best that a judgement found
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
     watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
@@ -75,17 +76,21 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     train_step = step.make_train_step(outputs, orpo.loss, config.algorithm, update, config.microbatches)
     train_step = run.clock.learner(train_step, *watched.learning(config, task, params))
     prepare = jax.jit(orpo.prepare, static_argnames="config")
+
+    def judge(params: Any) -> tuple[tasks.Figures, list[dict[str, str]]]:
+        return task.judge(lora.attach(start.params, params, config.lora))
+
     for i in run.steps(run.start, config.steps, "orpo", show=("loss/lm", "reward/accuracy")):
-        judged = {} if i % config.evaluate_every else task.judge(lora.attach(start.params, step.served(state), config.lora))[0]
+        judged = best.judged(run, i, config.evaluate_every, task.best, step.served(state), judge)
         batch = sharding.shard_batch(Preferences(**data[i]), mesh)
         batch, algorithm, stats = prepare(batch, state.algorithm, config=config.algorithm)
         state, metrics = train_step(dataclasses.replace(state, algorithm=algorithm), frozen, batch)
         run.log(i, judged | stats | metrics, batch)
         run.maybe_save(i, state)
     run.maybe_save(config.steps - 1, state, last=True)
-    judged, samples = task.judge(lora.attach(start.params, step.served(state), config.lora))
-    run.log(config.steps, judged)
-    stage.save_policy(config.out, start, step.served(state), config.lora, config.policy)
+    last = config.steps, config.evaluate_every, task.best, step.served(state)
+    trained, (_, samples) = best.finish(run, *last, judge, config.keep)
+    stage.save_policy(config.out, start, trained, config.lora, config.policy)
     curve = [row for row in run.metrics() if "held_out/kl" in row]
     told = {"train": len(pairs.train.weight), "too_long": pairs.too_long}
     return run.done({"curve": curve, "pairs": told, "samples": samples})

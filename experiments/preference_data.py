@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ class Pairs:
 
 
 def read(path: Path, ties: bool = False, run: Run | None = None, skip_bad: bool = False) -> list[dict[str, Any]]:
-    """Rows with prompt, chosen, rejected, ... of a feedback store, a `.jsonl`, `.jsonl.gz` or `.parquet` file, or a TFDS
-    folder (`train`).
+    """Rows with prompt, chosen, rejected, ... of a feedback store, a `.jsonl`, `.jsonl.gz` or `.parquet` file, or a folder
+    of TFDS or Hugging Face (`train`).
 
     A `run` that goes on reads of a store what it read before, whatever people have chosen since; a file must be the same.
 
@@ -56,16 +57,16 @@ def read(path: Path, ties: bool = False, run: Run | None = None, skip_bad: bool 
     """
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: no choices; make a feedback store by sample_pairs.py and label.py, or give a .jsonl file or a TFDS folder"
+            f"{path}: no choices; make a feedback store by sample_pairs.py and label.py, or give a .jsonl file or a folder"
         )
-    if path.is_dir():
-        rows = exchange.read(path)
-    elif path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        rejects = run.rejects() if run is not None and skip_bad else None
+    if path.is_dir() or path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        rejects = run.rejects() if run is not None and skip_bad and path.is_file() else None
         rows = exchange.read(path, rejects)
         if run is not None and rejects is not None:
             run.left_out(path, rejects)
-        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        # Of a folder the rows: what else lies there says nothing.
+        content = path.read_bytes() if path.is_file() else json.dumps(rows, default=str).encode()
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         if run is not None and run.once(f"blake2b of {path.name}", lambda: digest) != digest:
             raise ValueError(f"{path}: changed since this run began to learn from it; put it back, or choose another --out")
     else:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import ahead, online, stage, tasks
+from experiments import ahead, best, online, stage, tasks
 from jaxrlhf.algorithms import reinforce
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.models.lora import LoraConfig
@@ -48,6 +48,7 @@ class Config:
     )
     microbatches: Microbatches = Microbatches()  # of a minibatch; with `tokens` rows of about equal length
     evaluate_every: int = 6  # iterations; also before the first and after the last
+    keep: best.Keep = "last"  # written as model/: the last weights, or the best that a judgement found
     held_out_prompts: int = 384
     pool: pool.Config = pool.Config()  # child processes for reward functions, and functions of your own
     watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up

@@ -15,12 +15,13 @@ from a bootstrap each, its models and adapters from an order each, in one progra
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from experiments import reward_data, reward_params, reward_scores, stage
+from experiments import best, reward_data, reward_params, reward_scores, stage
 from jaxrlhf.algorithms import reward
 from jaxrlhf.core import members
 from jaxrlhf.core.sharding import MeshConfig
@@ -77,6 +78,8 @@ class Config:
     sampling: stage.Sampling = stage.Sampling()
     reference_samples: int = 512
     held_out_texts: int | None = None  # rated texts to measure accuracy on; None: all 2,775
+    evaluate_every: int = 0  # steps; also before the first and after the last. 0: after the last alone
+    keep: best.Keep = "last"  # written as model/: the last weights, or the best that was measured (accuracy on held-out texts)
     watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
 
     @property
@@ -90,6 +93,7 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
+    best.check(config.keep, config.evaluate_every)
     mesh = stage.mesh(config.mesh, reference_samples=config.reference_samples)
     with Run.open(config.out, config) as run:
         if run.result is not None:
@@ -104,7 +108,13 @@ def run(config: Config) -> dict[str, Any]:
             learned = config.algorithm
             if config.debias_length:
                 learned = dataclasses.replace(learned, length_coef=reward_data.length_coef(config, trunk.tokenizer, run))
-            params = train(run, dataclasses.replace(config, algorithm=learned), trunk.config, params, data, base)
+            judge = None
+            if config.evaluate_every:
+                judge = run.clock.timed("evaluate", reward_scores.judge(config, trunk, base))
+            params = train(run, dataclasses.replace(config, algorithm=learned), trunk.config, params, data, base, judge)
+            if judge is not None:
+                last = config.steps, config.evaluate_every, reward_scores.ACCURACY, params, judge, config.keep
+                params, _ = best.finish(run, *last)
             learnt = params["trunk"]
             params = reward_scores.normalised(config, trunk, reward_params.whole(config, base, params), mesh)
             result = reward_scores.evaluate(config, trunk, params)
@@ -119,8 +129,17 @@ def run(config: Config) -> dict[str, Any]:
         return run.done(result)
 
 
-def train(run: Run, config: Config, shape: TransformerConfig, params: Any, data: Any, base: Any = None) -> Any:
-    """`config.steps` updates of {trunk, head}, or of an ensemble of them, from where `run` left off.
+def train(
+    run: Run,
+    config: Config,
+    shape: TransformerConfig,
+    params: Any,
+    data: Any,
+    base: Any = None,
+    judge: Callable[[Any], best.Judgement] | None = None,
+) -> Any:
+    """`config.steps` updates of {trunk, head}, or of an ensemble of them, from where `run` left off; with a `judge` measured
+    as `config.evaluate_every` says.
 
     `base` is what adapters lie over.
     """
@@ -147,9 +166,11 @@ def train(run: Run, config: Config, shape: TransformerConfig, params: Any, data:
     train_step = run.clock.learner(train_step, Pass(shape, gradient=True, logits=False, lora=config.lora))
     data = stage.timed(run.clock, data)
     for i in run.steps(run.start, config.steps, "reward model", show=("reward/accuracy",)):
+        now = config.evaluate_every, reward_scores.ACCURACY, step.served(state)
+        judged = {} if judge is None else best.judged(run, i, *now, judge)
         batch = reward.Batch(**data[i])
         state, metrics = train_step(state, {"base": base}, batch)
-        run.log(i, {name: x.mean() if x.ndim else x for name, x in metrics.items()}, batch)  # the members' mean
+        run.log(i, judged | {name: x.mean() if x.ndim else x for name, x in metrics.items()}, batch)  # the members' mean
         run.maybe_save(i, state)
     return step.served(state)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import stage
+from experiments import best, reward_params, stage
 from jaxrlhf.core import processes, sharding
 from jaxrlhf.core.types import Prompts
 from jaxrlhf.data import comparisons, human_sentiment, pipeline
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from experiments.reward_model import Config
 
 JUDGED_WIDTH = 64  # tokens of a held-out text
+ACCURACY = "held_out/accuracy"  # on pairs of people's ratings, the mean of the domains; the best step has the most
 
 
 def scores_of(config: Config, model: Any) -> Callable[[Any, Any, Any], jax.Array]:
@@ -35,7 +36,13 @@ def scores_of(config: Config, model: Any) -> Callable[[Any, Any, Any], jax.Array
 
 def score_texts(config: Config, model: Any, params: Any, rows: dict[str, np.ndarray], size: int = 256) -> np.ndarray:
     """Score of each row; of an ensemble, every member's [M, n]."""
-    fn = scores_of(config, model)
+    return score_rows(scores_of(config, model), params, rows, size)
+
+
+def score_rows(
+    fn: Callable[[Any, Any, Any], jax.Array], params: Any, rows: dict[str, np.ndarray], size: int = 256
+) -> np.ndarray:
+    """The same by a compiled `scores_of`."""
     height = len(rows["length"])
     whole = -(-height // size) * size
     tokens, length = (np.resize(rows[name], (whole, *rows[name].shape[1:])) for name in ("tokens", "length"))
@@ -73,14 +80,37 @@ def scaled(config: Config, model: Any, params: Any, policy: stage.Trained, promp
     prompts = sharding.shard_batch(prompts, mesh)
     drawn = generate.generate(policy.model, policy.params, prompts, spec, key, options=stage.ONCE)
     scores = scores_of(config, model)(params, drawn.tokens, drawn.prompt_len + drawn.response_len)
-    return rewards.normalise(params, processes.to_host(scores))
+    return rewards.normalise(params, jnp.asarray(processes.to_host(scores)))
+
+
+def held_out(config: Config) -> list[human_sentiment.Rating]:
+    """The rated texts that accuracy is measured on."""
+    test = human_sentiment.load("test")
+    if config.held_out_texts is None:
+        return list(test)
+    return [test[i] for i in np.random.default_rng(0).permutation(len(test))[: config.held_out_texts]]
+
+
+def judge(config: Config, trunk: stage.Trained, base: Any) -> Callable[[Any], best.Judgement]:
+    """(what is trained) -> accuracy on held-out pairs of people's ratings in each domain that is learned, and their mean; and
+    nothing else."""
+    test, program = held_out(config), scores_of(config, trunk.model)
+    means, domains = np.array([r.mean for r in test]), [r.domain for r in test]
+    rows = comparisons.rated_rows(test, trunk.tokenizer, JUDGED_WIDTH)
+
+    def measure(params: Any) -> best.Judgement:
+        scores = together(config, score_rows(program, reward_params.whole(config, base, params), rows))
+        told = reward_model.pair_accuracy(scores, means, domains)
+        found = {d: a.accuracy for d, a in told.items() if d in config.domains and a.pairs}
+        mean = float(np.mean(list(found.values()) or [np.nan]))
+        return {ACCURACY: mean} | {f"{ACCURACY}_{domain}": x for domain, x in found.items()}, None
+
+    return measure
 
 
 def evaluate(config: Config, trunk: stage.Trained, params: Any) -> dict[str, Any]:
     """Accuracy on held-out pairs of people's ratings, beside VADER's and a bag-of-words ridge's fitted on the same texts."""
-    train, test = human_sentiment.load("train"), human_sentiment.load("test")
-    if config.held_out_texts is not None:
-        test = [test[i] for i in np.random.default_rng(0).permutation(len(test))[: config.held_out_texts]]
+    train, test = human_sentiment.load("train"), held_out(config)
     texts, means, domains = [pipeline.clean(r.text) for r in test], np.array([r.mean for r in test]), [r.domain for r in test]
     ridge = judges.fit_ridge([pipeline.clean(r.text) for r in train], [r.mean for r in train])
     rows = comparisons.rated_rows(test, trunk.tokenizer, JUDGED_WIDTH)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from experiments import stage
+from experiments import best, stage
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.models.lora import LoraConfig
 from jaxrlhf.rewards import pool
@@ -98,4 +98,9 @@ class Online(Settings, Protocol):
     @property
     def evaluate_every(self) -> int:
         """Iterations from one judgement to the next."""
+        ...
+
+    @property
+    def keep(self) -> best.Keep:
+        """Which weights are written as the policy."""
         ...

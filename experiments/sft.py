@@ -10,13 +10,14 @@ checkpoint learns the assistant's turns of a .jsonl file instead, by its own cha
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from experiments import pretrain, stage
+from experiments import best, pretrain, stage
 from jaxrlhf.algorithms import lm
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
@@ -28,6 +29,8 @@ from jaxrlhf.training import cli, objective, optimizer, plan, step, timing
 from jaxrlhf.training.flops import Pass
 from jaxrlhf.training.optimizer import OptimizerConfig
 from jaxrlhf.training.run import Run
+
+NATS = "held_out/nll_per_token"  # of a response; the best step has the fewest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Config:
     skip_bad: bool = False  # leave bad lines of that file out, count them and name them in rejects.jsonl; else refuse it
     width: int = 512  # tokens of a conversation; a turn that ends later is left out
     held_out: float = 0.05  # of the conversations' turns
+    evaluate_every: int = 0  # steps; also before the first and after the last. 0: before the first and after the last alone
+    keep: best.Keep = "last"  # written as model/: the last weights, or the best that was measured (nats a token)
     lora: LoraConfig = LoraConfig()  # with a rank > 0: train an adapter over the frozen start
     frozen: stage.Weights = "float32"  # of the frozen start
     watch: timing.Options = timing.Options()  # wait for each stage, profile steps, refuse to compile after warm-up
@@ -56,6 +61,7 @@ def run(config: Config) -> dict[str, Any]:
     """Train, and write `model/` and `result.json` into `config.out`."""
     if config.frozen != "float32" and not config.lora.rank:
         raise ValueError(f"frozen='{config.frozen}' with lora.rank=0: then nothing is frozen; set a rank, 8 say")
+    best.check(config.keep, config.evaluate_every)
     mesh = stage.mesh(config.mesh, batch=config.batch)
     with Run.open(config.out, config) as run:
         if run.result is not None:
@@ -68,17 +74,27 @@ def run(config: Config) -> dict[str, Any]:
         with jax.set_mesh(mesh):
             params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
             outputs = objective.make_outputs(start.model, adapters=config.lora)
-            before = loss(outputs, params, frozen, held_out)
-            params = train(run, config, start.config, params, frozen, outputs, batches)
-            after = loss(outputs, params, frozen, held_out)
+            judge = run.clock.timed("evaluate", measure(outputs, frozen, held_out))
+            before = judge(params)[0][NATS]
+            params = train(run, config, start.config, params, frozen, outputs, batches, judge)
+            last = config.steps, config.evaluate_every, NATS, params, judge, config.keep
+            params, (figures, _) = best.finish(run, *last, higher=False)
             stage.save_policy(config.out, start, params, config.lora, config.init)
-        return run.done({"nll_per_token": after, "nll_per_token_before": before, "turns_left_out": left_out})
+        return run.done({"nll_per_token": figures[NATS], "nll_per_token_before": before, "turns_left_out": left_out})
 
 
 def train(
-    run: Run, config: Config, shape: TransformerConfig, params: Any, frozen: Any, outputs: objective.OutputsFn, batches: Any
+    run: Run,
+    config: Config,
+    shape: TransformerConfig,
+    params: Any,
+    frozen: Any,
+    outputs: objective.OutputsFn,
+    batches: Any,
+    judge: Callable[[Any], best.Judgement] | None = None,
 ) -> Any:
-    """`config.steps` updates of a model, or of its adapter, on `batches[step]` (`lm.Batch`), from where `run` left off."""
+    """`config.steps` updates of a model, or of its adapter, on `batches[step]` (`lm.Batch`), from where `run` left off; with a
+    `judge` measured as `config.evaluate_every` says."""
     update = optimizer.make(config.optimizer, config.steps, params)
     stage.tell_memory(run, plan.training(params, update) + plan.frozen(frozen or {}))
     state = stage.at_rest(run.restore(step.init_state(params, update, jax.random.key(config.seed))), config.offload)
@@ -86,9 +102,10 @@ def train(
     train_step = run.clock.learner(train_step, Pass(shape, gradient=True, lora=config.lora))
     batches = stage.timed(run.clock, batches)
     for i in run.steps(run.start, config.steps, "sft", show=("loss/lm",)):
+        judged = best.judged(run, i, config.evaluate_every, NATS, step.served(state), judge, higher=False) if judge else {}
         batch = batches[i]
         state, metrics = train_step(state, frozen, batch)
-        run.log(i, metrics, batch)
+        run.log(i, judged | metrics, batch)
         run.maybe_save(i, state)
     return step.served(state)
 
@@ -129,10 +146,15 @@ def batch_of(rows: dict[str, np.ndarray]) -> lm.Batch:
     return lm.responses(rows["tokens"], rows["prompt_len"], rows["response_len"], rows["tokens"].shape[1] - 1)
 
 
-def loss(outputs: objective.OutputsFn, params: Any, frozen: Any, batch: lm.Batch) -> float:
-    """Nats per response token of held-out rows."""
-    term = jax.jit(lambda p, f: lm.loss(outputs(p, f, batch, None), batch, lm.Config())[0]["loss/lm"])(params, frozen)
-    return float(term.sum / term.count)
+def measure(outputs: objective.OutputsFn, frozen: Any, batch: lm.Batch) -> Callable[[Any], best.Judgement]:
+    """(params) -> nats per response token of held-out rows; and nothing else."""
+    program = jax.jit(lambda p, f: lm.loss(outputs(p, f, batch, None), batch, lm.Config())[0]["loss/lm"])
+
+    def judge(params: Any) -> best.Judgement:
+        term = program(params, frozen)
+        return {NATS: float(term.sum / term.count)}, None
+
+    return judge
 
 
 PRESETS = {"default": Config(), "smoke": Config(steps=20, batch=16)}

@@ -25,7 +25,7 @@ from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data.tokenizer import Tokenizer
 from jaxrlhf.evaluation import judges, policy
 from jaxrlhf.models.config import TransformerConfig
-from jaxrlhf.rewards import functions, pool
+from jaxrlhf.rewards import child, functions, pool
 from jaxrlhf.sampling import generate
 from jaxrlhf.training.run import Run
 
@@ -59,6 +59,7 @@ class Task:
     scorer: TransformerConfig | None = None  # its shape
     warm: Callable[[Any], None] | None = None
     """(policy params): compile every program that `judge` may want, whatever the lengths of the answers."""
+    best: str = "held_out/proxy"  # of the figures that `judge` gives, the one by which the best policy is chosen: the higher
 
 
 def run(
@@ -107,7 +108,7 @@ def make(
         if config.pool.workers and sources:
             given = opened.enter_context(pool.open_pool(sources, config.pool))
         else:
-            given = {name: pool.find(source) for name, source in sources.items()}
+            given = {name: child.find(source) for name, source in sources.items()}
         task = arithmetic if config.task == "arithmetic" else sentiment
         yield task(config, start, mesh, given)
 
@@ -148,7 +149,9 @@ def learned(
         return held_out.flat(held_out.report(after, before, judged_by)), policy.side_by_side(before, after)
 
     prompts = pipeline.within(prompts, start.config.vocab_size)
-    return Task(start, setting.spec, prompts, score, judge, warm=warming(setting, setting.spec))
+    # Not by what is trained on, if anything else judges: that may rise while the texts get worse.
+    best = "gold" if setting.gold is not None else next(iter(judged_by), "proxy")
+    return Task(start, setting.spec, prompts, score, judge, warm=warming(setting, setting.spec), best=f"held_out/{best}")
 
 
 def warming(setting: held_out.Setting, *specs: SamplingSpec) -> Callable[[Any], None]:
@@ -207,9 +210,9 @@ def arithmetic(config: Settings, first: stage.Trained, mesh: jax.sharding.Mesh, 
 
     texts = [row["prompt"] for row in rows]
     prompts = pipeline.prompt_batches(pipeline.text_prompts(texts, tokenizer, PROMPT_WIDTH), config.batch, config.seed)
-    best = dataclasses.replace(spec, greedy=True, replay=False)
+    most_probable = dataclasses.replace(spec, greedy=True, replay=False)
     prompts = pipeline.within(prompts, first.config.vocab_size)
-    return Task(first, spec, prompts, score, judge, warm=warming(setting, spec, best))
+    return Task(first, spec, prompts, score, judge, warm=warming(setting, spec, most_probable), best="held_out/accuracy")
 
 
 def held_out_sums(count: int) -> list[dict[str, Any]]:

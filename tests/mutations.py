@@ -1114,8 +1114,8 @@ MUTATIONS = (
     Mutation(
         "the-newest-checkpoints-removed-instead-of-the-oldest",
         "training/checkpoint.py",
-        "for old in steps(directory)[:-keep]:",
-        "for old in steps(directory)[keep:]:",
+        "remove(directory, steps(directory)[:-keep])",
+        "remove(directory, steps(directory)[keep:])",
         "test_checkpoint.py::test_only_the_newest_two_stay",
     ),
     Mutation(
@@ -1162,7 +1162,7 @@ MUTATIONS = (
     ),
     Mutation(
         "facts-from-outside-asked-for-again",
-        "training/run.py",
+        "training/saves.py",
         "if name not in noted:",
         "if True:",
         "test_run.py::test_a_fact_from_outside_is_asked_for_once_and_saved",
@@ -1184,8 +1184,8 @@ MUTATIONS = (
     Mutation(
         "alarms-forget-what-was-before-an-interruption",
         "training/run.py",
-        'self._guard = Guard(self._notes().get("guard"))',
-        "self._guard = Guard(None)",
+        'self._saves.notes().get("guard"))',
+        "None)",
         "test_run.py::test_alarms_of_a_resumed_run_are_those_of_the_unbroken_one",
     ),
     Mutation(
@@ -1212,7 +1212,7 @@ MUTATIONS = (
     ),
     Mutation(
         "memory-of-children-without-a-limit",
-        "rewards/pool.py",
+        "rewards/child.py",
         "most = mapped + memory_mb * 2**20",
         "most = mapped + memory_mb * 2**30",
         "faults/test_pool.py::test_a_child_that_leaks_is_stopped_at_its_limit",
@@ -1545,7 +1545,7 @@ MUTATIONS = (
     ),
     Mutation(
         "facts-from-outside-asked-by-each-process",
-        "training/run.py",
+        "training/saves.py",
         "noted[name] = processes.by_first(value)",
         "noted[name] = value()",
         "test_processes.py::test_two_processes_agree",
@@ -1780,5 +1780,41 @@ MUTATIONS = (
         "strict=True), made):",
         "strict=True)):",
         "test_labelers.py::test_drift_counts_the_choices_in_the_store",
+    ),
+    # ---------------------------------------------------------------------------------------------- the best step of a run
+    Mutation(
+        "of-fewer-being-better-the-most-is-the-best",
+        "training/best.py",
+        'else value < best["value"])',
+        'else value > best["value"])',
+        "test_best.py::test_what_is_better",
+    ),
+    Mutation(
+        "the-best-of-the-checkpoint-before-is-removed",
+        "training/best.py",
+        'for each in [best, *(told.get("best") for told in notes)]',
+        "for each in [best]",
+        "test_best.py::test_going_back_finds_the_best_of_then",
+    ),
+    Mutation(
+        "a-best-of-steps-that-are-done-anew-stays",
+        "training/best.py",
+        "    tidy(out, best)\n    if best is None",
+        "    if best is None",
+        "test_best.py::test_a_best_that_no_checkpoint_names_is_not_believed",
+    ),
+    Mutation(
+        "another-checkpoint-in-the-place-of-the-best",
+        "training/best.py",
+        'if found != best["blake2b"]:',
+        "if False:",
+        "test_best.py::test_a_best_that_is_not_what_was_kept_is_refused",
+    ),
+    Mutation(
+        "preemption-is-not-asked-for",
+        "training/ending.py",
+        "if processes.preempted() and not self._asked:",
+        "if False:",
+        "test_processes.py::test_two_processes_agree",
     ),
 )

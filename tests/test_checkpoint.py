@@ -188,6 +188,22 @@ def test_a_save_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, monkeyp
     assert checkpoint.restore(tmp_path, {"w": jnp.zeros(2)})[0]["w"].tolist() == [1, 1]
 
 
+def test_room_on_the_disk_is_looked_at_before_a_save(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, {"w": jnp.ones(2)})
+    state = {"w": jnp.zeros(1_000_000)}  # 4 MB, and one beside them
+
+    def free(size):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9**9, 0, size))
+
+    free(4_999_999)
+    with pytest.raises(OSError, match=r"checkpoint 2 takes 5\.0 MB and .* has 5\.0 MB free; step 1 is kept as it was"):
+        checkpoint.save(tmp_path, 2, state)
+    assert [p.name for p in tmp_path.iterdir()] == ["00000001"]
+    free(5_000_000)
+    checkpoint.save(tmp_path, 2, state)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
 def test_another_mesh_reads_the_same_values(tmp_path):
     specs = {"w": sharding.ParamSpec((8, 4), ("embed", "mlp"), sharding.normal(1.0))}
     values = sharding.init_params(specs, jax.random.key(0))

@@ -72,11 +72,11 @@ NUMERIC_FILES |= {"training/gradient.py", "training/by_length.py"}
 HOST_FILES = {
     "core/processes.py",
     *("models/pretrained.py", "models/hf.py", "models/hf_files.py", "models/gguf.py", "models/peft.py"),
-    *("rewards/functions.py", "rewards/pool.py"),
+    *("rewards/functions.py", "rewards/pool.py", "rewards/child.py"),
 }
 PRINTS = {  # they talk to the person at the terminal
     *("training/run.py", "training/cli.py", "training/ending.py", "training/progress.py", "training/events.py"),
-    "training/programs.py",
+    *("training/programs.py", "training/guards.py", "training/saves.py"),
     "feedback/labelers.py",
 }
 

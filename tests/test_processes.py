@@ -5,23 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import run_cases
 import sameness
 import tiny_policy
 from safetensors.numpy import load_file
 from scripts import ROOT, command, environment
 
 from jaxrlhf.core import processes
-from jaxrlhf.training import cli, timing
+from jaxrlhf.training import checkpoint, cli, events, timing
 
 
 def free_port(low: int = 0, high: int = 0) -> int:
@@ -36,7 +39,11 @@ def free_port(low: int = 0, high: int = 0) -> int:
     raise AssertionError(f"no free port from {low} to {high}")
 
 
-def together(commands: list[list[str]], environments: list[dict[str, str]]) -> list[subprocess.CompletedProcess]:
+def together(
+    commands: list[list[str]],
+    environments: list[dict[str, str]],
+    meanwhile: Callable[[list[subprocess.Popen]], None] | None = None,
+) -> list[subprocess.CompletedProcess]:
     """Processes started at once; what each wrote, and how it ended. None outlives the test: once one has failed, the others,
     which wait for it, have ten seconds."""
     with contextlib.ExitStack() as files:
@@ -47,6 +54,8 @@ def together(commands: list[list[str]], environments: list[dict[str, str]]) -> l
         ]
         try:
             end = time.monotonic() + 400
+            if meanwhile is not None:
+                meanwhile(running)
             while any(child.poll() is None for child in running) and time.monotonic() < end:
                 if any(child.poll() for child in running):
                     end = min(end, time.monotonic() + 10)
@@ -218,6 +227,36 @@ def test_ppo_in_two_processes_is_ppo_in_one(start, tmp_path):
         np.testing.assert_allclose(policies[1][name], value, rtol=0, atol=1e-6, err_msg=name)
     curves = [json.loads((tmp_path / name / "result.json").read_text())["samples"] for name in ("one", "two")]
     assert curves[0] == curves[1]
+
+
+@pytest.mark.full
+def test_ppo_of_two_processes_that_is_preempted_goes_on(start, tmp_path):
+    """SIGTERM to one of two: both save after the same step and end with 143; begun again they end as a job left alone."""
+    out = tmp_path / "preempted"
+
+    def run(folder: pathlib.Path, meanwhile: Any = None) -> list[subprocess.CompletedProcess]:
+        job = ("--coordinator", f"127.0.0.1:{free_port()}", "--processes", 2, "--iterations", 60, "--process")
+        return together([ppo(start, folder, *job, i) for i in range(2)], [environment(1)] * 2, meanwhile)
+
+    def take_back(running: list[subprocess.Popen]) -> None:
+        end = time.monotonic() + 300
+        while time.monotonic() < end and not any(child.poll() is not None for child in running):
+            if (out / "metrics.jsonl").is_file() and len((out / "metrics.jsonl").read_text().splitlines()) >= 3:
+                break
+            time.sleep(0.05)
+        running[1].send_signal(signal.SIGTERM)
+
+    assert [each.returncode for each in run(tmp_path / "whole")] == [0, 0]
+    done = run(out, take_back)
+    assert [each.returncode for each in done] == [143, 143], (done[0].stderr + done[1].stderr)[-3000:]
+    assert "stopped by SIGTERM; the same command goes on from here" in done[0].stderr
+    (saved,) = [event["step"] for event in events.read(out) if event["kind"] == "asked to end"]
+    assert 3 <= saved < 60
+    assert checkpoint.latest(out / "checkpoints") == saved == len(rows(out))
+    assert [each.returncode for each in run(out)] == [0, 0]
+    assert run_cases.ends(out) == run_cases.ends(tmp_path / "whole")
+    best = [json.loads((folder / "result.json").read_text())["best"] for folder in (out, tmp_path / "whole")]
+    assert best[0] == best[1]
 
 
 @pytest.mark.parametrize(

@@ -298,6 +298,15 @@ def test_an_alarm_stops_a_run_that_asks_for_it_and_leaves_the_batch(tmp_path):
     assert np.load(tmp_path / "bad_batch_00000024.npz")["['tokens']"].tolist() == [24, 24, 24]
 
 
+def test_a_kl_that_runs_away_is_an_event_and_ends_a_run_that_asks_for_it(tmp_path):
+    rows = [{"policy/kl_ref": 2.0 + 0.1 * i} for i in range(6)]
+    log_rows(tmp_path / "on", [*rows, {"policy/kl_ref": 40.0}, {"policy/kl_ref": 2.0}])
+    assert alarms(tmp_path / "on") == [(6, "policy/kl_ref")]
+    stop = session.use(session.Session(stop_on_alarm=True))
+    with stop, pytest.raises(ValueError, match=r"step 6: policy/kl_ref ran away to 40 .*bad_batch_00000006\.npz"):
+        log_rows(tmp_path / "off", [*rows, {"policy/kl_ref": 40.0}, {"policy/kl_ref": 2.0}])
+
+
 def test_alarms_of_a_resumed_run_are_those_of_the_unbroken_one(tmp_path):
     """What the loss was before the run was interrupted still counts."""
     rows = [*FLAT, {"loss/total": 9.0}, {"loss/total": 1.0}]

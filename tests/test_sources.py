@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pathlib
+import random
 
 import hypothesis
 import numpy as np
@@ -181,6 +182,36 @@ def test_rejects_are_written_and_counted(tmp_path):
         sources.read_jsonl(write(tmp_path, b"x\n"), SCHEMA, rejects=rejects)
 
 
+def test_plain_text_is_read_line_by_line(tmp_path):
+    path = tmp_path / "mine.txt"
+    path.write_bytes("one\r\n\n  two \u2028 three\t\n \u3000 \nfour".encode())
+    assert sources.read_text(path) == ["one", "two \u2028 three", "four"]
+    packed = tmp_path / "mine.txt.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert sources.read_text(packed) == sources.read_text(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"good\nb\xffd\n", r":2: not UTF-8: byte 0xff at column 2"),
+        (b"good\nx\x00y\n", r":2: NUL character at position 1: remove it"),
+        (b"\xef\xbb\xbfgood\n", r":1: byte-order mark at the start"),
+        (b"good\n" + b"x" * 3000, r":2: the line is longer than 1,000 bytes"),
+        (b" \n\n", r": no rows; the file is empty"),
+    ],
+)
+def test_bad_plain_text_is_refused_by_line_or_left_out(tmp_path, content, said):
+    path = tmp_path / "mine.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{path}{said}"):
+        sources.read_text(path, max_bytes=1000)
+    if content.startswith(b"good"):
+        rejects = tmp_path / "rejects.jsonl"
+        assert sources.read_text(path, 1000, rejects) == ["good"]
+        assert [json.loads(line)["line"] for line in rejects.read_text().splitlines()] == [2]
+
+
 def test_random_access(tmp_path):
     rows = [{"prompt": f"{i} " + "é" * (i % 7), "chosen": "b\n" * (i % 3)} for i in range(200)]
     path = tmp_path / "pairs.jsonl"
@@ -229,6 +260,15 @@ def test_any_text_survives_the_file(tmp_path_factory, texts):
     assert [row["text"] for row in sources.read_jsonl(path, schema)] == texts
     source = sources.open_jsonl(path, schema)
     assert [source[i]["text"] for i in range(len(source))] == texts
+
+
+def test_ten_thousand_strings_of_all_unicode_come_back(tmp_path):
+    draw = random.Random(0)
+    planes = [range(1, 0x80), range(0x80, 0x800), range(0x800, 0xD800), range(0xE000, 0x10000), range(0x10000, 0x110000)]
+    texts = ["".join(chr(draw.choice(draw.choice(planes))) for _ in range(draw.randrange(30))) for _ in range(10_000)]
+    path = tmp_path / "rows.jsonl"
+    sources.write_jsonl(path, [{"text": text} for text in texts])
+    assert [row["text"] for row in sources.read_jsonl(path, sources.Schema({"text": str}))] == texts
 
 
 def test_rows_in_memory():

@@ -59,6 +59,7 @@ def agreed(folder: Path) -> None:
     _rejects(folder)
     _checkpoint(mesh, folder)
     _stopped(mesh, folder)
+    _preempted(mesh, folder / "preempted")
 
 
 def _raise(kind: type[Exception]) -> None:
@@ -175,7 +176,7 @@ def _stopped(mesh: jax.sharding.Mesh, folder: Path) -> None:
             for step in run.steps(run.start, 50, "work"):
                 reached.append(step)
                 if me == 1 and step == 4:
-                    signal.raise_signal(signal.SIGTERM)
+                    signal.raise_signal(signal.SIGINT)
                 if me == 0:
                     time.sleep(0.005)
                 run.log(step, {"x": float(step)})
@@ -183,7 +184,7 @@ def _stopped(mesh: jax.sharding.Mesh, folder: Path) -> None:
 
     with pytest.raises(SystemExit) as ended:
         work()
-    assert ended.value.code == 128 + signal.SIGTERM
+    assert ended.value.code == 128 + signal.SIGINT
     assert reached[-1] == 4
     assert checkpoint.steps(where / "checkpoints") == [5]
     with Run.open(where, MeshConfig(), tensorboard=False) as run:
@@ -199,8 +200,46 @@ def _stopped(mesh: jax.sharding.Mesh, folder: Path) -> None:
     assert [event["kind"] for event in events.read(where)] == told  # by one alone
     _out_of_time(folder / "late", state)
     _stopped_by_a_guard(mesh, folder / "bad")
+    _best_of_one(mesh, folder / "measured")
     with pytest.raises(ValueError, match="not made by this program"):  # the first process looked; both are refused
         Run.open(folder / "checkpoints", MeshConfig(), tensorboard=False)
+
+
+def _preempted(mesh: jax.sharding.Mesh, where: Path) -> None:
+    """SIGTERM comes to the second process alone: both save after the same step, which jax's service names, and end."""
+    state, me, reached = _state(mesh, ("embed", None)), jax.process_index(), []
+
+    def work() -> None:
+        with Run.open(where, MeshConfig(), tensorboard=False) as run:
+            for step in run.steps(run.start, 5000, "work"):
+                reached.append(step)
+                if me == 1 and step == 4:
+                    signal.raise_signal(signal.SIGTERM)
+                time.sleep(0.005)
+                run.log(step, {"x": float(step)})
+                run.maybe_save(step, state)
+
+    with pytest.raises(SystemExit) as ended:
+        work()
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert processes.largest(reached[-1], -reached[-1]) == (reached[-1], -reached[-1])
+    assert 4 <= reached[-1] < 4999
+    assert checkpoint.steps(where / "checkpoints") == [reached[-1] + 1]
+    told = events.read(where)[-1]
+    assert (told["kind"], told["step"], told["reason"]) == ("asked to end", reached[-1] + 1, "stopped by SIGTERM")
+
+
+def _best_of_one(mesh: jax.sharding.Mesh, where: Path) -> None:
+    """The first process says which step is the best; both keep their part of it, and have it back."""
+    state, me = _state(mesh, ("embed", None)), jax.process_index()
+    with Run.open(where, MeshConfig(), tensorboard=False) as run:
+        for step, value in enumerate((1.0, 3.0, 2.0)):
+            state["weight"] = state["weight"] + 1
+            run.best(step, "held_out/x", value + me * 10 * step, state)
+        found = run.best_params(state)
+        np.testing.assert_array_equal(processes.to_host(found["weight"]), np.arange(32.0).reshape(8, 4) + 2)
+        assert run.done({})["best"]["step"] == 1
+    assert checkpoint.steps(where / "best") == [1]
 
 
 def _out_of_time(where: Path, state: Any) -> None:

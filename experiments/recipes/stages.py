@@ -160,7 +160,7 @@ def language_model(
         batches = pipeline.by_step(lambda i: sharding.shard_batch(responses(drawn[i], response), mesh))
         outputs = objective.make_outputs(start.model)
         params = sft.train(run, settings, start.config, start.params, None, outputs, batches) if part.steps else start.params
-        nll = sft.loss(outputs, params, None, responses(test, response))
+        nll = sft.measure(outputs, None, responses(test, response))(params)[0][sft.NATS]
         stage.save(out / "model", "policy", params, start.config, start.tokenizer)
         return run.done({"nll_per_token": nll, "steps": part.steps, "left_out": left_out})
 

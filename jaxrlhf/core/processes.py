@@ -7,6 +7,7 @@ what the first process said (`by_first`). The first one writes files. In a job o
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -14,6 +15,9 @@ from typing import Any
 
 import jax
 import numpy as np
+
+# Step ids for jax's preemption service: how often this process has asked, over all runs of the job, so the same in all.
+_ASKED = itertools.count(1)
 
 # How many processes a launcher started, in the words of each. JAX reads the rest (who is where) itself.
 LAUNCHERS = {"SLURM": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
@@ -151,6 +155,22 @@ def largest(*numbers: int) -> tuple[int, ...]:
     from jax.experimental import multihost_utils
 
     return tuple(multihost_utils.process_allgather(np.array(numbers, np.int32)).max(0).tolist())
+
+
+def told_of_preemption() -> bool:
+    """Whether jax's preemption service takes SIGTERM in this job, so that nobody else should (`preempted`)."""
+    on = jax.config.jax_enable_preemption_service  # pyright: ignore[reportAttributeAccessIssue]: a flag
+    return jax.process_count() > 1 and bool(on)
+
+
+def preempted() -> bool:
+    """Whether a machine of the job is about to be taken back and now is the time to save: true at the same call in all
+    processes, after SIGTERM came to any. Nothing is sent before one did."""
+    if not told_of_preemption():
+        return False
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(next(_ASKED))
 
 
 def added(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:

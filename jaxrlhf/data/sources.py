@@ -1,4 +1,5 @@
-"""Where rows come from: JSON lines, TFDS folders, lists in memory. A source has `len()` and `[i]`: all that grain asks for.
+"""Where rows come from: JSON lines, plain text, TFDS folders, lists in memory. A source has `len()` and `[i]`, which is all
+that grain asks for.
 
 Reading is strict. A malformed file is refused before its first row is used, with `file:line: field: problem`.
 """
@@ -15,15 +16,15 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from jaxrlhf.data.strict import Schema, parse_line, row_problem
+from jaxrlhf.data.strict import Schema, parse_line, parse_text, row_problem
 
 
-def _lines(path: Path, max_bytes: int) -> Iterator[tuple[int, int, bytes]]:
+def _lines(path: Path, max_bytes: int, kind: str = ".jsonl") -> Iterator[tuple[int, int, bytes]]:
     """(line number from 1, byte offset, line without its newline); a line is cut soon after `max_bytes`, never read whole."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if path.is_dir():
-        raise ValueError(f"{path}: is a folder; give a .jsonl or .jsonl.gz file")
+        raise ValueError(f"{path}: is a folder; give a {kind} or {kind}.gz file")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             number, offset = 0, 0
@@ -55,10 +56,36 @@ def read_jsonl(
         ValueError: `file:line: field: problem` of the first bad line, or the file is empty.
         FileNotFoundError, PermissionError: naming the file.
     """
-    path, rows, bad = Path(path), [], []
-    for number, _, line in _lines(path, max_bytes):
+    path = Path(path)
+
+    def parse(line: bytes, place: str) -> dict[str, Any]:
+        return check(parse_line(line, schema, place, max_bytes), place)
+
+    return _good(path, ((number, line) for number, _, line in _lines(path, max_bytes)), parse, rejects)
+
+
+def read_text(path: Path | str, max_bytes: int = 10_000_000, rejects: Path | str | None = None) -> list[str]:
+    """The texts of a `.txt` or `.txt.gz` file in UTF-8, one a line, without the white space around them; lines of white space
+    alone only space them. Nothing is returned unless every line is good; with `rejects` as `read_jsonl`.
+
+    Raises:
+        ValueError: `file:line: problem` of the first bad line, or there is no text in the file.
+        FileNotFoundError, PermissionError: naming the file.
+    """
+    path = Path(path)
+    lines = ((number, line) for number, _, line in _lines(path, max_bytes, ".txt") if line.strip())
+    found = _good(path, lines, lambda line, place: parse_text(line, place, max_bytes), rejects)
+    return [text for text in found if text]  # a line may be of white space that only Unicode knows
+
+
+def _good(
+    path: Path, lines: Iterable[tuple[int, bytes]], parse: Callable[[bytes, str], Any], rejects: Path | str | None
+) -> list[Any]:
+    """What `parse(line, place)` makes of every line; with `rejects` of those that it does not refuse."""
+    rows, bad = [], []
+    for number, line in lines:
         try:
-            rows.append(check(parse_line(line, schema, f"{path}:{number}", max_bytes), f"{path}:{number}"))
+            rows.append(parse(line, f"{path}:{number}"))
         except ValueError as error:
             if rejects is None:
                 raise

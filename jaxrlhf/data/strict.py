@@ -103,22 +103,38 @@ class _FieldError(ValueError):
     """A fault of one field."""
 
 
+def _decoded(line: bytes, place: str, max_bytes: int) -> str:
+    if len(line) > max_bytes:
+        raise ValueError(f"{place}: the line is longer than {max_bytes:,} bytes; split the row or raise max_bytes")
+    if line.startswith(b"\xef\xbb\xbf"):
+        raise ValueError(f"{place}: byte-order mark at the start; save the file as UTF-8 without one")
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from None
+
+
+def parse_text(line: bytes, place: str, max_bytes: int) -> str:
+    """One line of a plain text file, without the white space around it.
+
+    Raises:
+        ValueError: `place: problem`.
+    """
+    text = _decoded(line, place, max_bytes).strip()
+    if problem := _text_problem(text):
+        raise ValueError(f"{place}: {problem}")
+    return text
+
+
 def parse_line(line: bytes, schema: Schema, place: str, max_bytes: int) -> dict[str, Any]:
     """One line of a JSON-lines file as a checked row.
 
     Raises:
         ValueError: `place: field: problem`, or `place: problem` where no field is to blame.
     """
-    if len(line) > max_bytes:
-        raise ValueError(f"{place}: the line is longer than {max_bytes:,} bytes; split the row or raise max_bytes")
-    if line.startswith(b"\xef\xbb\xbf"):
-        raise ValueError(f"{place}: byte-order mark at the start; save the file as UTF-8 without one")
+    text = _decoded(line, place, max_bytes)
     if not line.strip():
         raise ValueError(f"{place}: blank line; remove it")
-    try:
-        text = line.decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}") from None
     try:
         row = json.loads(text, object_pairs_hook=_unique, parse_float=_number, parse_constant=_constant)
     except _FieldError as error:

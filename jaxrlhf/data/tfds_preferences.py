@@ -1,4 +1,4 @@
-"""Preference data: rows of a JSON-lines or parquet file, and a TFDS data set (array_record) without tensorflow.
+"""Preference data: rows of a JSON-lines or parquet file, a Hugging Face folder, and TFDS (array_record) without tensorflow.
 
 A row is a dictionary: prompt, chosen, rejected, and where known margin, weight, tie, labeler, pair. Further fields, such as
 where a response came from, are kept: in TFDS as one JSON text. TFDS holds margin and weight as float32.
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxrlhf.data import sources, strict
+from jaxrlhf.data import hub, sources, strict
 
 DEFAULTS = {"margin": 0.0, "weight": 1.0, "tie": False, "labeler": "", "pair": ""}
 SCHEMA = strict.Schema(
@@ -66,18 +66,21 @@ def read_parquet(path: Path | str) -> list[dict[str, Any]]:
         ValueError: not parquet, no rows, or `file:row: field: problem`.
         FileNotFoundError: no such file.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        found = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a readable parquet file ({' '.join(str(error).split())[:200]})") from None
+    found = hub.table(Path(path))
     if not found:
         raise ValueError(f"{path}: no rows")
-    return [check({k: v for k, v in row.items() if v is not None}, f"{path}:{number}") for number, row in enumerate(found, 1)]
+    return [check(row, f"{path}:{number}") for number, row in enumerate(found, 1)]
+
+
+def read_hub(folder: Path | str, split: str) -> list[dict[str, Any]]:
+    """Preferences of a split of a Hugging Face data set in a folder (`data/hub.py`), with defaults filled in.
+
+    Raises:
+        FileNotFoundError, ValueError: as `hub.read`.
+    """
+    return hub.read(folder, split, SCHEMA, check)
 
 
 def write_parquet(path: Path | str, rows: Sequence[Mapping[str, Any]]) -> None:

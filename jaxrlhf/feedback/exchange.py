@@ -8,15 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.data import sources, tfds_preferences
+from jaxrlhf.data import hub, sources, tfds_preferences
 from jaxrlhf.feedback import schema, store
 
 _KEPT = ("strength", "note", "seconds", "time", "schema")
 
 
 def read(path: Path, rejects: Path | None = None) -> list[dict[str, Any]]:
-    """Rows of a `.jsonl`, `.jsonl.gz` or `.parquet` file, or of the split `train` of a TFDS folder; of JSON lines, with
-    `rejects`, without the bad ones, which are written there.
+    """Rows of a `.jsonl`, `.jsonl.gz` or `.parquet` file, or of the split `train` of a folder of TFDS or Hugging Face; of JSON
+    lines, with `rejects`, without the bad ones, which are written there.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -25,12 +25,14 @@ def read(path: Path, rejects: Path | None = None) -> list[dict[str, Any]]:
     if rejects is not None and not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{path}: bad rows are left out of JSON lines alone: set skip_bad off, or give a .jsonl file")
     if path.is_dir():
-        return tfds_preferences.read_tfds(path, "train")
+        return (tfds_preferences.read_hub if hub.is_folder(path) else tfds_preferences.read_tfds)(path, "train")
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return tfds_preferences.read_jsonl(path, rejects)
     if path.suffix == ".parquet":
         return tfds_preferences.read_parquet(path)
-    raise ValueError(f"{path}: choices are read from .jsonl, .jsonl.gz and .parquet files and from TFDS folders")
+    raise ValueError(
+        f"{path}: choices are read from .jsonl, .jsonl.gz and .parquet files and from folders of TFDS and Hugging Face"
+    )
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

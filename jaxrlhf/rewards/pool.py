@@ -22,11 +22,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxrlhf.core import processes
+from jaxrlhf.rewards.child import TEXT, Source, pack
+
 Item = tuple[str, str, dict[str, Any]]  # prompt, response, data-set row
 
 STARTING = 60.0  # seconds for a child to import the functions
 LARGEST = 65_536  # bytes of an answer; more is rubbish
-TEXT = 200  # characters of a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +37,6 @@ class Config:
     seconds: float = 5.0  # for one response
     memory_mb: int = 512  # of address space, beside what a child has when it starts
     functions: tuple[str, ...] = ()  # further rewards, added with weight 1: FILE.py:NAME or MODULE:NAME
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a child finds a function: `MODULE:NAME` or `FILE.py:NAME`; with arguments, NAME is called with them to make it."""
-
-    place: str
-    arguments: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass
@@ -71,7 +65,7 @@ class Pool:
         Raises:
             ValueError: an item cannot be written as JSON, or no child can be started any more.
         """
-        requests = [_pack([name, *item]) for item in items]
+        requests = [pack([name, *item]) for item in items]
         values, causes, waiting = [None] * len(items), {}, list(range(len(items)))[::-1]
         while waiting or any(child.job for child in self._children):
             self._fill()
@@ -115,7 +109,7 @@ class Pool:
             # The paths of this process, because a file of the user's may lie on any of them.
             start = (
                 f"import json, sys; sys.path[:] = json.loads({json.dumps(json.dumps(sys.path))}); "
-                f"from jaxrlhf.rewards import pool; pool.child({theirs.fileno()}, {os.getpid()})"
+                f"from jaxrlhf.rewards import child; child.serve({theirs.fileno()}, {os.getpid()})"
             )
             process = subprocess.Popen(
                 [sys.executable, "-c", start],
@@ -132,7 +126,7 @@ class Pool:
             child = _Child(process, ours, time.monotonic())
             self._children.append(child)
             self._selector.register(ours, selectors.EVENT_READ, child)
-            ours.sendall(_pack([self._setup, self.config.memory_mb]))
+            ours.sendall(pack([self._setup, self.config.memory_mb]))
 
     def _patience(self) -> float:
         deadlines = [child.job[1] for child in self._children if child.job]
@@ -205,53 +199,12 @@ def open_pool(sources: Mapping[str, Source], config: Config) -> Iterator[dict[st
     """
     if config.workers < 1 or not config.seconds > 0 or config.memory_mb < 16:
         raise ValueError(f"{config}: need workers >= 1, seconds > 0 and memory_mb >= 16")
-    from jaxrlhf.core import processes  # not above: a child imports this file, and needs no jax
-
     pool = Pool(sources, config)
     try:
         processes.alike(pool.check)
         yield {name: Remote(pool, name) for name in sources}
     finally:
         pool.close()
-
-
-def find(source: Source) -> Any:
-    """The function that a source names, imported into this process.
-
-    Raises:
-        ValueError: no such file, module or name in it.
-    """
-    import importlib.util
-    import pkgutil
-
-    where, _, name = source.place.rpartition(":")
-    if not where or not name:
-        raise ValueError(f"'{source.place}' names no function: write FILE.py:NAME or MODULE:NAME")
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location("reward_functions", where)
-            if spec is None or spec.loader is None:
-                raise ImportError(f"{where} is not a Python file")
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            found = getattr(module, name)
-        else:
-            found = pkgutil.resolve_name(source.place)
-    except (ImportError, AttributeError, FileNotFoundError) as error:
-        raise ValueError(f"{source.place}: {error}") from error
-    if not callable(found):
-        raise ValueError(f"{source.place} is a {type(found).__name__}, not a function")
-    return found if source.arguments is None else found(**source.arguments)
-
-
-def _pack(message: Any) -> bytes:
-    try:
-        text = json.dumps(message)
-    except TypeError as error:
-        raise ValueError(
-            f"a data-set row cannot be sent to a child process: {error}; keep to text, numbers and lists"
-        ) from error
-    return struct.pack(">I", len(text)) + text.encode()
 
 
 def _unpack(data: bytes) -> Any:
@@ -266,69 +219,3 @@ def _how(process: subprocess.Popen) -> str:
         process.wait(0.2)
     code = process.returncode
     return "still running" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
-# ------------------------------------------------------------------------------------------------------- inside a child
-
-
-def child(handle: int, parent: int) -> None:
-    """What a child does: import the functions, limit its memory, then answer requests until there are no more."""
-    _die_with(parent)
-    channel = socket.socket(fileno=handle)
-    setup, memory_mb = _receive(channel)
-    try:
-        functions = {name: find(Source(**source)) for name, source in setup.items()}
-        _limit_memory(memory_mb)
-    except BaseException as error:
-        channel.sendall(_pack({"unready": f"{type(error).__name__}: {error}"}))
-        return
-    channel.sendall(_pack({"ready": True}))
-    while True:
-        name, *item = _receive(channel)
-        channel.sendall(_answer(functions[name], item))
-
-
-def _answer(function: Any, item: Sequence[Any]) -> bytes:
-    try:
-        value = function(*item)
-        try:
-            value = value if isinstance(value, str) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            value = str(value)
-        return _pack({"value": value[:TEXT] if isinstance(value, str) else value})
-    except BaseException as error:  # SystemExit too
-        reason = f"{type(error).__name__}: {error}"[:TEXT]
-        return _pack({"raised": reason, "spent": isinstance(error, MemoryError)})
-
-
-def _receive(channel: socket.socket) -> Any:
-    """One message; where there are no more, the process ends."""
-    data = b""
-    while len(data) < 4 or len(data) < 4 + struct.unpack(">I", data[:4])[0]:
-        more = channel.recv(1 << 20)
-        if not more:
-            os._exit(0)
-        data += more
-    return json.loads(data[4:])
-
-
-def _die_with(parent: int) -> None:
-    """On Linux a child is killed when the parent ends, however it ends; elsewhere it ends at its next request."""
-    if sys.platform.startswith("linux"):
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(0)
-
-
-def _limit_memory(memory_mb: int) -> None:
-    import resource
-
-    if not os.path.isfile("/proc/self/statm"):
-        return  # not Linux: the limit of address space is not kept there anyway
-    with open("/proc/self/statm", encoding="ascii") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    most = mapped + memory_mb * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

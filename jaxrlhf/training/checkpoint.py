@@ -18,7 +18,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Saving:
 
 def steps(directory: str | Path) -> list[int]:
     """Steps of the complete checkpoints in a directory, ascending."""
-    return [step for step in numbered(Path(directory)) if (_folder(Path(directory), step) / manifests.FILE).is_file()]
+    return [step for step in numbered(Path(directory)) if (folder(Path(directory), step) / manifests.FILE).is_file()]
 
 
 def numbered(directory: Path) -> list[int]:
@@ -73,13 +73,16 @@ def latest(directory: str | Path) -> int | None:
     return found[-1] if found else None
 
 
-def save(directory: str | Path, step: int, state: Any, keep: int = 2, notes: dict[str, Any] | None = None) -> None:
+Notes = dict[str, Any]  # JSON
+
+
+def save(directory: str | Path, step: int, state: Any, keep: int | None = 2, notes: Notes | None = None) -> None:
     """Write `state` as checkpoint `step`, and return when it is complete: `save_async` and `wait`."""
     save_async(directory, step, state, keep, notes).wait()
 
 
-def save_async(directory: str | Path, step: int, state: Any, keep: int = 2, notes: dict[str, Any] | None = None) -> Saving:
-    """Write `state`, a pytree of arrays, with `notes` (JSON) as checkpoint `step`; then remove all but the newest `keep`.
+def save_async(directory: str | Path, step: int, state: Any, keep: int | None = 2, notes: Notes | None = None) -> Saving:
+    """Write `state`, a pytree of arrays, with `notes` as checkpoint `step`; then remove all but the newest `keep` (None: none).
 
     Returns as soon as the arrays are on the host, so that the caller may donate them; the rest goes on in a thread. Nothing
     older is touched before the new one is complete. A step that exists already is left as it is. One at a time: `wait` first.
@@ -90,7 +93,7 @@ def save_async(directory: str | Path, step: int, state: Any, keep: int = 2, note
         OSError: the disk has not room enough; nothing was written.
         ValueError: keep < 1, which would remove the newest.
     """
-    if keep < 1:
+    if keep is not None and keep < 1:
         raise ValueError(f"keep={keep} checkpoints: at least 1, the newest, is kept")
     started = time.monotonic()
     directory, ended = Path(directory).resolve(), futures.Future()  # Orbax refuses relative paths, after having made the folder
@@ -138,19 +141,25 @@ def _into(ended: futures.Future, work: Callable[[], None]) -> None:
 def _make_room(directory: Path, step: int, size: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     clean(directory)
-    shutil.rmtree(_folder(directory, step), ignore_errors=True)  # one that never became complete
+    shutil.rmtree(folder(directory, step), ignore_errors=True)  # one that never became complete
     _check_space(directory, step, size)
 
 
-def _commit(directory: Path, step: int, keep: int, leaves: dict[str, Any], notes: dict[str, Any]) -> None:
+def _commit(directory: Path, step: int, keep: int | None, leaves: dict[str, Any], notes: dict[str, Any]) -> None:
     """Make what Orbax wrote a checkpoint, and only then remove older ones."""
     temporary = _temporary(directory, step)
     manifests.write(temporary, step, leaves, notes)
-    os.replace(temporary, _folder(directory, step))
+    os.replace(temporary, folder(directory, step))
     _sync_folder(directory)
-    for old in steps(directory)[:-keep]:
-        going = directory / f".tmp-old-{old:08d}"  # a kill while it is removed leaves nothing that looks like a checkpoint
-        os.replace(_folder(directory, old), going)
+    if keep is not None:
+        remove(directory, steps(directory)[:-keep])
+
+
+def remove(directory: Path, which: Iterable[int]) -> None:
+    """Remove complete checkpoints."""
+    for step in which:
+        going = directory / f".tmp-old-{step:08d}"  # a kill while it is removed leaves nothing that looks like a checkpoint
+        os.replace(folder(directory, step), going)
         shutil.rmtree(going)
 
 
@@ -198,7 +207,7 @@ def set_aside(directory: str | Path, after: int) -> list[str]:
     for step in (s for s in numbered(directory) if s > after):
         target = directory / f"left-{step:08d}"
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(_folder(directory, step), target)
+        os.replace(folder(directory, step), target)
         names.append(target.name)
     return names
 
@@ -217,7 +226,7 @@ def starting(directory: str | Path, step: int | None = None) -> int | None:
     if step is None and found:
         step = found[-1]
         try:
-            manifests.read(_folder(directory, step))
+            manifests.read(folder(directory, step))
         except ValueError as error:
             raise ValueError(f"{error}; {_way_out(directory, step)}") from error
     return step if found else None
@@ -229,7 +238,28 @@ def notes(directory: str | Path, step: int) -> dict[str, Any]:
     Raises:
         ValueError: its manifest cannot be read.
     """
-    return manifests.read(_folder(Path(directory), step)).get("notes", {})
+    return manifests.read(folder(Path(directory), step)).get("notes", {})
+
+
+def contents(directory: Path, step: int) -> str:
+    """A hash of what checkpoint `step` holds: names, shapes, types and values of its leaves, as its manifest has them.
+
+    Raises:
+        ValueError: its manifest cannot be read.
+    """
+    return manifests.of_leaves(manifests.read(folder(directory, step)))
+
+
+def verify(directory: Path, step: int) -> None:
+    """Read every file of checkpoint `step`, and compare its hash.
+
+    Raises:
+        ValueError: it is damaged, naming files.
+    """
+    where = folder(directory, step)
+    manifest = manifests.read(where)
+    if changed := _changed_files(where, manifest["files"]):
+        raise ValueError(f"checkpoint {where} is damaged: file {_few(changed)} is not as it was written")
 
 
 def restore(directory: str | Path, like: Any, step: int | None = None) -> tuple[Any, int]:
@@ -247,33 +277,33 @@ def restore(directory: str | Path, like: Any, step: int | None = None) -> tuple[
     step = processes.by_first(lambda: starting(directory, asked))
     if step is None:
         raise FileNotFoundError(f"no complete checkpoint in {directory}")
-    folder = _folder(directory, step)
-    manifest = manifests.read(folder)
+    where = folder(directory, step)
+    manifest = manifests.read(where)
     wanted = manifests.leaves_of(like)
-    manifests.check_fit(folder, manifest["leaves"], wanted)
-    changed = processes.by_first(lambda: _changed_files(folder, manifest["files"]))
+    manifests.check_fit(where, manifest["leaves"], wanted)
+    changed = processes.by_first(lambda: _changed_files(where, manifest["files"]))
     if changed:  # Orbax may restore such files without a word
-        raise _damaged(directory, step, f"file {_few(changed)}", _damaged_leaves(folder, manifest, wanted))
-    found = _orbax().load(folder / "state", {name: manifests.abstract(x) for name, x in wanted.items()})
+        raise _damaged(directory, step, f"file {_few(changed)}", _damaged_leaves(where, manifest, wanted))
+    found = _orbax().load(where / "state", {name: manifests.abstract(x) for name, x in wanted.items()})
     leaves = [name for name, x in found.items() if manifests.hash_of(x) != manifest["leaves"][name]["blake2b"]]
     if leaves:
         raise _damaged(directory, step, "", leaves)
     return manifests.unflatten(like, found), step
 
 
-def _changed_files(folder: Path, written: dict[str, str]) -> list[str]:
+def _changed_files(where: Path, written: dict[str, str]) -> list[str]:
     """Files that are not as they were written, one of them missing or new included."""
-    hashes = manifests.file_hashes(folder / "state")
+    hashes = manifests.file_hashes(where / "state")
     return [name for name in {**written, **hashes} if hashes.get(name) != written.get(name)]
 
 
-def _damaged_leaves(folder: Path, manifest: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def _damaged_leaves(where: Path, manifest: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """The leaves whose values are no more what they were, each read alone."""
     orbax, changed = _orbax(), []
     for name, leaf in wanted.items():
         one = dict.fromkeys(wanted, orbax.PLACEHOLDER) | {name: manifests.abstract(leaf)}
         try:
-            found = orbax.load(folder / "state", one)[name]
+            found = orbax.load(where / "state", one)[name]
             right = manifests.hash_of(found) == manifest["leaves"][name]["blake2b"]
         except Exception:  # of whatever kind: it cannot be read
             right = False
@@ -285,7 +315,7 @@ def _damaged_leaves(folder: Path, manifest: dict[str, Any], wanted: dict[str, An
 def _damaged(directory: Path, step: int, file: str, leaves: list[str]) -> ValueError:
     leaf = f"leaf {_few(leaves)}" if leaves else "no leaf"
     what = f"{file} is not as it was written ({leaf} is touched)" if file else f"{leaf} is not as it was written"
-    return ValueError(f"checkpoint {_folder(directory, step)} is damaged: {what}; {_way_out(directory, step)}")
+    return ValueError(f"checkpoint {folder(directory, step)} is damaged: {what}; {_way_out(directory, step)}")
 
 
 def _way_out(directory: Path, step: int) -> str:
@@ -297,7 +327,8 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _folder(directory: Path, step: int) -> Path:
+def folder(directory: Path, step: int) -> Path:
+    """Where a checkpoint lies."""
     return directory / f"{step:08d}"
 
 

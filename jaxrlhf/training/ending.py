@@ -1,6 +1,8 @@
 """How a run is asked to end early: by a signal, or by the clock (`--max-minutes`).
 
 Of a job of several processes one may be asked alone, so that all must agree, at the same places, after which step they end.
+There SIGTERM, by which schedulers take machines back, goes through jax's preemption service (as Orbax does it), which tells all
+processes of it and names the step.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ class Ending:
         """Take the signals, in the main thread."""
         if threading.current_thread() is threading.main_thread():
             for number in session.SIGNALS:
+                if number == signal.SIGTERM and processes.told_of_preemption():
+                    continue
                 self._handlers[number] = signal.signal(number, self._on_signal)
 
     def leave(self) -> None:
@@ -82,6 +86,8 @@ class Ending:
 
     def _agree(self, due: bool = False) -> bool:
         """Take over what any process of the job was asked; whether a save is due in one of them."""
+        if processes.preempted() and not self._asked:
+            self._asked = 128 + signal.SIGTERM
         self._code, due_somewhere = processes.largest(self._asked, int(due))
         if self._code == session.OUT_OF_TIME:
             self.reason = f"out of time (--max-minutes {session.current().max_minutes})"

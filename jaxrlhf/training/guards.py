@@ -1,11 +1,15 @@
-"""What a run watches in its own metrics: updates left out, jumps of the loss, a KL that runs away."""
+"""What a run watches in its own metrics, and does about it: updates left out, jumps of the loss, a KL that runs away."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from jaxrlhf.core import processes
+from jaxrlhf.training import events, session
 
 IN_A_ROW = 3  # updates left out because a gradient was not finite, then the run ends
 ROWS = 128  # of the loss, that a jump is measured against
@@ -67,13 +71,52 @@ def _keep(rows: list[float], value: int | float, most: int) -> None:
     del rows[:-most]
 
 
+class Watch:
+    """What a run does about its rows: an event each time, a line on the terminal once, and an end where there must be one."""
+
+    def __init__(self, out: Path, told: events.Events, state: Mapping[str, list[float]] | None = None):
+        """`state`: of the guard, where the run goes on."""
+        self.guard = Guard(state)
+        self._out, self._events = out, told
+        self._last: Any = None  # row that was read
+        self._printed: set[str] = set()  # kinds of alarm
+
+    def read(self, row: Mapping[str, Any], batch: Any) -> None:
+        """Read a row, unless it is the one that was read last; `batch` is what the last step learned from.
+
+        Raises:
+            ValueError: three updates in a row were left out because a gradient was not finite, or under `--stop-on-alarm`
+                the loss jumped or the KL ran away. The batch is written down.
+        """
+        if not row or row is self._last:
+            return
+        self._last, step, skipped = row, row["step"], row.get("optimizer/skipped_in_a_row", 0)
+        if skipped:
+            self._events.write("skipped", step=step, in_a_row=skipped)
+        if skipped >= IN_A_ROW:
+            reason = f"the gradient was not finite for {IN_A_ROW} updates in a row"
+            self._stop(step, reason, "A lower learning rate or a smaller clip_norm may help", batch)
+        for metric, alarm in self.guard.read(row).items():
+            self._events.write("alarm", step=step, metric=metric, reason=alarm)
+            if session.current().stop_on_alarm:
+                self._stop(step, alarm, "Without --stop-on-alarm the run would go on", batch)
+            if metric not in self._printed and processes.is_first():
+                self._printed.add(metric)
+                print(f"{self._out}: step {step}: {alarm}; further ones go to {events.FILE} alone", file=sys.stderr)
+
+    def _stop(self, step: int, reason: str, advice: str, batch: Any) -> None:
+        """End the run for what it learned from, which is kept for a look at it; nothing later than the last good state is."""
+        dumped = dump(self._out / f"bad_batch_{step:08d}.npz", batch)
+        self._events.write("stopped", step=step, reason=reason, batch=dumped)
+        kept = f"; what it learned from is in {dumped}" if dumped else ""
+        raise ValueError(f"step {step}: {reason}; {self._out} keeps the last good state{kept}. {advice}")
+
+
 def dump(path: Path, batch: Any) -> str:
     """Write the arrays of a batch as an .npz file, and name it; '' where there is none. Of several processes all must call it;
     the first writes."""
     import jax
     import numpy as np
-
-    from jaxrlhf.core import processes
 
     leaves = jax.tree_util.tree_leaves_with_path(processes.to_host(batch))
     if leaves and processes.is_first():

@@ -8,6 +8,8 @@ with Run.open(config.out, config) as run:
         run.maybe_save(step, state)
     run.done({"loss": ...})
 
+`run.best(step, metric, value, params)` keeps the best of the steps that were measured.
+
 In a job of several processes all call the same methods in the same order. The first one holds the lock and writes; it tells
 the others what it read, and all agree when to save and to end.
 """
@@ -24,9 +26,8 @@ from typing import Any
 
 import jaxrlhf
 from jaxrlhf.core import processes
-from jaxrlhf.training import directory, events, recorder, session, timing
+from jaxrlhf.training import directory, events, guards, recorder, saves, session, timing
 from jaxrlhf.training.ending import Ending
-from jaxrlhf.training.guards import IN_A_ROW, Guard, dump
 from jaxrlhf.training.metrics import Metrics, check_wandb, write_atomic
 from jaxrlhf.training.metrics import read as read_metrics
 from jaxrlhf.training.progress import Progress
@@ -53,13 +54,10 @@ class Run:
         self._samples: recorder.Samples | None = None
         self._total = 0  # steps
         self._events = events.Events(out, writes=processes.is_first())
+        self._saves = saves.Saves(out, self._events)
         self._described = False  # environment.json is of this process
-        self._noted: dict[str, Any] | None = None  # what is saved beside the arrays
-        self._guard: Guard | None = None
-        self._read_row: Any = None  # the last one that the guard read
+        self._watch: guards.Watch | None = None
         self._batch: Any = None  # of the last step logged
-        self._alarmed: set[str] = set()  # kinds that were printed
-        self._saving: Any = None  # checkpoint.Saving
         self._ending = Ending()
         self._saved_at = self._opened = time.monotonic()
         self._cpu_opened = time.process_time()
@@ -131,23 +129,11 @@ class Run:
         """`state` as the newest checkpoint has it (or that of `--from-step`), or as it is where there is none. Sets `start`.
 
         Raises:
-            ValueError: the checkpoint is damaged or of another model.
+            ValueError: the checkpoint, or the best step that it names, is damaged or of another model.
             FileNotFoundError: there are checkpoints, but none of `--from-step`.
         """
-        from jaxrlhf.training import checkpoint
-
         self._describe()
-        if removed := processes.by_first(lambda: checkpoint.clean(self._checkpoints)):
-            self._events.write("cleaned", removed=removed)
-        self._notes()
-        back = session.current().from_step
-        if processes.by_first(lambda: checkpoint.numbered(self._checkpoints)):
-            state, self.start = checkpoint.restore(self._checkpoints, state, back)
-            self._events.write("restored", step=self.start)
-            if back is not None:
-                aside = processes.by_first(lambda: checkpoint.set_aside(self._checkpoints, back))
-                self._events.write("went back", step=back, aside=aside)
-                session.went_back()
+        state, self.start = self._saves.restore(state)
         return state
 
     def once(self, name: str, value: Callable[[], Any]) -> Any:
@@ -155,10 +141,7 @@ class Run:
 
         Such as the last event of a feedback store: a run that goes on reads what it read before, whatever came since.
         """
-        noted = self._notes()
-        if name not in noted:
-            noted[name] = processes.by_first(value)
-        return noted[name]
+        return self._saves.once(name, value)
 
     def rejects(self) -> Path:
         """Where a reader of a data file writes the lines that it leaves out: all processes read, the first one writes."""
@@ -203,7 +186,7 @@ class Run:
                 the loss jumped or the KL ran away.
         """
         self._log().log(step, metrics | (self.clock.row() if self._watched else {}))
-        self._watch()
+        self._look()
         self._batch = batch
 
     def sample(self, step: int, rows: Callable[..., list[dict[str, Any]]], *given: Any) -> None:
@@ -214,6 +197,26 @@ class Run:
             found = rows(*given)
             if not self._kept_samples().write(step, found):
                 self._events.write("samples left out", step=step, reason=f"{recorder.FILE} would pass {recorder.LARGEST} bytes")
+
+    def best(self, step: int, metric: str, value: int | float, params: Any, higher: bool = True) -> None:
+        """After `step` updates the held-out figure `metric` was `value`: if no step before was better, keep `params` as the
+        best, a checkpoint of its own in `best/` that is never removed as long as the run counts it as the best.
+
+        Raises:
+            ValueError: the best so far is by another metric.
+            OSError, ValueError: this or the last save could not be written.
+        """
+        # Not of "save": a strict run would hold that to be warm after the first step, before the whole state was ever saved.
+        with self.clock.within("evaluate"):
+            self._saves.best(step, metric, float(value), params, higher)
+
+    def best_params(self, like: Any) -> Any:
+        """The parameters of the best step, verified; `like` gives their structure and where they go.
+
+        Raises:
+            ValueError: `best` was never called with a number, or what is kept is damaged.
+        """
+        return self._saves.best_params(like)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl so far, without the clock's figures: what the run found, the same on any machine."""
@@ -230,8 +233,8 @@ class Run:
             SystemExit: 128 + the signal, or 75 when the time is up (`--max-minutes`), after a whole save.
             OSError, ValueError: this or the last save could not be written.
         """
-        # Of several processes one may be past the time and another not; `ready` is alike, because they wait for a save.
-        ready = self._saving is None or self._saving.done()
+        ready = self._saves.ready()
+        # Of several processes one may be past the time and another not: they agree.
         ending, due = self._ending.asked(ready and time.monotonic() - self._saved_at >= self._save_seconds)
         if ready:
             self._finish_saving()
@@ -245,67 +248,33 @@ class Run:
 
     def _save(self, step: int, state: Any) -> None:
         """Begin to save the state after step `step`. The metrics up to it are on the disk before the checkpoint counts."""
-        from jaxrlhf.training import checkpoint
-
         self._finish_saving()
         self._log().sync()
-        self._watch()
+        self._look()
         self._write_times()
-        guard = self._guard.state if self._guard else {}
+        guard = self._watch.guard.state if self._watch else {}
         has = processes.by_first((self.out / recorder.FILE).is_file)  # of a run that keeps any
         kept = {"metrics_bytes": self._log().size(), "samples_bytes": self._kept_samples().sync() if has else 0}
-        notes = self._notes() | {"guard": guard} | kept
         self._saved_at = time.monotonic()
-        try:
-            self._saving = checkpoint.save_async(self._checkpoints, step + 1, state, notes=notes)
-        except (OSError, ValueError) as error:
-            self._events.write("not saved", step=step + 1, reason=str(error))
-            raise
+        self._saves.begin(step + 1, state, {"guard": guard} | kept)
 
     def _finish_saving(self) -> None:
         """Wait for the checkpoint that is being written, if one is."""
-        saving, self._saving = self._saving, None
-        if saving is None:
-            return
-        try:
-            saving.wait()
-        except (OSError, ValueError) as error:
-            self._events.write("not saved", step=saving.step, reason=str(error))
-            raise
-        self._ending.save_took = saving.took()
-        self._events.write("saved", step=saving.step, blocked=round(saving.blocked, 4), took=round(saving.took(), 4))
+        self._saves.finish()
+        self._ending.save_took = self._saves.took
 
-    def _watch(self) -> None:
-        """Let the guard read a row that was written since it last did."""
-        row = self._log().last
-        if not row or row is self._read_row:
-            return
-        self._read_row = row
-        if self._guard is None:
-            self._guard = Guard(self._notes().get("guard"))
-        if row.get("optimizer/skipped_in_a_row", 0):
-            self._events.write("skipped", step=row["step"], in_a_row=row["optimizer/skipped_in_a_row"])
-        if row.get("optimizer/skipped_in_a_row", 0) >= IN_A_ROW:
-            self._stop(row["step"], f"the gradient was not finite for {IN_A_ROW} updates in a row",
-                       "A lower learning rate or a smaller clip_norm may help")  # fmt: skip
-        for metric, alarm in self._guard.read(row).items():
-            self._events.write("alarm", step=row["step"], metric=metric, reason=alarm)
-            if session.current().stop_on_alarm:
-                self._stop(row["step"], alarm, "Without --stop-on-alarm the run would go on")
-            if metric not in self._alarmed and processes.is_first():
-                self._alarmed.add(metric)
-                print(f"{self.out}: step {row['step']}: {alarm}; further ones go to {events.FILE} alone", file=sys.stderr)
-
-    def _stop(self, step: int, reason: str, advice: str) -> None:
-        """End the run for what it learned from, which is kept for a look at it; nothing later than the last good state is."""
-        dumped = dump(self.out / f"bad_batch_{step:08d}.npz", self._batch)
-        self._events.write("stopped", step=step, reason=reason, batch=dumped)
-        kept = f"; what it learned from is in {dumped}" if dumped else ""
-        raise ValueError(f"step {step}: {reason}; {self.out} keeps the last good state{kept}. {advice}")
+    def _look(self) -> None:
+        """Let the watch read a row that was written since it last did."""
+        if self._watch is None:
+            self._watch = guards.Watch(self.out, self._events, self._saves.notes().get("guard"))
+        self._watch.read(self._log().last, self._batch)
 
     def done(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Write result.json, with the seconds that the run took in all its sessions; a run that has one is not done again."""
+        """Write result.json, with the best step where there is one and the seconds that the run took in all its sessions; a
+        run that has one is not done again."""
         self._finish_saving()
+        if (best := self._saves.best_so_far()) is not None:
+            result = {**result, "best": best}
         self.result = written = processes.by_first(lambda: self._write_result(result))
         self._events.write("done")
         return written
@@ -317,13 +286,9 @@ class Run:
         write_atomic(self.out / "result.json", json.dumps(result, indent=1, default=lambda x: x.item()) + "\n")
         return result
 
-    @property
-    def _checkpoints(self) -> Path:
-        return self.out / "checkpoints"
-
     def _log(self) -> Metrics:
         if self._metrics is None:
-            size = self._notes().get("metrics_bytes", 0)
+            size = self._saves.notes().get("metrics_bytes", 0)
 
             def first() -> None:
                 self._metrics = Metrics(self.out, self.start, size, self._tensorboard, wandb=self.clock.options.wandb)
@@ -335,7 +300,7 @@ class Run:
 
     def _kept_samples(self) -> recorder.Samples:
         if self._samples is None:
-            size = self._notes().get("samples_bytes", 0)
+            size = self._saves.notes().get("samples_bytes", 0)
 
             def first() -> None:
                 self._samples = recorder.Samples(self.out, self.start, size)
@@ -344,19 +309,6 @@ class Run:
         if self._samples is None:
             self._samples = recorder.Samples(self.out, self.start, writes=False)
         return self._samples
-
-    def _notes(self) -> dict[str, Any]:
-        """Those of the checkpoint that this run goes on from."""
-        if self._noted is None:
-            from jaxrlhf.training import checkpoint
-
-            def saved() -> dict[str, Any]:
-                step = checkpoint.starting(self._checkpoints, session.current().from_step)
-                return {} if step is None else checkpoint.notes(self._checkpoints, step)
-
-            self._noted = noted = processes.by_first(saved)
-            return noted
-        return self._noted
 
     def _describe(self) -> None:
         """Write environment.json once a process, and say what is another than before."""

@@ -5,6 +5,7 @@ A run that was broken must end as the unbroken one: the same parameters, and the
 
 from __future__ import annotations
 
+import json
 import pathlib
 import random
 import signal
@@ -70,13 +71,24 @@ def ends(out: pathlib.Path) -> dict[str, bytes]:
 
 
 def kinds(out: pathlib.Path) -> list[str]:
-    return [event["kind"] for event in events.read(out)]
+    """What happened, but for the best steps that were kept."""
+    return [event["kind"] for event in events.read(out) if event["kind"] != "best"]
+
+
+def best(out: pathlib.Path) -> dict:
+    """The best step of a finished run, of which what is kept is as it was written."""
+    found = json.loads((out / "result.json").read_text())["best"]
+    checkpoint.verify(out / "best", found["step"])
+    assert checkpoint.contents(out / "best", found["step"]) == found["blake2b"]
+    assert not list((out / "best").glob(".tmp-*"))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- SIGKILL
 
 
-STEPS = ("--steps", 24, "--width", 300, "--pause", 0.05)
+STEPS = ("--steps", 24, "--width", 300, "--evaluate-every", 3, "--pause", 0.05)
+KINDS = {"checkpoints": "saved", "best": "best"}  # of events
 EACH = ("--save-seconds", 0)  # as soon as the last one is whole
 
 
@@ -89,31 +101,40 @@ def whole(tmp_path_factory) -> pathlib.Path:
     return out
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.full)])
-def test_killed_inside_saves(whole, tmp_path, kills):
-    """A kill counts where it left an unfinished save behind."""
-    took = sorted(event["took"] for event in events.read(whole) if event["kind"] == "saved")
+@pytest.mark.timeout(3000)  # fifty kills take nine minutes on two busy cores
+@pytest.mark.parametrize(
+    ("said", "folder", "kills"),
+    [
+        ("saving", "checkpoints", 1),
+        pytest.param("saving", "checkpoints", 50, marks=pytest.mark.full),
+        pytest.param("keeping", "best", 20, marks=pytest.mark.full),
+    ],
+)
+def test_killed_inside_saves(whole, tmp_path, said, folder, kills):
+    """A kill counts where it left an unfinished save behind: of the state, or of the best step."""
+    took = sorted(event["took"] for event in events.read(whole) if event["kind"] == KINDS[folder])
     moments, inside, sessions, runs = random.Random(kills), 0, 0, 0
     while inside < kills:
         out, last, runs = tmp_path / f"killed{runs}", 0, runs + 1
         while inside < kills and not (out / "result.json").exists():
             process = start(toy(out, *STEPS, *EACH))
-            if read_until(process, "saving", moments.randint(1, 3)):
+            if read_until(process, said, moments.randint(1, 3)):
                 time.sleep(moments.uniform(0, took[len(took) // 2]))
             kill(process)
             sessions += 1
-            inside += bool(list((out / "checkpoints").glob(".tmp-[0-9]*")))
+            inside += bool(list((out / folder).glob(".tmp-[0-9]*")))
             found = checkpoint.latest(out / "checkpoints") or 0
             assert found >= last, "a kill took a step that was saved"
             last = found
         again = finish(toy(out, *STEPS, *EACH))
         assert again.returncode == 0, again.stderr
         assert ends(out) == ends(whole)
+        assert best(out) == best(whole)
         assert not list((out / "checkpoints").glob(".tmp-*"))
         found = events.read(out)
         assert [event["number"] for event in found] == list(range(1, len(found) + 1))
         assert found[-1]["kind"] == "done"
-    print(f"{inside} kills inside saves in {sessions} sessions of {runs} runs")
+    print(f"{inside} kills inside saves ({folder}) in {sessions} sessions of {runs} runs")
 
 
 @pytest.fixture(scope="module")

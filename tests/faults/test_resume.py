@@ -192,39 +192,56 @@ def online(module, start: pathlib.Path, **more):
 
 
 def pairwise(module, start: pathlib.Path):
-    """Of choices in a file, for an untrained model's own answers to sums are all wrong."""
+    """Of choices in a file, for an untrained model's own answers to sums are all wrong: 17 to learn from, so that the second
+    epoch of pairs begins inside the third batch."""
     small = {"policy": start / "policy", "steps": 3, "batch": 8, "evaluate_every": 2, "held_out_prompts": 8}
     path = start / "choices.jsonl"
     rows = [
         {"prompt": row["prompt"], "chosen": row["answer"], "rejected": str(int(row["answer"]) + 1)}
-        for row in sums.problems("train")[:40]
+        for row in sums.problems("train")[:20]
     ]
     sources.write_jsonl(path, rows)
     return dataclasses.replace(module.PRESETS["arithmetic"], choices=path, **small)
 
 
+def own_texts(start: pathlib.Path):
+    """Pre-training on a file so short that its second epoch begins inside the second batch."""
+    path = start / "texts.txt"
+    rows = [f"{row['prompt']} {row['answer']} is what row {i} says about it, at some length" for i, row in enumerate(PROBLEMS)]
+    path.write_text("\n".join(rows) + "\n")
+    return dataclasses.replace(pretrain.PRESETS["smoke"], texts=path, held_out=0.1, **MEASURED)
+
+
+PROBLEMS = sums.problems("train")[:60]
+MEASURED = {"steps": 3, "evaluate_every": 1}
 ADAPTIVE = dataclasses.replace(ppo.ARITHMETIC.algorithm, kl_target=1.0)
 STAGES = {
     "ppo": lambda start: online(ppo, start, batch=32, ema_decay=0.5, algorithm=ADAPTIVE),
     "grpo": lambda start: online(grpo, start),
     "rloo": lambda start: online(rloo, start),
     "raft": lambda start: online(raft, start),
-    "reinforce": lambda start: online(reinforce, start),
-    "online_dpo": lambda start: online(online_dpo, start),
+    "reinforce": lambda start: online(reinforce, start, batch=32),
+    "online_dpo": lambda start: online(online_dpo, start, batch=16),
     "dpo": lambda start: pairwise(dpo, start),
     "orpo": lambda start: pairwise(orpo, start),
     "kto": lambda start: pairwise(kto, start),
-    "sft": lambda start: dataclasses.replace(sft.PRESETS["smoke"], init=start / "policy", steps=3),
-    "pretrain": lambda start: dataclasses.replace(pretrain.PRESETS["smoke"], steps=3),
+    "sft": lambda start: dataclasses.replace(sft.PRESETS["smoke"], init=start / "policy", keep="best", **MEASURED),
+    "pretrain": lambda start: dataclasses.replace(pretrain.PRESETS["smoke"], **MEASURED),
+    "own_texts": own_texts,
     "arithmetic": lambda start: dataclasses.replace(arithmetic.PRESETS["smoke"], steps=3),
     "reward_model": lambda start: dataclasses.replace(
-        reward_model.PRESETS["smoke"], init=start / "policy", reference=start / "policy", steps=3, dropout=0.1
+        reward_model.PRESETS["smoke"],
+        init=start / "policy",
+        reference=start / "policy",
+        dropout=0.1,
+        held_out_texts=300,
+        **MEASURED,
     ),
 }
 MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (ppo, grpo, rloo, raft, reinforce, online_dpo, dpo, orpo, kto, sft, pretrain, arithmetic, reward_model)
-}
+} | {"own_texts": pretrain}
 
 
 @pytest.mark.parametrize(
@@ -232,11 +249,11 @@ MODULES = {
     [
         ("ppo", 1),
         *(pytest.param(name, 1, marks=pytest.mark.full) for name in STAGES if name != "ppo"),
-        *(pytest.param(name, 8, marks=pytest.mark.full) for name in ("ppo", "dpo", "sft")),
+        *(pytest.param(name, 8, marks=pytest.mark.full) for name in STAGES),
     ],
 )
 def test_a_stage_broken_at_every_step(start, tmp_path, one_step, use, name, data):
-    """Optimizer, random keys, KL coefficient, averaged weights and the place in the data all come back."""
+    """Optimizer, random keys, KL coefficient, averaged weights, the best step and the place in the data all come back."""
     use(data)
     config, run = STAGES[name](start), MODULES[name].run
     run(dataclasses.replace(config, out=tmp_path / "whole"))
@@ -246,9 +263,44 @@ def test_a_stage_broken_at_every_step(start, tmp_path, one_step, use, name, data
     assert whole.keys() == broken.keys() == {"params.safetensors", metrics.FILE}
     for file, content in whole.items():
         assert content == broken[file], file
-    kinds = [event["kind"] for event in events.read(tmp_path / "broken")]
+    results = [json.loads((tmp_path / side / "result.json").read_text()) for side in ("whole", "broken")]
+    assert results[0].get("best") == results[1].get("best")
+    assert ("best" in results[0]) == (name != "arithmetic")  # which measures at its end alone
+    kinds = [event["kind"] for event in events.read(tmp_path / "broken") if event["kind"] != "best"]
     assert kinds[:6] == ["started", "saved", "asked to end", "started", "restored", "saved"]
     assert kinds[-1] == "done"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "ppo"])
+def test_a_stage_goes_on_with_another_number_of_devices(start, tmp_path, monkeypatch, one_step, use, name):
+    """A step on one device, one on two, one on eight: the batches are the unbroken run's, and so are losses up to rounding."""
+    seen: set[bytes] = set()
+    original = sharding.shard_batch
+
+    def told(batch, mesh):
+        seen.update(np.asarray(x).tobytes() for x in jax.tree.leaves(batch) if np.asarray(x).dtype == np.int32)
+        return original(batch, mesh)
+
+    monkeypatch.setattr(sharding, "shard_batch", told)
+    config, run = STAGES[name](start), MODULES[name].run
+    use(1)
+    run(dataclasses.replace(config, out=tmp_path / "whole"))
+    whole = set(seen)
+    seen.clear()
+    one_step()
+    for devices in (1, 2, 8):
+        use(devices)
+        with pytest.raises(SystemExit):
+            run(dataclasses.replace(config, out=tmp_path / "broken"))
+    use(4)
+    run(dataclasses.replace(config, out=tmp_path / "broken"))
+    assert seen == whole
+    losses = [
+        [row["loss/total"] for row in metrics.read(tmp_path / side) if "loss/total" in row] for side in ("whole", "broken")
+    ]
+    assert len(losses[0]) == 3
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.01)  # weights and products in bfloat16
 
 
 # ----------------------------------------------------------------------------------------------- facts from outside
@@ -282,9 +334,14 @@ def add_choices(db, low: int, high: int) -> None:
         store.record(db, [store.Choice(pair.id, "ann", "left", "a")])
 
 
-def test_a_file_of_choices_that_changed_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["choices.jsonl", "choices"])
+def test_a_file_of_choices_that_changed_is_refused(tmp_path, name):
+    """Or a folder of them."""
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    path = tmp_path / "choices.jsonl"
+    path, file = tmp_path / name, tmp_path / name
+    if not path.suffix:
+        path.mkdir()
+        file = path / "train.jsonl"
 
     def read() -> None:
         with Run.open(tmp_path / "run", Toy(tmp_path / "run"), tensorboard=False) as run:
@@ -293,11 +350,11 @@ def test_a_file_of_choices_that_changed_is_refused(tmp_path):
             run.log(run.start, {"x": 1})
             run.maybe_save(run.start, state, last=True)
 
-    sources.write_jsonl(path, [row])
+    sources.write_jsonl(file, [row])
     read()
     read()
-    sources.write_jsonl(path, [row, row | {"prompt": "q"}])
-    with pytest.raises(ValueError, match=r"choices\.jsonl: changed since this run began to learn from it"):
+    sources.write_jsonl(file, [row, row | {"prompt": "q"}])
+    with pytest.raises(ValueError, match=rf"{name}: changed since this run began to learn from it"):
         read()
 
 

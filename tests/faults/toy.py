@@ -20,6 +20,7 @@ class Config:
     steps: int = 6
     width: int = 100  # of the square weights
     pause: float = 0.0  # seconds a step
+    evaluate_every: int = 0  # steps: then the loss on rows that are never learned from, of which the best is kept
 
 
 def run(config: Config) -> dict:
@@ -38,7 +39,7 @@ def run(config: Config) -> dict:
     original = checkpoint.save_async
 
     def told(directory, step, *rest, **named):
-        print("saving", step, flush=True)
+        print("saving" if directory.name == "checkpoints" else "keeping", step, flush=True)
         return original(directory, step, *rest, **named)
 
     checkpoint.save_async = told
@@ -56,9 +57,13 @@ def run(config: Config) -> dict:
             made = optax.adam(0.01)
             train_step = train.make_train_step(outputs, loss, None, made)
             first = jax.random.normal(jax.random.key(7), (config.width, config.width))
+            held_out = jax.random.normal(jax.random.key(2), (16, config.width))
             state = opened.restore(train.init_state({"w": first}, made, jax.random.key(0)))
             for step in opened.steps(opened.start, config.steps, "toy"):
                 print("step", step, flush=True)
+                if config.evaluate_every and step % config.evaluate_every == 0:
+                    error = float(jnp.square((held_out @ state.params["w"]).sum(axis=1) - 1).mean())
+                    opened.best(step, "held_out/error", error, state.params, higher=False)
                 batch = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), (4, config.width))
                 if bad_from is not None and step >= bad_from:
                     batch = batch.at[0, 0].set(jnp.nan)
