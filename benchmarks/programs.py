@@ -71,7 +71,7 @@ def under(mesh: Any) -> Any:
 def large(case: Case, mesh: jax.sharding.Mesh) -> int:
     """Bytes of the least of what must not be copied, as a device has it: a weight matrix of an MLP in the type of the
     products, [tokens of a microbatch, F], [tokens of a microbatch, V]."""
-    config, ways = case.config, mesh.shape["data"] * mesh.shape["fsdp"]
+    config, ways = case.config, sharding.parts("batch", mesh)
     wide, tensor = jnp.dtype(config.dtype).itemsize, mesh.shape["tensor"]
     tokens = case.rows // case.microbatches // ways * (case.prompt + case.response)
     weight = config.width * config.mlp_width * wide // (mesh.shape["fsdp"] * tensor)

@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help="also write the JSON document here")
     settings = parser.parse_args()
     cases = {name: case for name, case in CASES[settings.target].items() if name.startswith(settings.only)}
-    most = max(mesh.data * mesh.fsdp * mesh.tensor for _, mesh in cases.values())
+    most = max(math.prod(mesh.sizes) for _, mesh in cases.values())
     devices = targets.devices(settings.target, most)
     found, faults = {}, []
     for name, (case, shape) in cases.items():
@@ -101,7 +102,7 @@ def main() -> None:
 
 def mesh_of(shape: MeshConfig, devices: list[Any]) -> jax.sharding.Mesh:
     """The mesh over the first of the devices."""
-    return sharding.make_mesh(shape, devices[: shape.data * shape.fsdp * shape.tensor])
+    return sharding.make_mesh(shape, devices[: math.prod(shape.sizes)])
 
 
 def counted(case: programs.Case, mesh: jax.sharding.Mesh, names: tuple[str, ...] = programs.NAMES) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from jaxrlhf.core import offload, processes
+from jaxrlhf.core import offload, processes, sharding
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
 from jaxrlhf.models.model import EXACT, CacheConfig, Model
 from jaxrlhf.sampling import decode
@@ -199,7 +199,7 @@ class Job:
     @property
     def refilled(self) -> int:
         """Prompts read at a time into free slots: few programs, and products large enough."""
-        ways = _ways()
+        ways = sharding.ways()
         return max(1, self.options.slots // (8 * self.shape.n * ways)) * ways
 
     @property
@@ -207,7 +207,7 @@ class Job:
         """Rows that the batch shrinks to at least: by halves, each split evenly over the devices."""
         rows = self.options.slots if self.in_slots else self.count * self.shape.n + self.besides
         for _ in range(HALVINGS):
-            if rows // 2 < self.options.least or rows % (2 * _ways()):
+            if rows // 2 < self.options.least or rows % (2 * sharding.ways()):
                 break
             rows //= 2
         return rows
@@ -319,10 +319,10 @@ def _check_numbers(model: Model, prompts: Prompts, spec: SamplingSpec, n: int, o
         raise ValueError(
             f"n={n}, chunk={options.chunk}, least={options.least} must be at least 1, slots={options.slots} at least 0"
         )
-    if 0 < options.slots < prompts.length.shape[0] * n and options.slots % (n * _ways()):
+    if 0 < options.slots < prompts.length.shape[0] * n and options.slots % (n * sharding.ways()):
         raise ValueError(
-            f"slots={options.slots} must be a multiple of n={n} samples times {_ways()} devices that split the batch: "
-            f"choose {max(1, options.slots // (n * _ways())) * n * _ways()}"
+            f"slots={options.slots} must be a multiple of n={n} samples times {sharding.ways()} devices that split the batch: "
+            f"choose {max(1, options.slots // (n * sharding.ways())) * n * sharding.ways()}"
         )
     outside = [i for i in (*spec.stop, *spec.forbidden, spec.pad) if not 0 <= i < model.vocab_size]
     if outside:
@@ -382,9 +382,3 @@ def _cache_bytes(model: Model, prompts: int, width: int, n: int, room: int, cach
 
     given = (jax.random.key(0), np.zeros((prompts, width), np.int32), np.ones(prompts, np.int32))
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(prefill, *given)))
-
-
-def _ways() -> int:
-    """Devices that split the batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
