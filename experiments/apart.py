@@ -14,6 +14,7 @@ Source: Noukhovitch et al. 2024, arXiv 2410.18252 (one iteration off policy); Es
 from __future__ import annotations
 
 import concurrent.futures
+import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -51,8 +52,8 @@ class Sampler:
         start = task.start
         # Where nothing but an adapter is pushed, what it lies over is here from the start.
         self._base = moved(start.params, mesh) if config.lora.rank else None
-        declared = lora.specs(start.config, config.lora) if config.lora.rank else transformer.param_specs(start.config)
-        self._places = sharding.shardings(declared, mesh)
+        whole = sharding.shardings(transformer.param_specs(start.config), mesh)
+        self._places = sharding.shardings(lora.specs(start.config, config.lora), mesh) if config.lora.rank else whole
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "answers", lambda: clock.programs.name_thread("rollout"))
         self._under_way: dict[int, concurrent.futures.Future] = {}
 
@@ -127,8 +128,16 @@ class Sampler:
 
 
 def moved(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Arrays on another mesh, split over its axes of the same names."""
-    return jax.tree.map(lambda x: jax.device_put(x, jax.sharding.NamedSharding(mesh, x.sharding.spec)), tree)
+    """Arrays on another mesh, split over its axes of the same names; an axis that these do not divide is whole."""
+
+    def one(x: jax.Array) -> jax.Array:
+        spec: Any = x.sharding
+        names = (*spec.spec, *[None] * x.ndim)[: x.ndim]
+        ways = [math.prod(mesh.shape[own] for own in jax.tree.leaves(name)) for name in names]
+        kept = [None if size % part else name for size, part, name in zip(x.shape, ways, names, strict=True)]
+        return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*kept)))
+
+    return jax.tree.map(one, tree)
 
 
 def drawing(config: Online) -> jax.sharding.Mesh:
