@@ -1013,8 +1013,8 @@ MUTATIONS = (
     Mutation(
         "gradient-of-the-last-block-alone",
         "models/experts.py",
-        "slope.at[groups[i]].add(dweight)",
-        "slope.at[groups[i]].set(dweight)",
+        "slope.at[expert].add(dweight)",
+        "slope.at[expert].set(dweight)",
         "test_experts.py::test_the_gradient_is_that_of_numpy[blocks-mixtral]",
     ),
     Mutation(

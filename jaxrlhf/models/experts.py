@@ -246,11 +246,14 @@ def _in_blocks_forward(dtype, rows, weights, groups, used):
     # Narrow before the loop, and so before they are gathered over `fsdp`.
     rows, weights = rows.astype(dtype).reshape(len(groups), -1, rows.shape[-1]), weights.astype(dtype)
 
-    def block(i, out):
-        return out.at[i].set(products.product(dtype.name, rows[i], weights[groups[i]]))
+    def block(x, expert):
+        return products.product(dtype.name, x, weights[expert])
 
-    start = jnp.zeros((*rows.shape[:2], weights.shape[-1]), jnp.float32)
-    out = jax.lax.fori_loop(0, len(groups) if used is None else used, block, start)
+    if used is None:
+        _, out = jax.lax.scan(lambda _, xs: (None, block(*xs)), None, (rows, groups))
+    else:
+        out = jnp.zeros((*rows.shape[:2], weights.shape[-1]), jnp.float32)
+        out = jax.lax.fori_loop(0, used, lambda i, out: out.at[i].set(block(rows[i], groups[i])), out)
     return out.reshape(-1, out.shape[-1]), (rows, weights, groups, used)
 
 
@@ -259,14 +262,21 @@ def _in_blocks_backward(dtype, residual, g):
     rows, weights, groups, used = residual
     g = g.reshape(*rows.shape[:2], -1)
 
-    def block(i, sums):
-        slope, back = sums
-        _, pull = jax.vjp(functools.partial(products.product, dtype.name), rows[i], weights[groups[i]])
-        dx, dweight = pull(g[i])
-        return slope.at[groups[i]].add(dweight), back.at[i].set(dx)
+    def block(slope, xs):
+        x, g, expert = xs
+        _, pull = jax.vjp(functools.partial(products.product, dtype.name), x, weights[expert])
+        dx, dweight = pull(g)
+        return slope.at[expert].add(dweight), dx
 
-    start = jnp.zeros(weights.shape, jnp.float32), jnp.zeros(rows.shape, jnp.float32)
-    slope, back = jax.lax.fori_loop(0, len(groups) if used is None else used, block, start)
+    def one(i, sums):
+        slope, dx = block(sums[0], (rows[i], g[i], groups[i]))
+        return slope, sums[1].at[i].set(dx)
+
+    start = jnp.zeros(weights.shape, jnp.float32)
+    if used is None:
+        slope, back = jax.lax.scan(block, start, (rows, g, groups))
+    else:
+        slope, back = jax.lax.fori_loop(0, used, one, (start, jnp.zeros(rows.shape, jnp.float32)))
     return back.reshape(-1, back.shape[-1]), slope, None, None
 
 
