@@ -1560,7 +1560,7 @@ MUTATIONS = (
     Mutation(
         "minibatches-are-not-held-against-the-mesh",
         "core/sharding.py",
-        "if count % (parts * ways):",
+        "if count % (dealt * ways):",
         "if count % ways:",
         "test_mesh_refusals.py::test_minibatches_that_the_mesh_does_not_divide_are_refused",
     ),
@@ -1745,5 +1745,33 @@ MUTATIONS = (
         "update(gradient, old_inner, params, finite=finite)",
         "update(gradient, old_inner, params, finite=jnp.isfinite(total(seen[0])))",
         "test_step.py::test_where_one_gradient_overflows_the_moments_of_others_stay_too",
+    ),
+    Mutation(
+        "experts-of-the-first-device-on-every-device",
+        "models/experts.py",
+        "chosen = chosen - here * jax.lax.axis_index(axis)",
+        "chosen = chosen - 0 * jax.lax.axis_index(axis)",
+        "test_experts.py::test_experts_on_devices_of_their_own_give_the_same_numbers",
+    ),
+    Mutation(
+        "tokens-that-travelled-have-no-gradient",
+        "models/experts.py",
+        "(jax.lax.psum_scatter(g, axis, tiled=True),)",
+        "(jax.lax.psum_scatter(0 * g, axis, tiled=True),)",
+        "test_experts.py::test_experts_on_devices_of_their_own_give_the_same_numbers",
+    ),
+    Mutation(
+        "the-last-block-of-the-experts-here-is-left-out",
+        "models/experts.py",
+        "ends[here - 1] if apart else None",
+        "ends[here - 1] - 1 if apart else None",
+        "test_experts.py::test_rows_of_experts_elsewhere_take_no_product",
+    ),
+    Mutation(
+        "devices-that-keep-experts-apart-have-the-same-rows",
+        "core/sharding.py",
+        '"batch": ("data", "fsdp", "expert"),',
+        '"batch": ("data", "fsdp"),',
+        "test_sharding.py::test_shard_batch_splits_the_rows_and_keeps_their_order",
     ),
 )
