@@ -158,7 +158,7 @@ def collector(loop: Loop, frozen: dict[str, Any]) -> Callable[[Any, int, UnderWa
         clock.scored(answers, *watched.scoring(loop.config, task, current, options))
         return experience, prompts, begun
 
-    def from_afar(params: Any, number: int, begun: UnderWay) -> tuple[Rollout, Prompts, UnderWay]:
+    def from_afar(params: Any, number: int, begun: Any) -> tuple[Rollout, Prompts, UnderWay]:
         assert loop.sampler is not None
         with clock.within("rollout"):  # the wait for them
             answers, prompts, chunks, begun = loop.sampler.answers(params, number, begun)

@@ -137,7 +137,8 @@ def _apart(config, weights, x, blocks, shared):
 
     if shared and own > AT_ONCE:
         one_by_one = jax.tree.map(lambda each: each.reshape(parts, own, -1), given)
-        out = jax.lax.map(mixed, one_by_one).reshape(tokens.shape)
+        out: jax.Array = jax.lax.map(mixed, one_by_one)
+        out = out.reshape(tokens.shape)
     else:
         out = mixed(given)
     if shared:
