@@ -138,7 +138,7 @@ def _apart(config, weights, x, blocks, shared):
     if shared and own > AT_ONCE:
         one_by_one = jax.tree.map(lambda each: each.reshape(parts, own, -1), given)
         out: jax.Array = jax.lax.map(mixed, one_by_one)
-        out = out.reshape(tokens.shape)
+        out = out.reshape(-1, x.shape[-1])
     else:
         out = mixed(given)
     if shared:
