@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help="also write the JSON document here")
     settings = parser.parse_args()
     cases = {name: case for name, case in CASES[settings.target].items() if name.startswith(settings.only)}
-    devices = targets.devices(settings.target, max(mesh.data * mesh.fsdp * mesh.tensor for _, mesh in cases.values()))
+    devices = targets.devices(settings.target, max(math.prod(mesh.sizes) for _, mesh in cases.values()))
     found: dict[str, Any] = {}
     for name, (case, shape) in cases.items():
         placed = shapes.mesh_of(shape, devices)

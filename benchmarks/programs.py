@@ -26,11 +26,19 @@ from jaxrlhf.training.optimizer import OptimizerConfig
 
 NAMES = ("sft", "ppo", "score", "decode_params", "prefill", "decode")
 _WIDE = TransformerConfig(151936, 896, 24, 14, 2, 64, 4864, 1024, dtype="bfloat16", qkv_bias=True, rope_theta=1e6)
-MODELS = {  # the shapes of Qwen2.5 and Llama 3.1
+MODELS = {  # the shapes of Qwen2.5, Llama 3.1 and OLMoE (`mixture`: 6.9 billion parameters, 1.3 of them for a token)
     "tiny": TransformerConfig(512, 64, 3, 8, 8, 8, 192, 64),
     "tiny_experts": TransformerConfig(512, 64, 3, 8, 8, 8, 64, 64, experts=8, experts_per_token=2),
     "0.5B": _WIDE,
     "1.5B": dataclasses.replace(_WIDE, width=1536, layers=28, heads=12, head_width=128, mlp_width=8960),
+    "mixture": TransformerConfig(
+        *(50304, 2048, 16, 16, 16, 128, 1024, 1024),
+        dtype="bfloat16",
+        tied_head=False,
+        qk_norm=True,
+        experts=64,
+        experts_per_token=8,
+    ),
     "8B": TransformerConfig(128256, 4096, 32, 32, 8, 128, 14336, 1024, dtype="bfloat16", tied_head=False, rope_theta=5e5),
 }
 
@@ -71,7 +79,7 @@ def under(mesh: Any) -> Any:
 def large(case: Case, mesh: jax.sharding.Mesh) -> int:
     """Bytes of the least of what must not be copied, as a device has it: a weight matrix of an MLP in the type of the
     products, [tokens of a microbatch, F], [tokens of a microbatch, V]."""
-    config, ways = case.config, mesh.shape["data"] * mesh.shape["fsdp"]
+    config, ways = case.config, sharding.parts("batch", mesh)
     wide, tensor = jnp.dtype(config.dtype).itemsize, mesh.shape["tensor"]
     tokens = case.rows // case.microbatches // ways * (case.prompt + case.response)
     weight = config.width * config.mlp_width * wide // (mesh.shape["fsdp"] * tensor)

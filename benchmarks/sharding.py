@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,16 @@ CASES: dict[str, dict[str, tuple[programs.Case, MeshConfig]]] = {
         "2x2x2": (programs.Case(rows=16), MeshConfig(2, 2, 2)),
         "2x2x2 lora": (programs.Case(rows=16, rank=4), MeshConfig(2, 2, 2)),
         "2x2x2 experts": (programs.Case("tiny_experts", rows=16), MeshConfig(2, 2, 2)),
+        "experts apart": (programs.Case("tiny_experts", rows=16), MeshConfig(1, 2, 2, 2)),
     },
     "h100": {
         "0.5B one": (_large("0.5B", 8), MeshConfig(1, 1, 1)),
         "0.5B fsdp8": (_large("0.5B", 64), MeshConfig(1, 8, 1)),
         "1.5B one": (_large("1.5B", 8), MeshConfig(1, 1, 1)),
         "1.5B fsdp8": (_large("1.5B", 64), MeshConfig(1, 8, 1)),
+        "mixture fsdp8": (_large("mixture", 64), MeshConfig(1, 8, 1)),
+        "mixture expert8": (_large("mixture", 64), MeshConfig(1, 1, 1, 8)),
+        "mixture fsdp2 expert4": (_large("mixture", 64), MeshConfig(1, 2, 1, 4)),
         "8B lora one": (_large("8B", 8, rank=16, frozen="int8"), MeshConfig(1, 1, 1)),
         "8B lora fsdp8": (_large("8B", 64, rank=16, frozen="int8"), MeshConfig(1, 8, 1)),
         "8B lora fsdp4 tensor2": (_large("8B", 32, rank=16, frozen="int8"), MeshConfig(1, 4, 2)),
@@ -81,7 +86,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, help="also write the JSON document here")
     settings = parser.parse_args()
     cases = {name: case for name, case in CASES[settings.target].items() if name.startswith(settings.only)}
-    most = max(mesh.data * mesh.fsdp * mesh.tensor for _, mesh in cases.values())
+    most = max(math.prod(mesh.sizes) for _, mesh in cases.values())
     devices = targets.devices(settings.target, most)
     found, faults = {}, []
     for name, (case, shape) in cases.items():
@@ -101,7 +106,7 @@ def main() -> None:
 
 def mesh_of(shape: MeshConfig, devices: list[Any]) -> jax.sharding.Mesh:
     """The mesh over the first of the devices."""
-    return sharding.make_mesh(shape, devices[: shape.data * shape.fsdp * shape.tensor])
+    return sharding.make_mesh(shape, devices[: math.prod(shape.sizes)])
 
 
 def counted(case: programs.Case, mesh: jax.sharding.Mesh, names: tuple[str, ...] = programs.NAMES) -> dict[str, Any]:

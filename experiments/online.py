@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import best, stage, tasks, watched
+from experiments import apart, best, stage, tasks, watched
 from experiments.settings import Online
 from jaxrlhf.core import sharding
 from jaxrlhf.core.types import Experience, Prompts, Rollout, SamplingSpec, TrainState
@@ -43,13 +43,16 @@ class Loop:
     mesh: jax.sharding.Mesh
     n: int  # answers to each prompt
     options: rollout.Options  # how they are drawn and scored
+    sampler: apart.Sampler | None  # devices that only draw, and none of the mesh; None: those of the mesh do
 
 
 def loop(
     run: Run, config: Online, task: tasks.Task, mesh: jax.sharding.Mesh, n: int, options: rollout.Options | None = None
 ) -> Loop:
     """For n answers to each prompt, drawn as the settings say unless `options` do."""
-    return Loop(run, config, watched.timed(run.clock, task), mesh, n, config.rollouts if options is None else options)
+    task = watched.timed(run.clock, task)
+    sampler = apart.sampler(config, task, n, run.clock)
+    return Loop(run, config, task, mesh, n, config.rollouts if options is None else options, sampler)
 
 
 # ------------------------------------------------------------------------------------------------- from start to finish
@@ -63,19 +66,26 @@ def begin(loop: Loop, params: Any, update: Any, algorithm: Any = (), average: fl
     return state if average is None else step.update_ema(state, average)
 
 
-def resume(loop: Loop, state: TrainState, offloaded: stage.Offload = "none") -> tuple[TrainState, Begun | None]:
-    """The state and the answers under way of the newest checkpoint, or where there is none this state and none written yet."""
-    state, begun = loop.run.restore((state, under_way(loop)))
+def resume(loop: Loop, state: TrainState, offloaded: stage.Offload = "none") -> tuple[TrainState, UnderWay]:
+    """The state and what is under way of the newest checkpoint, or where there is none this state and none written yet."""
+    state, begun = loop.run.restore((state, under_way(loop, state.params)))
     return stage.at_rest(state, offloaded), begun
 
 
-def under_way(loop: Loop) -> Begun | None:
+UnderWay = Begun | apart.Pushed | None  # what a batch leaves for the next besides the state
+
+
+def under_way(loop: Loop, params: Any) -> UnderWay:
     """Answers under way before the first batch, of which no token is written: `rollouts.stragglers` prompts of the batch that
-    would come after the last; None without stragglers.
+    would come after the last; the first weights on devices that only draw; None without either.
 
     Raises:
         ValueError: more prompts than a batch has.
     """
+    if loop.sampler is not None:
+        pushed = loop.sampler.push(params, 0)
+        loop.sampler.tell_memory(pushed)
+        return pushed if loop.sampler.steps else None
     count, batch = loop.config.rollouts.stragglers, loop.config.batch
     if not count:
         return None
@@ -91,7 +101,7 @@ def judged(loop: Loop, number: int, state: TrainState) -> tasks.Figures:
     return best.judged(loop.run, number, every, metric, _served(state), _judge(loop))
 
 
-def finish(loop: Loop, state: TrainState, begun: Begun | None) -> dict[str, Any]:
+def finish(loop: Loop, state: TrainState, begun: UnderWay) -> dict[str, Any]:
     """Save the last state, judge the policy and write it, or with keep="best" the best one; the result: what was held out over
     time, answers before and after."""
     run, config, start = loop.run, loop.config, loop.task.start
@@ -130,25 +140,37 @@ def _keys(loop: Loop) -> jax.Array:
 
 # ---------------------------------------------------------------------------------------------- stages of an iteration
 
-Collected = tuple[Experience, Prompts, Begun | None]
+Collected = tuple[Experience, Prompts, UnderWay]
 
 
-def collector(loop: Loop, frozen: dict[str, Any]) -> Callable[[Any, int, Begun | None], Collected]:
+def collector(loop: Loop, frozen: dict[str, Any]) -> Callable[[Any, int, UnderWay], Collected]:
     """(params, iteration, begun) -> answers to its prompts with the log-probs of learner and reference, and values where there
-    is a value function; the prompts that they answer; and what is under way after it (`rollout.collect`, or with stragglers
-    `stragglers.carry_on`). Its two halves are timed as rollout and score; the reward model's work is counted here too.
+    is a value function; the prompts that they answer; and what is under way after it (`rollout.collect`, with stragglers
+    `stragglers.carry_on`, or from devices that only draw `apart.Sampler.answers`). Its two halves are timed as rollout and
+    score; the reward model's work is counted here too.
     """
     task, clock, options = loop.task, loop.run.clock, loop.options
     answer = answerer(loop, task.spec, loop.n, options.generation)
     score = clock.timed("score", rollout.experience, after="score")
 
-    def collect(params: Any, number: int, begun: Begun | None) -> Collected:
+    def collect(params: Any, number: int, begun: UnderWay) -> Collected:
         current = over_start(loop, params)
-        prompts = sharding.shard_batch(task.prompts[number], loop.mesh)
-        answers, prompts, begun = answer(current["policy"], prompts, number, begun)
+        if loop.sampler is None:
+            prompts = sharding.shard_batch(task.prompts[number], loop.mesh)
+            answers, prompts, begun = answer(current["policy"], prompts, number, begun)
+        else:
+            answers, prompts, begun = from_afar(params, number, begun)
         experience = score(task.start.model, current, frozen, answers, task.spec, options)
         clock.scored(answers, *watched.scoring(loop.config, task, current, options))
         return experience, prompts, begun
+
+    def from_afar(params: Any, number: int, begun: Any) -> tuple[Rollout, Prompts, UnderWay]:
+        assert loop.sampler is not None
+        with clock.within("rollout"):  # the wait for them
+            answers, prompts, chunks, begun = loop.sampler.answers(params, number, begun)
+            _count(loop, loop.n, prompts, answers, chunks)
+            answers, prompts = jax.device_put((answers, prompts), sharding.batch_sharding(loop.mesh))
+        return answers, prompts, begun
 
     return collect
 
@@ -181,14 +203,18 @@ def answerer(
     def answer(policy: Any, prompts: Prompts, number: int, begun: Begun | None = None) -> tuple[Rollout, Prompts, Begun | None]:
         before = _written(begun)
         answers, prompts, begun, chunks = sample(policy, prompts, jax.random.fold_in(answers_key, number), number, begun)
-        if timing.is_here(prompts.length):
-            asked, written = np.asarray(prompts.length), np.asarray(answers.response_len)
-            # Of answers under way, the tokens of this batch.
-            new = int(written.sum()) + _written(begun) - before
-            clock.count.sampled(flops.sampling(start.config, asked, written, n), new, chunks)
+        _count(loop, n, prompts, answers, chunks, _written(begun) - before)
         return answers, prompts, begun
 
     return answer
+
+
+def _count(loop: Loop, n: int, prompts: Prompts, answers: Rollout, chunks: Any, more: int = 0) -> None:
+    """Count the work of n answers to each prompt, and `more` tokens of answers that are under way."""
+    if timing.is_here(prompts.length):
+        asked, written = np.asarray(prompts.length), np.asarray(answers.response_len)
+        done = flops.sampling(loop.task.start.config, asked, written, n)
+        loop.run.clock.count.sampled(done, int(written.sum()) + more, chunks)
 
 
 def _written(begun: Begun | None) -> int:
@@ -201,6 +227,7 @@ def _written(begun: Begun | None) -> int:
 def reward(loop: Loop, experience: Experience, prompts: Prompts) -> tuple[Experience, tasks.Figures]:
     """The experience with its scores, and with weight 0 where no score could be had."""
     score, weight, figures = loop.task.score(experience.rollout, prompts)
+    figures |= {} if loop.sampler is None else loop.sampler.figures
     return dataclasses.replace(experience, score=score, weight=weight), figures
 
 

@@ -27,13 +27,15 @@ from jaxrlhf.training import metrics, plan, timing
 from jaxrlhf.training.run import Run
 
 
-def mesh(config: sharding.MeshConfig, minibatches: tuple[int, int] | None = None, **rows: int) -> jax.sharding.Mesh:
-    """The mesh of a script, if it can share these numbers of rows, each by the name of its setting.
+def mesh(
+    config: sharding.MeshConfig, minibatches: tuple[int, int] | None = None, devices: list[Any] | None = None, **rows: int
+) -> jax.sharding.Mesh:
+    """The mesh of a script over all devices, or these, if it can share these numbers of rows, each by the name of its setting.
 
     Raises:
         ValueError: the mesh does not fit the devices, or does not divide the rows.
     """
-    made = sharding.make_mesh(config)
+    made = sharding.make_mesh(config, devices)
     sharding.check_rows(made, rows, minibatches)
     return made
 

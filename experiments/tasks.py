@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import held_out, stage
+from experiments import apart, held_out, stage
 from experiments.settings import Settings
 from jaxrlhf.core import offload, processes, sharding
 from jaxrlhf.core.types import Prompts, Rollout, SamplingSpec
@@ -73,7 +73,7 @@ def run(
 
     `dealt` are the rows of an iteration, and the minibatches that they are dealt into; the others are those of `make`.
     """
-    mesh = stage.mesh(config.mesh, dealt, batch=config.batch, held_out_prompts=config.held_out_prompts)
+    mesh = stage.mesh(config.mesh, dealt, apart.learning(config), batch=config.batch, held_out_prompts=config.held_out_prompts)
     with Run.open(config.out, config) as run:
         if run.result is not None:
             return run.result

@@ -44,7 +44,8 @@ def tell_memory(
     width, written = task.prompts[0].tokens.shape[1], task.spec.max_tokens
     policy = roles.attach(start.params, tree, config.lora)["policy"]
     drawn = [(config.held_out_prompts, 1, EXACT)]
-    if n:
+    draws = n > 0 and not options.apart.devices  # else `apart.py` tells what other devices hold
+    if draws:
         generation = options.generation
         prompts, samples = config.batch, n
         if options.stragglers:  # each row with a prompt of its own, and so in slots
@@ -58,6 +59,7 @@ def tell_memory(
         shape = (width + written, written, heads.at_once(jax.default_backend(), start.config.vocab_size))
         kept += plan.update(learning(config, task, params), rows_at_once(config, n), *shape)
         kept += plan.scoring(scoring(config, task, params, options), options.rows * sharding.ways(), *shape)
+    if draws:
         sampled += plan.prefill(start.config, prompts, width)
     stage.tell_memory(run, (*trained, *kept, *sampled))
 

@@ -63,9 +63,9 @@ def gradient(config: TransformerConfig, blocks: bool):
 
 
 @functools.cache
-def both(blocks: bool):
-    """A number of what QWEN's experts make of tokens, and its gradient."""
-    return jax.jit(jax.value_and_grad(lambda w, x, out: (experts.mlp(QWEN, w, x, blocks) * out).sum(), (0, 1)))
+def both(blocks: bool, config: TransformerConfig = QWEN):
+    """A number of what the experts make of tokens, and its gradient."""
+    return jax.jit(jax.value_and_grad(lambda w, x, out: (experts.mlp(config, w, x, blocks) * out).sum(), (0, 1)))
 
 
 def reference(config: TransformerConfig, weights, x) -> np.ndarray:
@@ -252,15 +252,76 @@ def test_eight_devices_give_the_same_numbers(rows, shape, blocks):
     assert "all-to-all" not in run.as_text()
 
 
+@pytest.mark.parametrize(
+    ("rows", "shape", "blocks", "at_once"),
+    [
+        (8, (1, 2, 2, 2), True, 1),  # a device's tokens after another's
+        pytest.param(8, (4, 1, 1, 2), True, 1024, marks=pytest.mark.full),
+        pytest.param(8, (1, 1, 1, 6), True, 1024, marks=pytest.mark.full, id="one expert a device"),
+        pytest.param(8, (2, 1, 2, 2), False, 1, marks=pytest.mark.full),
+        pytest.param(3, (2, 1, 2, 2), True, 1024, marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_experts_on_devices_of_their_own_give_the_same_numbers(monkeypatch, rows, shape, blocks, at_once):
+    """Tokens travel, and no expert does but over fsdp: of the gathers over `expert` none has a weight's shape."""
+    monkeypatch.setattr(experts, "AT_ONCE", at_once)
+    count = shape[0] * shape[1] * shape[2] * shape[3]
+    rows = 12 if count == 6 else rows
+    mesh = sharding.make_mesh(sharding.MeshConfig(*shape), jax.devices()[:count])
+    weights, x, out = layer(MIXTRAL), states(rows, 5), states(rows, 5, seed=2)
+    x = x.at[0].set(x[0, 0])  # a whole row of tokens to the same experts: none is dropped
+    names = experts.specs(MIXTRAL)
+    places = {name: jax.NamedSharding(mesh, sharding.partition_spec(spec.axes[1:])) for name, spec in names.items()}
+    with jax.set_mesh(mesh):
+        there = jax.device_put(x, sharding.batch_sharding(mesh)) if rows % sharding.ways() == 0 else x
+        split = jax.device_put(weights, places)
+        assert split["gate"].addressable_shards[0].data.shape[0] == 6 // shape[3]
+        compiled = jax.jit(both(blocks, MIXTRAL).__wrapped__).lower(split, there, out).compile()
+        found = compiled(split, there, out)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), found, both(blocks, MIXTRAL)(weights, x, out))
+    text, here = compiled.as_text(), 6 // shape[3]
+    gathered = {tuple(map(int, each.split(","))) for each in re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", text)}
+    assert not any(each[0] == 6 for each in gathered if len(each) == 3), gathered  # all experts, on no device
+    assert all(each[0] == here for each in gathered if len(each) == 3)
+    assert "reduce-scatter(" in text or "all-reduce(" in text
+    assert "all-to-all" not in text
+
+
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "ragged"])
+def test_rows_of_experts_elsewhere_take_no_product(blocks):
+    """Garbage among their tokens does not come through, and blocks past those of the experts that are here are not in use."""
+    chosen = jnp.asarray([0, 2, 1, 2, 2, 0, 2, 2], jnp.int32)
+    places = experts._places(chosen, 2, 8 if blocks else 1, True)
+    if blocks:
+        assert int(places.used) == 2  # one of each that is here
+    else:
+        np.testing.assert_array_equal(places.groups, [2, 1])
+    config, weights = dataclasses.replace(MIXTRAL, experts=3), {name: w[:2] for name, w in layer(MIXTRAL).items()}
+    chosen = jnp.asarray([[0, 1], [2, 1], [2, 3]]) % 3
+    x, weight = states(3), jnp.full((3, 2), 0.5)
+    mixed = jax.jit(functools.partial(experts._mixed, config, blocks))
+    plain = mixed(weights, x, chosen, weight)
+    x = x.at[2, 3].set(jnp.nan)  # whose experts are 2, elsewhere, and 0
+    found = mixed(weights, x, chosen, weight)
+    np.testing.assert_array_equal(found[:2], plain[:2])
+    alone = mixed(weights, states(3), jnp.where(chosen == 2, 0, chosen), jnp.where(chosen == 2, 0, 0.5))
+    np.testing.assert_allclose(plain, alone, atol=5e-6)
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("config", [QWEN, NARROW], ids=["float32", "bfloat16"])
-def test_the_transformer_on_eight_devices(config):
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [(QWEN, (2, 2, 2)), (NARROW, (2, 2, 2)), (MIXTRAL, (1, 2, 2, 2)), (NARROW, (2, 1, 2, 2))],
+    ids=["float32", "bfloat16", "float32-apart", "bfloat16-apart"],
+)
+def test_the_transformer_on_eight_devices(config, shape):
     params, rows = parameters(config), whole.tokens(8, 12)
-    mesh = sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+    mesh = sharding.make_mesh(sharding.MeshConfig(*shape))
     places = sharding.shardings(transformer.param_specs(config), mesh)
     with jax.set_mesh(mesh):
         split = jax.device_put(params, places)
-        assert split["layers"]["experts"]["down"].sharding.spec == jax.P(None, None, "tensor", "fsdp")
+        assert split["layers"]["experts"]["down"].sharding.spec == jax.P(None, "expert", "tensor", "fsdp")
         step = jax.jit(whole.gradient(config).__wrapped__, out_shardings=(None, places))
         value, slope = step(split, sharding.shard_batch(rows, mesh))
     tolerance = 2e-5 if config.dtype == "float32" else 3e-2  # of bfloat16: where a sum's last bit turns a rounding
@@ -315,9 +376,10 @@ def test_narrow_decoding_takes_the_experts_of_training():
 
 
 @pytest.mark.full
-def test_sampling_on_eight_devices_gives_the_same_logits():
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 2, 2)], ids=str)
+def test_sampling_on_eight_devices_gives_the_same_logits(shape):
     prompts, length, responses = whole.tokens(4, 6), np.array([6, 1, 4, 2]), whole.tokens(8, 5, seed=9)
-    params, mesh = parameters(MIXTRAL), sharding.make_mesh(sharding.MeshConfig(2, 2, 2))
+    params, mesh = parameters(MIXTRAL), sharding.make_mesh(sharding.MeshConfig(*shape))
     with jax.set_mesh(mesh):
         split = jax.device_put(params, sharding.shardings(transformer.param_specs(MIXTRAL), mesh))
         out = jax.jit(whole.sampler(MIXTRAL, 2).__wrapped__)(split, *sharding.shard_batch((prompts, length, responses), mesh))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -13,6 +14,8 @@ import sameness
 
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
+from jaxrlhf.models import transformer
+from jaxrlhf.training import objective
 
 EVERY = [
     shape for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) in (1, 2, 4, 8)
@@ -61,6 +64,34 @@ def test_twenty_updates_on_recorded_rollouts_are_the_same(shape):
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_a_live_iteration_draws_the_same_tokens(shape):
     same_tokens(shape)
+
+
+@pytest.fixture
+def mixture(monkeypatch):
+    """A mixture of experts takes the place of the model."""
+    config = dataclasses.replace(sameness.CONFIG, mlp_width=16, experts=8, experts_per_token=2)
+    model = transformer.build(config)
+    specs = sameness.SPECS | {"policy": transformer.param_specs(config)}
+    outputs = objective.make_outputs(model, sameness.SPEC, entropy=True, values=True, trunk="policy")
+    for name, value in {"CONFIG": config, "MODEL": model, "SPECS": specs, "OUTPUTS": outputs}.items():
+        monkeypatch.setattr(sameness, name, value)
+    caches = (sameness.start, sameness.recorded, alone)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("shape", [MeshConfig(1, 2, 2, 2), MeshConfig(1, 1, 1, 8)], ids=str)
+def test_experts_on_devices_of_their_own_learn_and_draw_the_same(mixture, shape):
+    del mixture
+    made = sharding.make_mesh(shape)
+    sameness.assert_same(sameness.on(made, sameness.recorded()), alone(True))
+    live = sameness.on(made, None, 1)
+    np.testing.assert_array_equal(live["tokens"], alone(False)["tokens"])
+    sameness.assert_same(live, alone(False), 1)
 
 
 @pytest.mark.full

@@ -33,17 +33,18 @@ def test_there_are_eight_devices():
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (MeshConfig(), (8, 1, 1)),
-        (MeshConfig(fsdp=2), (4, 2, 1)),
-        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 2)),
-        (MeshConfig(tensor=8), (1, 1, 8)),
+        (MeshConfig(), (8, 1, 1, 1)),
+        (MeshConfig(fsdp=2), (4, 2, 1, 1)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), (2, 2, 1, 2)),
+        (MeshConfig(tensor=8), (1, 1, 1, 8)),
+        (MeshConfig(expert=4, tensor=2), (1, 1, 4, 2)),
     ],
 )
 def test_make_mesh(config, shape):
     made = sharding.make_mesh(config, (jax.devices() * 8)[:8] if jax.device_count() < 8 else jax.devices()[:8])
-    assert made.axis_names == ("data", "fsdp", "tensor")
+    assert made.axis_names == ("data", "fsdp", "expert", "tensor")
     assert tuple(made.shape.values()) == shape
-    assert made.axis_types == (AxisType.Auto,) * 3
+    assert made.axis_types == (AxisType.Auto,) * 4
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,8 @@ def test_make_mesh(config, shape):
         (MeshConfig(data=0), r"axes must be >= 1"),
         (MeshConfig(data=-2), r"axes must be >= 1"),
         (MeshConfig(fsdp=0), r"axes must be >= 1"),
+        (MeshConfig(expert=0), r"axes must be >= 1"),
+        (MeshConfig(expert=3), r"x expert=3 does not fit 8 device"),
         (MeshConfig(tensor=-1), r"axes must be >= 1"),
     ],
 )
@@ -72,7 +75,7 @@ def test_a_spec_names_every_axis():
 def test_every_rule_names_mesh_axes():
     for axis, names in sharding.RULES.items():
         for name in (names,) if isinstance(names, str) else names or ():
-            assert name in ("data", "fsdp", "tensor"), axis
+            assert name in sharding.AXES, axis
 
 
 def test_initial_values_follow_the_specs():
@@ -142,7 +145,7 @@ def test_shard_batch_splits_the_rows_and_keeps_their_order():
     assert len({shard.device for shard in placed["tokens"].addressable_shards}) == 8
     assert placed["tokens"].addressable_shards[0].data.shape == (2, 2)  # 8 rows over data x fsdp = 4
     np.testing.assert_array_equal(placed["tokens"], batch["tokens"])
-    assert placed["length"].sharding.spec == P(("data", "fsdp"))
+    assert placed["length"].sharding.spec == P(("data", "fsdp", "expert"))
 
 
 def test_a_batch_that_cannot_be_split_is_named():

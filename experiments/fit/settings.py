@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from experiments import stage
 from jaxrlhf.core import sharding
@@ -136,7 +137,7 @@ def measured(repeats: int = 5) -> Chip:
 
 def devices(config: Config) -> int:
     """How many, of all axes; `data=-1` is one."""
-    return max(config.mesh.data, 1) * config.mesh.fsdp * config.mesh.tensor
+    return math.prod(config.mesh.sizes)
 
 
 def parameters(shape: TransformerConfig) -> int:
@@ -147,16 +148,16 @@ def parameters(shape: TransformerConfig) -> int:
 
 def choices(config: Config) -> list[int]:
     """Numbers of microbatches to try, from the fewest: those that split a minibatch evenly over the devices."""
-    rows, ways = config.rows // config.minibatches, max(config.mesh.data, 1) * config.mesh.fsdp
+    rows, ways = config.rows // config.minibatches, sharding.parts("batch", abstract_mesh(config))
     if rows % ways:
-        raise ValueError(f"a minibatch of {rows} rows cannot be shared by data x fsdp = {ways} devices: choose a multiple")
+        shared = "data x fsdp" + " x expert" * (config.mesh.expert > 1)
+        raise ValueError(f"a minibatch of {rows} rows cannot be shared by {shared} = {ways} devices: choose a multiple")
     return [count for count in range(1, rows // ways + 1) if (rows // ways) % count == 0]
 
 
 def abstract_mesh(config: Config) -> AbstractMesh:
     """The mesh over devices that need not be here."""
-    sizes = (max(config.mesh.data, 1), config.mesh.fsdp, config.mesh.tensor)
-    return AbstractMesh(sizes, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    return sharding.abstract_mesh(config.mesh)
 
 
 def learning(config: Config, shape: TransformerConfig) -> tuple[Pass, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from experiments.fit.memory import saved_bytes
-from experiments.fit.settings import Config, devices, learning, parameters, scoring
+from experiments.fit.settings import Config, abstract_mesh, devices, learning, parameters, scoring
+from jaxrlhf.core import sharding
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.sampling import generate
 from jaxrlhf.training import flops
@@ -63,7 +64,7 @@ def programs(config: Config) -> dict[str, int]:
     """How many programs an iteration may compile, by stage: the sampler's, for each number of rows that may be left."""
     if not config.sampled:
         return {"update": 1}
-    options, ways = config.rollouts.generation, max(config.mesh.data, 1) * config.mesh.fsdp
+    options, ways = config.rollouts.generation, sharding.parts("batch", abstract_mesh(config))
     in_slots = 0 < options.slots < config.rows
     rows, sizes = options.slots if in_slots else config.rows, 1
     while sizes <= options.halvings and rows // 2 >= options.least and rows % (2 * ways) == 0:

@@ -20,14 +20,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxrlhf.core import processes
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    "batch": ("data", "fsdp"),  # sequences
+    "batch": ("data", "fsdp", "expert"),  # sequences
     "length": None,  # positions of a row
     "layers": None,  # scanned over, so every device needs each in turn
     "embed": "fsdp",  # model width of a weight
     "residual": None,  # model width of an activation: its batch axis already uses fsdp
     "vocab": "tensor",
     "mlp": "tensor",
-    "expert": None,  # the other axes of its weights use fsdp and tensor already, which divide them whatever their number
+    "expert": "expert",  # the other axes of its weights use fsdp and tensor already
     "heads": "tensor",
     "kv_heads": "tensor",
     "head_dim": None,
@@ -41,26 +41,42 @@ class MeshConfig:
     data: int = -1  # replicas of the parameters, each with its part of the batch
     fsdp: int = 1  # splits both the batch and the parameters
     tensor: int = 1  # splits heads, MLP and vocabulary
+    expert: int = 1  # splits the batch, and of the parameters the experts of a mixture (`models/experts.py`)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Those of `AXES`; `data=-1` is one."""
+        return max(self.data, 1), self.fsdp, self.expert, self.tensor
+
+
+AXES = ("data", "fsdp", "expert", "tensor")  # what says most to its neighbours last, so that these are near each other
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """The mesh `(data, fsdp, tensor)` over all devices.
+    """The mesh of `AXES` over all devices.
 
     Raises:
         ValueError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    if config.fsdp < 1 or config.tensor < 1 or config.data == 0 or config.data < -1:
+    if min(config.fsdp, config.tensor, config.expert) < 1 or config.data == 0 or config.data < -1:
         raise ValueError(f"mesh {config}: axes must be >= 1 (data may be -1: all that is left)")
-    rest = config.fsdp * config.tensor
+    rest = config.fsdp * config.tensor * config.expert
     data = len(devices) // rest if config.data == -1 else config.data
     if data * rest != len(devices):
         raise ValueError(
-            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not fit {len(devices)} device(s): "
+            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor}"
+            f"{f' x expert={config.expert}' * (config.expert > 1)} does not fit {len(devices)} device(s): "
             f"choose axes whose product is {len(devices)} (data=-1 takes what is left)"
         )
     # Auto axes: jax >= 0.9 would make them Explicit, under which an embedding gather already fails.
-    return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices)
+    sizes = dataclasses.replace(config, data=data).sizes
+    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The mesh over devices that need not be here."""
+    return AbstractMesh(config.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,24 +194,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over `data` and `fsdp`."""
+    """The leading axis split over the axes that share the rows of a batch."""
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Put every array of a batch on the mesh, its leading axis split over `data` and `fsdp`.
+    """Put every array of a batch on the mesh, its leading axis split as `batch_sharding` says.
 
     In a job of several processes every one has the whole batch and puts its own rows down: what is a function of the step need
     not be sent.
 
     Raises:
-        ValueError: the leading axis is not divisible by data x fsdp.
+        ValueError: the leading axis is not divisible by data x fsdp (x expert).
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = parts("batch", mesh)
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         if leaf.shape[0] % ways:
             raise ValueError(
-                f"batch field {path_name(path)} has {leaf.shape[0]} rows, not divisible by data x fsdp = {ways}: "
+                f"batch field {path_name(path)} has {leaf.shape[0]} rows, not divisible by {_sharing(mesh)} = {ways}: "
                 "choose a batch size that is a multiple of it"
             )
     return processes.from_host(batch, batch_sharding(mesh))
@@ -204,7 +220,12 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
 def ways() -> int:
     """Parts into which the mesh that is set splits the rows of a batch; 1 where none is set."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if mesh.empty else parts("batch", mesh)
+
+
+def _sharing(mesh: Mesh) -> str:
+    """The mesh axes that share the rows of a batch, for people to read."""
+    return "data x fsdp" + " x expert" * (mesh.shape["expert"] > 1)
 
 
 def check_rows(mesh: Mesh, rows: dict[str, int], minibatches: tuple[int, int] | None = None) -> None:
@@ -215,19 +236,19 @@ def check_rows(mesh: Mesh, rows: dict[str, int], minibatches: tuple[int, int] | 
     Raises:
         ValueError: with the numbers and what would do.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways, axes = parts("batch", mesh), _sharing(mesh)
     for name, count in rows.items():
         if count % ways:
             near = f"{count // ways * ways} or {(count // ways + 1) * ways}" if count > ways else str(ways)
             raise ValueError(
-                f"--{name.replace('_', '-')} {count} cannot be shared by data x fsdp = {ways} devices: choose {near}, or a "
-                "mesh whose data x fsdp divides it (--mesh.tensor takes devices and splits no rows)"
+                f"--{name.replace('_', '-')} {count} cannot be shared by {axes} = {ways} devices: choose {near}, or a "
+                f"mesh whose {axes} divides it (--mesh.tensor takes devices and splits no rows)"
             )
-    count, parts = minibatches or (0, 1)
-    if count % (parts * ways):
+    count, dealt = minibatches or (0, 1)
+    if count % (dealt * ways):
         raise ValueError(
-            f"{count} answers cannot be dealt into minibatches={parts} of a multiple of data x fsdp = {ways} rows: choose a "
-            f"--batch that makes them a multiple of {parts * ways}, or fewer minibatches"
+            f"{count} answers cannot be dealt into minibatches={dealt} of a multiple of {axes} = {ways} rows: choose a "
+            f"--batch that makes them a multiple of {dealt * ways}, or fewer minibatches"
         )
 
 

@@ -19,6 +19,19 @@ from jaxrlhf.sampling import generate
 
 
 @dataclasses.dataclass(frozen=True)
+class Apart:
+    """Devices that only draw answers, while the others learn from those before (`experiments/apart.py`)."""
+
+    devices: int = 0  # the last so many of all; 0: all devices draw and learn, in turns
+    steps: int = 1  # k: weights are pushed to them every k iterations, and answers are of weights at most k old; 0: in turns
+    mesh: sharding.MeshConfig = sharding.MeshConfig()  # of these devices
+
+    def __post_init__(self):
+        if min(self.devices, self.steps) < 0:
+            raise ValueError(f"rollouts.apart.devices={self.devices}, steps={self.steps}: neither can be below 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class Options:
     """How a rollout is made and scored."""
 
@@ -31,6 +44,7 @@ class Options:
     rows: int = 32  # of a device, scored at a time: a matter of memory and speed only
     generation: generate.Options = generate.Options()
     stragglers: int = 0  # prompts whose answers are left unfinished by each batch and go on in the next; 0: wait for all
+    apart: Apart = Apart()
 
 
 def collect(

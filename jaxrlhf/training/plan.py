@@ -191,7 +191,10 @@ def _layer(shape: TransformerConfig, rows: int, width: int, arrays: dict[str, in
     """Arrays of one layer's states; those of heads and MLP are split over `tensor` too."""
     mlp = arrays["gated" if shape.mlp in GATED else "mlp"] * shape.mlp_width * max(1, shape.experts_per_token)
     query, key = arrays["query"] * shape.heads * shape.head_width, arrays["key"] * shape.kv_heads * shape.head_width
-    return _states(rows, width, arrays["width"] * shape.width) + _states(rows, width, mlp + query + key, _ways("tensor"))
+    # Experts that lie on other devices have their tokens sent: those of all of these devices, and what is made of them.
+    sent = 2 * _ways("expert") if shape.experts and _ways("expert") > 1 else 0
+    own = _states(rows, width, (arrays["width"] + sent) * shape.width)
+    return own + _states(rows, width, mlp + query + key, _ways("tensor"))
 
 
 def _scores(shape: TransformerConfig, rows: int, width: int, arrays: int) -> Size:
@@ -207,7 +210,7 @@ def _logits(shape: TransformerConfig, rows: int, predicted: int, block: int, gra
 
 def _states(rows: int, width: int, channels: int, ways: int = 1) -> Size:
     total = 4 * rows * width * channels
-    return Size(total, total // (_ways("data") * _ways("fsdp") * ways))
+    return Size(total, total // (sharding.ways() * ways))
 
 
 def _ways(axis: str) -> int:

@@ -101,10 +101,14 @@ class Programs:
     def ahead(self, jobs: dict[str, Callable[[], None]], context: Callable[[], Any]) -> None:
         """Run jobs that compile, one after another, in a thread of their own, inside `context()`. One that fails ends those
         after it, and `wait` for any of them raises what it raised."""
-        pool = concurrent.futures.ThreadPoolExecutor(1, initializer=lambda: self._mine().update(name="ahead"))
+        pool = concurrent.futures.ThreadPoolExecutor(1, initializer=lambda: self.name_thread("ahead"))
         for name, job in jobs.items():
             self._jobs[name] = pool.submit(_after, list(self._jobs.values()), job, context)
         pool.shutdown(wait=False)
+
+    def name_thread(self, name: str) -> None:
+        """What the thread that calls this compiles belongs to the stage of this name, whatever the main one is at."""
+        self._mine().update(name=name)
 
     def wait(self, name: str) -> bool:
         """Wait until the job of this name is done; whether there was one that nobody had waited for."""
