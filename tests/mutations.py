@@ -1817,6 +1817,8 @@ MUTATIONS = (
         "if False:",
         "test_processes.py::test_two_processes_agree",
     ),
+    # ------------------------------------------------------------------------------------- experts on devices of their own
+    Mutation(
         "experts-of-the-first-device-on-every-device",
         "models/experts.py",
         "chosen = chosen - here * jax.lax.axis_index(axis)",
