@@ -228,6 +228,8 @@ def roll_back(out: Path, number: int | None = None) -> int:
     Raises:
         ValueError: there is none, its policy is not as the round left it, or its gates never let it pass.
     """
+    if not finished(out):
+        raise ValueError(f"{out}: there are no rounds of improvement; give the --out that experiments/improve.py wrote to")
     with _alone(out):
         before = served(out)
         if number is None:
