@@ -152,7 +152,7 @@ def wait(config: Config, number: int) -> None:
 
 
 SMOKE = Config(
-    simulate=96,
+    simulate=32,
     rounds=1,
     prompts=48,
     reward_model=dataclasses.replace(rlhf.SMOKE.refresh, steps=6, held_out_texts=64),

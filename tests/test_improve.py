@@ -380,8 +380,8 @@ class Stages:
         self.cut_at = -1  # of the calls: where the process ends
         self.passes = passes
         monkeypatch.setattr(one_round.reward_model, "run", self.reward)
-        for name, script in one_round.ALGORITHMS.items():
-            monkeypatch.setattr(script, "run", lambda config, name=name: self.policy(name, config))
+        for name, page in one_round.ALGORITHMS.items():
+            monkeypatch.setattr(page, "run", lambda config, name=name: self.policy(name, config))
         monkeypatch.setattr(candidate, "run", self.measure)
 
     def write(self, name: str, config, *parts: pathlib.Path) -> None:
@@ -586,9 +586,22 @@ def models(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+def add_real_pairs(path: pathlib.Path, count: int) -> None:
+    """Pairs of words that people wrote: of what an untrained model writes VADER knows no word."""
+    words = [pipeline.clean(rating.text).split() for rating in human_sentiment.reviews("train")]
+    words = [row for row in words if len(row) > 8][: 2 * count]
+    pairs = [
+        store.Pair(" ".join(one[:3]), " " + " ".join(one[3:8]), " " + " ".join(two[3:8]))
+        for one, two in zip(words[::2], words[1::2], strict=True)
+    ]
+    with contextlib.closing(store.open_store(path)) as opened:
+        store.add_pairs(opened, pairs)
+
+
 def test_one_round_end_to_end(models, tmp_path):
     """Simulated people, PPO, every gate measured on real models; then a rollback."""
     regression, db, out = tmp_path / "regression.jsonl", tmp_path / "feedback.sqlite", tmp_path / "out"
+    add_real_pairs(db, 150)
     regression.write_text('{"prompt": "the film is", "score": -1}\n{"prompt": "a good film", "score": 2}\n')
     flags = ("--start", models / "policy", "--reward", models / "reward_model", "--store", db, "--out", out)
     gates = ("--gates.win-rate", 0.0, "--gates.regression", 1, "--gates.few", 2, "--regression", regression)
@@ -616,7 +629,7 @@ def test_one_round_end_to_end(models, tmp_path):
         "tokenizer_config.json",
     }
     with contextlib.closing(store.open_store(db)) as opened:
-        assert {pair.checkpoint_a for pair in store.pairs(opened)} == {str(rounds.place(out, 0) / "policy")}
+        assert {pair.checkpoint_a for pair in store.pairs(opened)} == {"", str(rounds.place(out, 0) / "policy")}
     improve.run(dataclasses.replace(improve.SMOKE, out=out, rollback=0))
     for name, leaf in load_file(models / "policy" / "params.safetensors").items():
         assert load_file(served / "params.safetensors")[name].tobytes() == leaf.tobytes(), name
