@@ -1,8 +1,8 @@
-"""Rounds of improvement with simulated people: does the judge's mean rise, do gates stop a poisoned round, does rollback restore?
+"""Rounds of improvement with simulated people: does the judge's mean rise, do gates stop poison, does a rollback restore?
 
     python benchmarks/improvement.py --demo runs/demo --result benchmarks/results/2026-11-23-improvement.json
 
-For each seed a chain of rounds from the demo's fine-tuned model and first reward model, and then one whose choices are inverted.
+For each seed a chain of rounds from the demo's fine-tuned model and first reward model, then one whose choices are inverted.
 Simulated people choose by VADER with errors in 10 %; the gate's judge is TextBlob. Chains that are done are read, not done
 again. Figures, not speed. The last line of stdout is one JSON document.
 """
