@@ -64,7 +64,7 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     samples = answers(config, every, rewards[1], mesh)
     judged = {name: policy.judge(found, held_out.JUDGES) for name, found in samples.items()}
     rows = {name: policy.evaluate_policy(samples[name], judged[name]) for name in every}
-    on_choices, labelers = choices(config, every, rewards)
+    on_choices, told = choices(config, every, rewards)
     wins = win_rate.outcomes(judged["candidate"][config.judge], judged["served"][config.judge])
     candidate, first = rows["candidate"], rows["first"]
     measured = improve.Measured(
@@ -80,7 +80,7 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         "gates": [gate.plain() for gate in improve.gates(measured, config.gates)],
         "policies": rows,
         "win_rate": {name: over[name] for name in ("first", "served")},
-        "labelers": labelers,
+        **told,
         "samples": policy.side_by_side(samples["served"], samples["candidate"]),
     }
 
@@ -111,9 +111,9 @@ def answers(
 
 def choices(
     config: Config, every: dict[str, stage.Trained], rewards: list[stage.Trained]
-) -> tuple[dict[str, improve.Rows], dict[str, list[float]]]:
-    """The fields of `improve.Measured` that are of choices; and [right, said] of each labeler's new ones by the served round's
-    reward model: who chooses against it stands out.
+) -> tuple[dict[str, improve.Rows], dict[str, Any]]:
+    """The fields of `improve.Measured` that are of choices; and for the report `accuracy`, [before, after] on held-out ones, and
+    `labelers`, [right, said] of each one's new choices by the served round's reward model: who chooses against it stands out.
     """
     told = snapshots.check(config.snapshot)
     sides = {name: decided(config, every["first"], name) for name in ("held_out", "learned", "gold")}
@@ -143,7 +143,9 @@ def choices(
     for row, right in new:
         count = labelers.setdefault(row["labeler"], [0.0, 0.0])
         count[0], count[1] = count[0] + float(right), count[1] + 1
-    return rows, labelers
+    means = {"reward_model": (before["held_out"], after["held_out"]), "policy": (own["served"], own["candidate"])}
+    accuracy = {name: [float(one.mean()) for one in two] for name, two in means.items() if held}
+    return rows, {"accuracy": accuracy, "labelers": labelers}
 
 
 def prompts_of(rows: Pairs) -> list[str]:

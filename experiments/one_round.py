@@ -174,7 +174,7 @@ def conclude(
         "algorithm": config.algorithm,
         "reference": {"round": source, "blake2b": rounds.read(config.out, source)["policy"]["blake2b"]},
         "snapshot": told,
-        **{name: measured[name] for name in ("gates", "labelers", "policies", "win_rate")},
+        **{name: measured[name] for name in ("gates", "accuracy", "labelers", "policies", "win_rate")},
         **described(config),
     }
     write_atomic(rounds.place(config.out, number) / "report.md", improve.table({"round": number} | content))

@@ -297,6 +297,9 @@ def test_a_manifest_of_another_history_is_refused_by_name(out, tmp_path_factory)
     assert rounds.read(out, 3)["round"] == 3
     with pytest.raises(ValueError, match=r"003.round\.json does not follow .*002.round\.json"):
         rounds.chain(out)
+    (rounds.place(out, 2) / rounds.FILE).unlink()
+    with pytest.raises(ValueError, match="there is no round 2; there are 5"):
+        rounds.chain(out)
     shutil.copy(rounds.place(out, 1) / rounds.FILE, rounds.place(out, 2) / rounds.FILE)
     with pytest.raises(ValueError, match=r"002.round\.json: is the manifest of round 1"):
         rounds.chain(out)
@@ -369,6 +372,26 @@ def test_a_promotion_that_was_cut_off_is_finished(out, monkeypatch):
     assert [event["round"] for event in events.read(out / "rounds")].count(5) == 1
 
 
+def test_a_full_disk_is_told_and_nothing_else_is_served(out, monkeypatch):
+    folder_of(out, 5, "policy 5")
+    rounds.seal(out, 5, {"served": 4, "passed": True})
+    write, full = os.write, OSError(28, "No space left on device")
+
+    def no_room(handle, data):
+        if b"promoted" in data or b"rolled back" in data:
+            raise full
+        return write(handle, data)
+
+    monkeypatch.setattr(os, "write", no_room)
+    assert not rounds.promote(out, 5, 4)
+    with pytest.raises(ValueError, match="the log could not be written, so round 4 is served as before"):
+        rounds.roll_back(out)
+    assert leads_to(out) == "policy 4"
+    monkeypatch.setattr(os, "write", write)
+    one_round.settle(out)  # the next start
+    assert leads_to(out) == "policy 5"
+
+
 # ------------------------------------------------------------------------------------------------- a round, stage by stage
 
 
@@ -404,7 +427,7 @@ class Stages:
         self.write("candidate", config, config.served, config.candidate, config.snapshot)
         found = GOOD if self.passes else dataclasses.replace(GOOD, wins=share(0.4, 768))
         gates = [gate.plain() for gate in gating.gates(found, config.gates)]
-        return {"gates": gates, "labelers": {"ann": [70.0, 100.0]}, "policies": {}, "win_rate": {}}
+        return {"gates": gates, "labelers": {"ann": [70.0, 100.0]}, "accuracy": {}, "policies": {}, "win_rate": {}}
 
 
 @pytest.fixture

@@ -36,11 +36,8 @@ def place(out: Path, number: int) -> Path:
 
 
 def finished(out: Path) -> int:
-    """How many rounds have a manifest; round 0 counts."""
-    number = 0
-    while (place(out, number) / FILE).is_file():
-        number += 1
-    return number
+    """How many rounds there are up to the last one with a manifest; round 0 counts."""
+    return max((1 + int(file.parent.name) for file in (out / "rounds").glob(f"[0-9]*/{FILE}")), default=0)
 
 
 # -------------------------------------------------------------------------------------------------------- manifests
@@ -186,7 +183,7 @@ def copy(source: Path, target: Path) -> None:
     fresh = target.with_name(f".{target.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(source, fresh)
-    for path in fresh.rglob("*"):
+    for path in (*fresh.rglob("*"), fresh):
         sync(path)
     os.replace(fresh, target)
     sync(target.parent)
@@ -219,7 +216,7 @@ def promote(out: Path, number: int, instead_of: int | None) -> bool:
             return point(out)
         fits = (before[-1] if before else None) == instead_of
         _tell(out, "promoted" if fits else "superseded", number, before)
-        return point(out) and fits
+        return point(out) and served(out)[-1] == number  # not, either, where the disk had no room for the event
 
 
 def roll_back(out: Path, number: int | None = None) -> int:
@@ -242,6 +239,8 @@ def roll_back(out: Path, number: int | None = None) -> int:
             raise ValueError(f"{out}: round {number} was refused by its gates and was never served: choose one that was")
         _tell(out, "rolled back", number, before)
         point(out)
+        if served(out)[-1] != number:
+            raise ValueError(f"{out}: the log could not be written, so round {before[-1]} is served as before; make room")
     return number
 
 
@@ -268,6 +267,7 @@ def _tell(out: Path, kind: str, number: int, before: list[int]) -> None:
     log = events.Events(out / "rounds")
     log.write(kind, round=number, before=before[-1] if before else None, policy=read(out, number)["policy"]["blake2b"])
     log.close()
+    sync(out / "rounds")
 
 
 @contextlib.contextmanager
