@@ -184,10 +184,5 @@ def table(round_: Mapping[str, Any]) -> str:
             f"| {name} | {right / said:.3f} | | | labeler: new choices foretold by the served reward model, of {said} |"
         )
     for name, (before, after) in round_.get("accuracy", {}).items():
-        what = (
-            "choices foretold by the reward model"
-            if name == "reward_model"
-            else "choices that the policy's own preference says"
-        )
         lines.append(f"\nheld-out choices told rightly, {name.replace('_', ' ')}: {before:.3f} before, {after:.3f} now")
     return "\n".join(lines) + "\n"
