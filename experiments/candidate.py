@@ -113,7 +113,7 @@ def choices(
     config: Config, every: dict[str, stage.Trained], rewards: list[stage.Trained]
 ) -> tuple[dict[str, improve.Rows], dict[str, Any]]:
     """The fields of `improve.Measured` that are of choices; and for the report `accuracy`, [before, after] on held-out ones,
-    and `labelers`, [right, said] of each one's new choices by the served round's reward model: who chooses against it stands out.
+    and `labelers`, [right, said] of each one's new choices by the served reward model: who chooses against it stands out.
     """
     told = snapshots.check(config.snapshot)
     sides = {name: decided(config, every["first"], name) for name in ("held_out", "learned", "gold")}

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+import threading
 import types
 
 import jax
@@ -16,7 +17,7 @@ import serving_cases
 from safetensors.numpy import load_file
 from scripts import script
 
-from experiments import candidate, improve, one_round, stage
+from experiments import candidate, improve, one_round, serve, stage
 from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import human_sentiment, pipeline
@@ -27,6 +28,7 @@ from jaxrlhf.feedback.improve import Limits, Measured, Rows
 from jaxrlhf.models import heads, transformer
 from jaxrlhf.models.config import TransformerConfig
 from jaxrlhf.serving import watch
+from jaxrlhf.serving.engine import Ask, Engine, Options
 from jaxrlhf.training import directory, events
 
 # --------------------------------------------------------------------------------------------------------------- gates
@@ -674,6 +676,60 @@ def test_training_may_start_elsewhere_than_at_its_reference(tmp_path):
             stage.trainable(start, stage.lora.NONE, mesh, 0, other)
         with pytest.raises(ValueError, match=r"init=.* with lora\.rank=4"):
             stage.trainable(start, dataclasses.replace(stage.lora.NONE, rank=4), mesh, 0, folders[1])
+
+
+class Heard:
+    """What one row is given; with `held`, the engine's thread stands still at its first piece until `go`."""
+
+    def __init__(self, held: bool = False):
+        self.tokens, self.begun, self.go, self.ended = [], threading.Event(), threading.Event(), threading.Event()
+        if not held:
+            self.go.set()
+
+    def __call__(self, piece):
+        self.tokens += piece.tokens
+        self.begun.set()
+        assert self.go.wait(60)
+        if piece.end:
+            assert piece.end in ("stop", "length")
+            self.ended.set()
+
+
+def test_promotion_and_rollback_under_16_rows_drop_none_and_restore_the_answers(tmp_path):
+    for number, served in ((0, None), (1, 0)):
+        serving_cases.policy(rounds.place(tmp_path, number) / "policy", number + 1)
+        rounds.seal(tmp_path, number, {"served": served, "passed": True})
+    rounds.promote(tmp_path, 0, None)
+    link, mesh = tmp_path / rounds.SERVING, sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    config, seen = serving_cases.config(link), watch.place(link)
+
+    def load(folder):
+        return serve.policy_of(config, stage.load(folder, mesh))
+
+    wanted = [Ask((1, 40 + i, 50), i, 24, 1.0, 1.0) for i in range(16)]
+    with contextlib.closing(Engine(load(pathlib.Path(seen[0])), Options(slots=4, chunk=4))) as made:
+
+        def ask(heard: list[Heard]) -> list[Heard]:
+            made.submit(made.bench, wanted, heard)
+            return heard
+
+        def answers(heard: list[Heard]) -> list[list[int]]:
+            for one in heard:
+                assert one.ended.wait(60)
+            return [one.tokens for one in heard]
+
+        before = answers(ask([Heard() for _ in wanted]))
+        with contextlib.closing(watch.Watch(link, load, made, seen, 3600)) as look:
+            under_way = ask([Heard(held=True), *(Heard() for _ in wanted[1:])])
+            assert under_way[0].begun.wait(60)
+            assert rounds.promote(tmp_path, 1, 0)
+            assert look.look()
+            under_way[0].go.set()
+            assert answers(under_way) == before
+            assert answers(ask([Heard() for _ in wanted])) != before
+            rounds.roll_back(tmp_path)
+            assert look.look()
+            assert answers(ask([Heard() for _ in wanted])) == before
 
 
 @pytest.mark.parametrize(("inverted", "name", "better"), [(False, "simulated-vader", "a"), (True, "simulated-inverted", "b")])
