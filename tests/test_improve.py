@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
+import random
+import re
 import shutil
+import subprocess
 import threading
+import time
 import types
 
 import jax
@@ -15,7 +20,7 @@ import numpy as np
 import pytest
 import serving_cases
 from safetensors.numpy import load_file
-from scripts import script
+from scripts import ROOT, command, environment, script
 
 from experiments import candidate, improve, one_round, serve, stage
 from jaxrlhf.core import sharding
@@ -148,6 +153,20 @@ def test_every_limit_belongs_to_a_gate_and_is_told():
     assert told["win_rate"]["measured"] == pytest.approx(gating.bootstrap(GOOD.wins).low)
     assert told["earlier_choices"]["measured"] == pytest.approx(gating.bootstrap(GOOD.earlier_choices).high)
     assert told["new_choices"]["measured"] == pytest.approx(0.7)
+
+
+def test_the_page_has_every_gate_in_order_with_its_default():
+    page = (ROOT / "docs" / "improvement.md").read_text(encoding="utf-8")
+    table = page[page.index("## The gates") : page.index("## A poisoned round")]
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", table, re.MULTILINE)
+    told = {gate.name: gate for gate in gating.gates(GOOD, Limits())}
+    assert [name for name, _ in rows] == [name for name in told if name in dict(rows)]
+    assert {name for name, _ in rows} == set(told)
+    for name, limit in rows:
+        gate = told[name]
+        least, most = (None if x is None else f"{x:g}" for x in (gate.least, gate.most))
+        expected = f"{least} to {most}" if least and most else f">= {least}" if least else f"<= {most}"
+        assert limit.removesuffix(" nats") == expected, name
 
 
 @pytest.mark.parametrize("limits", [{"win_rate": 1.5}, {"new_choices": -0.1}, {"few": 1}])
@@ -623,17 +642,25 @@ def add_real_pairs(path: pathlib.Path, count: int) -> None:
         store.add_pairs(opened, pairs)
 
 
+def flags_of(models: pathlib.Path, out: pathlib.Path) -> tuple:
+    """A chain from these models in small, over a store of its own; gates that random weights pass."""
+    out.mkdir()
+    add_real_pairs(out / "feedback.sqlite", 150)
+    start = ("--start", models / "policy", "--reward", models / "reward_model", "--store", out / "feedback.sqlite")
+    limits = {"win-rate": 0.0, "few": 2, "new-choices": None, "policy-choices": None, "held-out-choices": None}
+    limits |= {"earlier-choices": None, "regression": 1}
+    gates = (word for name, value in limits.items() for word in (f"--gates.{name}", value))
+    return ("--preset", "smoke", "--out", out / "chain", *start, *gates)
+
+
 def test_one_round_end_to_end(models, tmp_path):
     """Simulated people, PPO, every gate measured on real models; then a rollback."""
-    regression, db, out = tmp_path / "regression.jsonl", tmp_path / "feedback.sqlite", tmp_path / "out"
-    add_real_pairs(db, 150)
+    regression, chain = tmp_path / "regression.jsonl", tmp_path / "out" / "chain"
     regression.write_text('{"prompt": "the film is", "score": -1}\n{"prompt": "a good film", "score": 2}\n')
-    flags = ("--start", models / "policy", "--reward", models / "reward_model", "--store", db, "--out", out)
-    gates = ("--gates.win-rate", 0.0, "--gates.regression", 1, "--gates.few", 2, "--regression", regression)
-    done = script("improve", "--preset", "smoke", *flags, *gates)
+    done = script("improve", *flags_of(models, tmp_path / "out"), "--regression", regression)
     assert done.returncode == 0, done.stderr
     assert "serving leads to round 1" in done.stdout
-    first, last = rounds.chain(out)
+    first, last = rounds.chain(chain)
     assert last["passed"]
     gates = {gate["name"]: gate for gate in last["gates"]}
     assert gates["regression"]["measured"] == 1  # nobody scores 2
@@ -641,23 +668,64 @@ def test_one_round_end_to_end(models, tmp_path):
     assert gates["people_on_gold"]["measured"] is None
     assert gates["earlier_choices"]["measured"] is None  # round 0 had none
     assert 0 < gates["new_choices"]["measured"] < 1
+    assert last["accuracy"]["policy"][0] == 0.5  # of round 0's policy over itself
     assert last["labelers"].keys() == {"simulated-vader"}
     assert last["snapshot"]["new"] == last["snapshot"]["choices"] > 50
     assert last["policies"]["first"]["kl"] == last["policies"]["served"]["kl"] == 0
     assert abs(last["policies"]["candidate"]["kl"]) > 0
     assert first["policy"] != last["policy"]
-    served = out / rounds.SERVING
+    served = chain / rounds.SERVING
     assert {path.name for path in served.iterdir()} == {
         "params.safetensors",
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
-    with contextlib.closing(store.open_store(db)) as opened:
-        assert {pair.checkpoint_a for pair in store.pairs(opened)} == {"", str(rounds.place(out, 0) / "policy")}
-    improve.run(dataclasses.replace(improve.SMOKE, out=out, rollback=0))
+    with contextlib.closing(store.open_store(tmp_path / "out" / "feedback.sqlite")) as opened:
+        assert {pair.checkpoint_a for pair in store.pairs(opened)} == {"", str(rounds.place(chain, 0) / "policy")}
+    improve.run(dataclasses.replace(improve.SMOKE, out=chain, rollback=0))
     for name, leaf in load_file(models / "policy" / "params.safetensors").items():
         assert load_file(served / "params.safetensors")[name].tobytes() == leaf.tobytes(), name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("reference", ["first", "current"])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "rloo", "reinforce", "dpo"])
+def test_two_rounds_by_each_algorithm(models, tmp_path, algorithm, reference):
+    """The second goes on from the first's policy: near round 0's it begins away from its reference."""
+    flags = ("--rounds", 2, "--algorithm", algorithm, "--reference", reference)
+    done = script("improve", *flags_of(models, tmp_path / "out"), *flags)
+    assert done.returncode == 0, done.stderr
+    chain = tmp_path / "out" / "chain"
+    assert rounds.served(chain) == [0, 1, 2]
+    last = rounds.chain(chain)[2]
+    assert (last["served"], last["reference"]["round"]) == (1, 0 if reference == "first" else 1)
+    stage_of = rounds.place(chain, 2) / "stages" / algorithm / "result.json"
+    begins = json.loads(stage_of.read_text())["curve"][0]["held_out/kl"]
+    assert (abs(begins) < 1e-5) == (reference == "current")
+
+
+@pytest.mark.full
+def test_a_killed_round_ends_with_the_same_policy(models, tmp_path):
+    """SIGKILL at random moments, then once more to the end: the manifest of the unbroken round, and its bytes."""
+    whole, broken = (flags_of(models, tmp_path / name) for name in ("whole", "broken"))
+    started = time.monotonic()
+    assert script("improve", *whole).returncode == 0
+    took, moments = time.monotonic() - started, random.Random(0)
+    for _ in range(5):
+        process = subprocess.Popen(
+            command("improve", *broken), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(timeout=moments.uniform(0.2, 0.8) * took)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    done = script("improve", *broken)
+    assert done.returncode == 0, done.stderr
+    manifests = [rounds.chain(tmp_path / name / "chain")[1] for name in ("whole", "broken")]
+    assert len({manifest["policy"]["blake2b"] for manifest in manifests}) == 1
+    assert manifests[0]["gates"] == manifests[1]["gates"]
 
 
 def test_training_may_start_elsewhere_than_at_its_reference(tmp_path):
