@@ -120,7 +120,8 @@ def run(config: Config, number: int) -> dict[str, Any]:
             reward_after=folder / "reward_model",
             snapshot=folder / "snapshot",
             out=folder / "stages" / "candidate",
-            **common,
+            seed=config.seed,  # the same random numbers in every round
+            mesh=config.mesh,
             **{name: getattr(config, name) for name in ("prompts", "judge", "width", "regression", "sampling", "gates")},
         )
     )
