@@ -32,6 +32,7 @@ from jaxrlhf.feedback import improve as gating
 from jaxrlhf.feedback.improve import Limits, Measured, Rows
 from jaxrlhf.models import heads, transformer
 from jaxrlhf.models.config import TransformerConfig
+from jaxrlhf.rewards import model as rewards_model
 from jaxrlhf.serving import watch
 from jaxrlhf.serving.engine import Ask, Engine, Options
 from jaxrlhf.training import directory, events
@@ -617,10 +618,8 @@ def write_models(folder: pathlib.Path) -> None:
     params = transformer.build(shape).init(jax.random.key(0))
     stage.save(folder / "policy", "policy", params, shape, tokenizer)
     head = sharding.init_params(heads.score_specs(shape.width), jax.random.key(1))
-    scale = {"gain": np.float32(1), "bias": np.float32(0)}
-    stage.save(
-        folder / "reward_model", "reward_model", {"trunk": params, "head": head} | scale, shape, tokenizer, pooling="mean"
-    )
+    reward = rewards_model.with_scale({"trunk": params, "head": head})
+    stage.save(folder / "reward_model", "reward_model", reward, shape, tokenizer, pooling="mean")
 
 
 @pytest.fixture(scope="module")

@@ -154,7 +154,7 @@ def outcomes(margins: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return np.where(np.isnan(margins), np.nan, (margins > 0) + 0.5 * (margins == 0))
 
 
-def due(new: int, minutes: float, choices: int, every_minutes: float | None) -> bool:
+def due(new: int, minutes: int | float, choices: int, every_minutes: int | float | None) -> bool:
     """Whether a round begins: by schedule when so many minutes have passed and anything is new, else at enough new choices."""
     return new >= choices if every_minutes is None else new > 0 and minutes >= every_minutes
 
