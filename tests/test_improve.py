@@ -253,6 +253,18 @@ def test_gold_pairs_are_apart_and_say_who_reads(db, tmp_path):
     assert told["people_on_gold"] == [[_pair(100).id, True], [_pair(101).id, True], [_pair(102).id, False]]
 
 
+def test_texts_that_no_file_can_hold_are_left_out_and_counted(db, tmp_path):
+    """What a policy of bytes writes is kept in the store as it is; a file of lines is read strictly."""
+    _choose(db, range(10))
+    bad = [store.Pair("prompt", " a\0b", " c"), store.Pair("", " a", " b")]
+    store.add_pairs(db, bad)
+    assignments.add_gold(db, [(store.Pair("gold", " x\0", " y"), "a")])
+    store.record(db, [store.Choice(pair.id, "ann", "left", "a") for pair in bad])
+    told = snapshots.freeze(db, tmp_path / "snap", store.last_sequence(db), 0, 0.2)
+    assert (told["choices"], told["unreadable"], told["gold"]) == (10, 2, 0)
+    assert len(snapshots.read(tmp_path / "snap", "learned")) == told["learned"]
+
+
 def test_a_snapshot_that_was_touched_is_refused_by_name(db, tmp_path):
     _choose(db, range(20))
     snapshots.freeze(db, tmp_path / "snap", 20, 0, 0.3)

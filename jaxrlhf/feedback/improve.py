@@ -167,8 +167,8 @@ def table(round_: Mapping[str, Any]) -> str:
     lines = [
         f"round {number}, from round {round_['served']}: {verdict}",
         "",
-        f"{choices['choices']} choices ({choices['new']} new, {choices['held_out']} held out); {round_['algorithm']}, "
-        f"reference: policy of round {round_['reference']['round']}",
+        f"{choices['choices']} choices ({choices['new']} new, {choices['held_out']} held out; {choices['unreadable']} more are "
+        f"texts that no file can hold); {round_['algorithm']}, reference: policy of round {round_['reference']['round']}",
         "",
         "| gate | measured | limit | | |",
         "| --- | ---: | ---: | --- | --- |",

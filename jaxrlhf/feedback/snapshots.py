@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.data import sources
+from jaxrlhf.data import sources, strict, tfds_preferences
 from jaxrlhf.feedback import exchange, rounds, store
 from jaxrlhf.training.manifest import file_hashes
 
@@ -32,7 +32,8 @@ def freeze(
     """Write the choices that stood after event `upto` into `folder`, and return what `snapshot.json` there says of them.
 
     `learned.jsonl` and `held_out.jsonl` have rows as `store.preferences` gives them, ties too, but for labelers left out;
-    `gold.jsonl` the pairs whose answer is known. `known`: the last event that the served round had; later choices are new.
+    `gold.jsonl` the pairs whose answer is known. Texts that no file can hold are left out and counted (`unreadable`).
+    `known`: the last event that the served round had; later choices are new.
     A snapshot that is there is checked and kept.
 
     Raises:
@@ -40,8 +41,10 @@ def freeze(
     """
     if (folder / FILE).is_file():
         return check(folder)
-    rows = [row for row in store.preferences(db, upto, ties=True) if row["labeler"] not in leave_out]
-    sides: dict[str, list] = {"learned": [], "held_out": [], "gold": _gold_rows(db)}
+    every = [row for row in store.preferences(db, upto, ties=True) if row["labeler"] not in leave_out]
+    # A policy may write what no file of text can hold, such as NUL.
+    rows, gold = ([row for row in some if _writable(row)] for some in (every, _gold_rows(db)))
+    sides: dict[str, list] = {"learned": [], "held_out": [], "gold": gold}
     for row in rows:
         sides["held_out" if is_held_out(row["prompt"], share) else "learned"].append(row)
     if not sides["learned"]:
@@ -53,6 +56,7 @@ def freeze(
             sources.write_jsonl(folder / f"{name}.jsonl", some)
             rounds.sync(folder / f"{name}.jsonl")
     told = {"upto": upto, "known": known, "share": share, "left_out": sorted(leave_out), "choices": len(rows)}
+    told["unreadable"] = len(every) - len(rows)
     told |= {name: len(some) for name, some in sides.items()} | {"new": sum(row["sequence"] > known for row in rows)}
     told |= {"people_on_gold": _right_on_gold(db, upto, known, leave_out), "files": file_hashes(folder)}
     rounds.write_sealed(folder / FILE, told)
@@ -77,6 +81,10 @@ def read(folder: Path, name: str) -> list[dict[str, Any]]:
     """Rows of `learned`, `held_out` or `gold`; none where there is no such file."""
     path = folder / f"{name}.jsonl"
     return exchange.read(path) if path.is_file() else []
+
+
+def _writable(row: dict[str, Any]) -> bool:
+    return strict.row_problem(row, tfds_preferences.SCHEMA) is None
 
 
 def _gold_rows(db: sqlite3.Connection) -> list[dict[str, Any]]:
