@@ -664,6 +664,7 @@ def flags_of(models: pathlib.Path, out: pathlib.Path) -> tuple:
     return ("--preset", "smoke", "--out", out / "chain", *start, *gates)
 
 
+@pytest.mark.full
 def test_one_round_end_to_end(models, tmp_path):
     """Simulated people, PPO, every gate measured on real models; then a rollback."""
     regression, chain = tmp_path / "regression.jsonl", tmp_path / "out" / "chain"
