@@ -181,7 +181,7 @@ def table(round_: Mapping[str, Any]) -> str:
         lines.append(f"| {gate['name']} | {shown} | {', '.join(limit) or 'open'} | {word} | {gate['says']} |")
     for name, (right, said) in sorted(round_.get("labelers", {}).items()):
         lines.append(
-            f"| {name} | {right / said:.3f} | | | labeler: new choices foretold by the served reward model, of {said} |"
+            f"| {name} | {right / said:.3f} | | | labeler: new choices foretold by the served reward model, of {said:g} |"
         )
     for name, (before, after) in round_.get("accuracy", {}).items():
         lines.append(f"\nheld-out choices told rightly, {name.replace('_', ' ')}: {before:.3f} before, {after:.3f} now")
