@@ -137,7 +137,7 @@ def choices(
         ),
         "gold_choices": improve.Rows(gain["gold"], prompts_of(sides["gold"])),
         "people_on_gold": improve.Rows(np.array([right for _, right in gold], np.float64), [pair for pair, _ in gold]),
-        "policy_choices": improve.Rows(own["candidate"] - own["served"], prompts_of(held)),
+        "policy_choices": improve.Rows(own["candidate"], prompts_of(held)),
     }
     labelers: dict[str, list[float]] = {}
     for row, right in new:

@@ -102,7 +102,7 @@ GOOD = Measured(
     earlier_choices=gain(-0.005),
     gold_choices=gain(0.0),
     people_on_gold=share(0.9, 30),
-    policy_choices=gain(0.05),
+    policy_choices=share(0.48),
     fallen=0,
 )
 
@@ -128,7 +128,7 @@ def refused(measured: Measured, limits: Limits) -> list[str]:
         ({"earlier_choices": gain(-0.1)}, ["earlier_choices"]),
         ({"gold_choices": gain(-0.1)}, ["gold_choices"]),
         ({"people_on_gold": share(0.5, 30)}, ["people_on_gold"]),
-        ({"policy_choices": gain(-0.1)}, ["policy_choices"]),
+        ({"policy_choices": share(0.4)}, ["policy_choices"]),
         ({"fallen": 1}, ["regression"]),
         ({"fallen": None}, []),
         ({"gold_choices": gain(-1.0, 19), "people_on_gold": share(0, 19)}, []),  # too few to say anything

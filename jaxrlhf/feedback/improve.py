@@ -34,12 +34,14 @@ class Limits:
     earlier_choices: float | None = 0.0  # least: the same on those that the served round had already
     gold_choices: float | None = 0.0  # least: the same on gold pairs
     people_on_gold: float | None = 0.6  # least: share of the new choices on gold pairs that are right
-    policy_choices: float | None = 0.0  # least: upper end of what the policy's own preference gains on held-out choices
+    policy_choices: float | None = (
+        0.5  # least: upper end of the share of held-out choices that the policy's own preference says
+    )
     regression: int | None = 0  # most: regression prompts whose answer is judged below what its row expects
     few: int = 20  # choices; a gate on fewer says nothing
 
     def __post_init__(self):
-        for name in ("win_rate", "new_choices", "people_on_gold"):
+        for name in ("win_rate", "new_choices", "people_on_gold", "policy_choices"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"gates.{name}={value} is a share: give a number in [0, 1], or None to leave the gate open")
@@ -88,7 +90,7 @@ class Measured:
     earlier_choices: Rows  # the same, of choices that the served round had
     gold_choices: Rows  # the same, of gold pairs
     people_on_gold: Rows  # right
-    policy_choices: Rows  # gain of the candidate's own preference over the served policy's
+    policy_choices: Rows  # held-out choices, right by the candidate's own preference
     fallen: int | None = None  # regression prompts judged below what is expected; None: there are none
 
 
@@ -118,27 +120,27 @@ def gates(measured: Measured, limits: Limits) -> list[Gate]:
     found.append(Gate("length", measured.length, limits.shortest, limits.longest, "tokens an answer, over round 0's"))
     found.append(Gate("distinct_2", measured.distinct_2, limits.distinct_2, None, "over round 0's"))
     for name, what in (("new_choices", "foretold by the served reward model"), ("people_on_gold", "of gold answered rightly")):
-        found.append(_of_choices(name, getattr(measured, name), limits, what, gain=False))
+        found.append(_of_choices(name, getattr(measured, name), limits, what, upper=False))
     for name, what in (
         ("held_out_choices", "gain of the reward model"),
         ("earlier_choices", "the same, known to the served round"),
         ("gold_choices", "the same, on gold pairs"),
-        ("policy_choices", "gain of the policy's own preference"),
+        ("policy_choices", "said by the policy's own preference"),
     ):
-        found.append(_of_choices(name, getattr(measured, name), limits, what, gain=True))
+        found.append(_of_choices(name, getattr(measured, name), limits, what, upper=True))
     fallen = None if measured.fallen is None else float(measured.fallen)
     found.append(Gate("regression", fallen, None, limits.regression, "prompts judged below what is expected"))
     return found
 
 
-def _of_choices(name: str, rows: Rows, limits: Limits, what: str, gain: bool) -> Gate:
-    """A share, or with `gain` a difference, which is too low only where the upper end of its interval is."""
+def _of_choices(name: str, rows: Rows, limits: Limits, what: str, upper: bool) -> Gate:
+    """A mean; with `upper` one that is too low only where the upper end of its interval is: on proof."""
     least, count = getattr(limits, name), len(rows.values)
     if count < limits.few:
         return Gate(name, None, least, None, f"only {count} choices: says nothing")
     found = bootstrap(rows)
     told = f"{what}, {_told(found)} of {count}"
-    return Gate(name, found.high, least, None, f"upper end; {told}") if gain else Gate(name, found.rate, least, None, told)
+    return Gate(name, found.high, least, None, f"upper end; {told}") if upper else Gate(name, found.rate, least, None, told)
 
 
 def _told(found: Interval) -> str:
