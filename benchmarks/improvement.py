@@ -157,8 +157,8 @@ def served_after(chain: dict[str, Any], number: int) -> dict[str, Any]:
     """The figures of the policy that is served after a round, on the held-out prompts."""
     if number == 0:
         return chain["rounds"][0]["policies"]["first"]
-    row = chain["rounds"][number - 1]
-    return row["policies"]["candidate" if row["passed"] else "served"]
+    row = chain["rounds"][number - 1]  # after one that was refused it is what it was before, measured once
+    return row["policies"]["candidate"] if row["passed"] else served_after(chain, number - 1)
 
 
 def interval(values: list[float]) -> dict[str, float]:
