@@ -38,6 +38,7 @@ from jaxrlhf.training.run import Run
 class Config:
     task: tasks.Name = "sentiment"
     policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
+    init: Path | None = None  # another policy of that shape to start from; `policy` is then the reference alone
     choices: Path | None = Path("runs/demo/feedback.sqlite")  # feedback store, .jsonl file or TFDS folder; None: own answers
     reward: Path = Path("runs/demo/reward_model/model")  # judges held-out reviews too; nothing is learned from it
     out: Path = Path("runs/demo/dpo")
@@ -74,13 +75,14 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     learned, test = (referenced(config, start, part, pairs.longest) for part in (pairs.train, pairs.held_out))
     data = pipeline.batches(preference_data.arrays(learned), config.batch, config.seed)
     data = stage.timed(run.clock, pipeline.within(data, start.config.vocab_size))
-    params, frozen = stage.trainable(start, config.lora, mesh, config.seed), {"base": start.params}
+    params, frozen = stage.trainable(start, config.lora, mesh, config.seed, config.init), {"base": start.params}
     update = optimizer.make(config.optimizer, config.steps, params)
     watched.tell_memory(run, config, task, params, update)
     state = stage.at_rest(run.restore(step.init_state(params, update, jax.random.key(config.seed))), config.offload)
+    del params  # which the state has copied
     outputs = objective.make_outputs(start.model, adapters=config.lora)
     train_step = step.make_train_step(outputs, dpo.loss, config.algorithm, update, config.microbatches)
-    train_step = run.clock.learner(train_step, *watched.learning(config, task, params))
+    train_step = run.clock.learner(train_step, *watched.learning(config, task, state.params))
     prepare = jax.jit(dpo.prepare, static_argnames="config")
     test, _, counts = prepare(test, (), config=config.algorithm)
     of_pairs = jax.jit(lambda params, frozen, batch: dpo.loss(outputs(params, frozen, batch, None), batch, config.algorithm)[1])

@@ -147,7 +147,7 @@ def initial(
     states, update, algorithm = [], None, config.algorithm
     for each in every:
         own = dataclasses.replace(config, seed=each.seed)
-        trained = {"policy": stage.trainable(start, own.lora, mesh, own.seed)}
+        trained = {"policy": stage.trainable(start, own.lora, mesh, own.seed, own.init)}
         params = trained | critics.value_function(own.critic, start, own.lora, own.reward, mesh, own.seed)
         if update is None:
             count = config.iterations * algorithm.epochs * algorithm.minibatches

@@ -33,6 +33,7 @@ from jaxrlhf.training.run import Run
 class Config:
     task: tasks.Name = "sentiment"
     policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
+    init: Path | None = None  # another policy of that shape to start from; `policy` is then the reference alone
     reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task; or an `adapter`
     out: Path = Path("runs/demo/ppo")
     seed: int = 1
@@ -68,11 +69,12 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     """Train the task's policy, whatever the task is."""
     start, algorithm, exact = task.start, config.algorithm, config.algorithm.kl_estimator == "exact"
     loop = online.loop(run, config, task, mesh, 1, dataclasses.replace(config.rollouts, exact_kl=exact))
-    params, frozen = {"policy": stage.trainable(start, config.lora, mesh, config.seed)}, {"reference": start.params}
+    trained = stage.trainable(start, config.lora, mesh, config.seed, config.init)
+    params, frozen = {"policy": trained}, {"reference": start.params}
     params |= critics.value_function(config.critic, start, config.lora, config.reward, mesh, config.seed)
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
     state = online.begin(loop, params, update, ppo.init(algorithm), config.ema_decay)
-    del params  # which the state has copied: a critic's trunk need not stand in memory twice
+    del params, trained  # which the state has copied: a critic's trunk need not stand in memory twice
     state, begun = online.resume(loop, state, config.offload)
     in_loss, mixed = exact and algorithm.kl_in == "loss", algorithm.text_coef > 0
     outputs = objective.make_outputs(

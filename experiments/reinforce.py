@@ -32,6 +32,7 @@ from jaxrlhf.training.run import Run
 class Config:
     task: tasks.Name = "sentiment"
     policy: Path = Path("runs/demo/sft/model")  # where the policy starts, and the reference it is held near
+    init: Path | None = None  # another policy of that shape to start from; `policy` is then the reference alone
     reward: Path = Path("runs/demo/reward_model/model")  # scores the sentiment task; or an `adapter`
     out: Path = Path("runs/demo/reinforce")
     seed: int = 1
@@ -64,13 +65,15 @@ def train(run: Run, config: Config, task: tasks.Task, mesh: jax.sharding.Mesh) -
     """Train the task's policy, whatever the task is."""
     start, algorithm = task.start, config.algorithm
     loop = online.loop(run, config, task, mesh, algorithm.samples)
-    params, frozen = {"policy": stage.trainable(start, config.lora, mesh, config.seed)}, {"reference": start.params}
+    trained = stage.trainable(start, config.lora, mesh, config.seed, config.init)
+    params, frozen = {"policy": trained}, {"reference": start.params}
     update = optimizer.make(config.optimizer, config.iterations * algorithm.epochs * algorithm.minibatches, params)
     state = online.begin(loop, params, update, reinforce.init(algorithm))
+    del params, trained  # which the state has copied
     state, begun = online.resume(loop, state, config.offload)
     outputs = objective.make_outputs(start.model, task.spec, entropy=True, trunk="policy", adapters=config.lora)
     collect, prepare = online.collector(loop, frozen), online.preparer(loop, reinforce.prepare)
-    learn = online.learner(loop, outputs, reinforce.loss, update, params)
+    learn = online.learner(loop, outputs, reinforce.loss, update, state.params)
     greedily = online.answerer(loop, dataclasses.replace(task.spec, greedy=True, replay=False))
     if algorithm.baseline != "greedy":
         ahead.start(loop, frozen, state, prepare, learn)

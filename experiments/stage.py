@@ -212,11 +212,24 @@ def reward(judged: Trained) -> Callable[[Any, Rollout], jax.Array]:
     return ensemble.reward(judged.model, judged.settings["pooling"], several)
 
 
-def trainable(start: Trained, config: LoraConfig, mesh: jax.sharding.Mesh, seed: int) -> Any:
-    """What is trained of a language model: a new adapter over it, or with rank 0 all of it.
+def trainable(start: Trained, config: LoraConfig, mesh: jax.sharding.Mesh, seed: int, init: Path | None = None) -> Any:
+    """What is trained of a language model: a new adapter over it, or with rank 0 all of it, or another model in the folder
+    `init`, which then learns near `start`.
 
     Of one in eight bits that is the weights in its folder, read again.
+
+    Raises:
+        ValueError: `init` holds a model of another shape or with other tokens, or is given with an adapter.
     """
+    if init is not None:
+        if config.rank:
+            raise ValueError(f"init={init} with lora.rank={config.rank}: an adapter lies over `policy` itself; leave one out")
+        other = load(init, mesh)
+        if other.config != start.config or other.tokenizer.pieces() != start.tokenizer.pieces():
+            raise ValueError(
+                f"init={init} is a model of another shape, or with other tokens, than the policy in {start.folder}"
+            )
+        return other.params
     if config.rank:
         return adapter(start.config, config, mesh, seed)
     if start.folder is not None and int8.inside(start.params):

@@ -23,7 +23,7 @@ LAYERS = {
     "training": {"core", "models"},
     "evaluation": {"core", "data", "models", "sampling", "rewards"},
     "serving": {"core", "data", "models", "sampling", "feedback"},
-    "feedback": {"core", "data", "evaluation"},
+    "feedback": {"core", "data", "evaluation", "training"},
 }
 
 # The folders that people copy the mathematics from stand on these alone. The rest may import whatever pyproject names.
