@@ -27,7 +27,7 @@ from jaxrlhf.core import sharding
 from jaxrlhf.core.sharding import MeshConfig
 from jaxrlhf.data import human_sentiment, pipeline
 from jaxrlhf.data import tokenizer as tokenizers
-from jaxrlhf.feedback import assignments, rounds, snapshots, store
+from jaxrlhf.feedback import assignments, labelers, rounds, snapshots, store
 from jaxrlhf.feedback import improve as gating
 from jaxrlhf.feedback.improve import Limits, Measured, Rows
 from jaxrlhf.models import heads, transformer
