@@ -111,7 +111,7 @@ def answers(
 
 def choices(
     config: Config, every: dict[str, stage.Trained], rewards: list[stage.Trained]
-) -> tuple[dict[str, improve.Rows], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The fields of `improve.Measured` that are of choices; and for the report `accuracy`, [before, after] on held-out ones,
     and `labelers`, [right, said] of each one's new choices by the served reward model: who chooses against it stands out.
     """
@@ -140,12 +140,18 @@ def choices(
         "policy_choices": improve.Rows(own["candidate"], prompts_of(held)),
     }
     labelers: dict[str, list[float]] = {}
+    by_labeler: dict[str, tuple[list[float], list[str]]] = {}
     for row, right in new:
         count = labelers.setdefault(row["labeler"], [0.0, 0.0])
         count[0], count[1] = count[0] + float(right), count[1] + 1
+        after_event = max(event for event in (told["known"], *told["since"]) if event < row["sequence"])
+        values, prompts = by_labeler.setdefault(f"{row['labeler']} after event {after_event}", ([], []))
+        values.append(float(right))
+        prompts.append(row["prompt"])
+    found = {who: improve.Rows(np.array(values), prompts) for who, (values, prompts) in by_labeler.items()}
     means = {"reward_model": (before["held_out"], after["held_out"]), "policy": (own["served"], own["candidate"])}
     accuracy = {name: [float(one.mean()) for one in two] for name, two in means.items() if held}
-    return rows, {"accuracy": accuracy, "labelers": labelers}
+    return rows | {"by_labeler": found}, {"accuracy": accuracy, "labelers": labelers}
 
 
 def prompts_of(rows: Pairs) -> list[str]:

@@ -92,7 +92,7 @@ def run(config: Config, number: int) -> dict[str, Any]:
     out, folder = config.out, rounds.place(config.out, number)
     begun = begin(config, number)
     with contextlib.closing(store.open_store(config.store)) as db:
-        choices = begun["upto"], begun["known"], config.held_out, config.leave_out
+        choices = begun["upto"], begun["known"], config.held_out, config.leave_out, begun["since"]
         told = snapshots.freeze(db, folder / "snapshot", *choices)
     origin, served = (rounds.place(out, n) for n in (0, begun["served"]))
     for other in {0, begun["served"]}:
@@ -142,8 +142,8 @@ def begin(config: Config, number: int) -> dict[str, Any]:
             learned = sum(not snapshots.is_held_out(row["prompt"], config.held_out) for row in rows)
             if learned < (least := max(1, config.reward_model.pairs)):
                 raise ValueError(f"{config.store}: {learned} choices to learn from, a round needs {least}: label more pairs")
-            known = rounds.read(config.out, served).get("snapshot", {}).get("upto", 0)
-            content |= {"served": served, "upto": store.last_sequence(db), "known": known, "time": now()}
+            known, *since = [rounds.read(config.out, n).get("snapshot", {}).get("upto", 0) for n in range(served, number)]
+            content |= {"served": served, "upto": store.last_sequence(db), "known": known, "since": since, "time": now()}
     return rounds.begin(config.out, number, content)
 
 

@@ -103,6 +103,7 @@ GOOD = Measured(
     gold_choices=gain(0.0),
     people_on_gold=share(0.9, 30),
     policy_choices=share(0.48),
+    by_labeler={"ann": share(0.7, 100), "bob": share(0.45, 100), "eve": share(0.0, 19)},  # on proof; eve's are too few
     fallen=0,
 )
 
@@ -124,6 +125,8 @@ def refused(measured: Measured, limits: Limits) -> list[str]:
         ({"distinct_2": 0.59}, ["distinct_2"]),
         ({"new_choices": share(0.3)}, ["new_choices"]),  # inverted labels, read by a reward model of accuracy 0.7
         ({"new_choices": Rows(np.full(200, np.nan), ["a"] * 200)}, ["new_choices"]),
+        ({"by_labeler": {"ann": share(0.7, 1000), "bob": share(0.3, 100)}}, ["each_labeler"]),  # whom ann's many do not hide
+        ({"by_labeler": {}}, []),
         ({"held_out_choices": gain(-0.1)}, ["held_out_choices"]),
         ({"earlier_choices": gain(-0.1)}, ["earlier_choices"]),
         ({"gold_choices": gain(-0.1)}, ["gold_choices"]),

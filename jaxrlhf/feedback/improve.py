@@ -30,6 +30,7 @@ class Limits:
     longest: float | None = 2.0  # most: the same
     distinct_2: float | None = 0.6  # least: distinct-2 of the answers, over that of round 0's policy
     new_choices: float | None = 0.5  # least: share of choices new since the served round that its reward model foretells
+    each_labeler: float | None = 0.5  # least: upper end of it, of the labeler and round where it is lowest
     held_out_choices: float | None = 0.0  # least: upper end of what the refreshed reward model gains on held-out choices
     earlier_choices: float | None = 0.0  # least: the same on those that the served round had already
     gold_choices: float | None = 0.0  # least: the same on gold pairs
@@ -41,7 +42,7 @@ class Limits:
     few: int = 20  # choices; a gate on fewer says nothing
 
     def __post_init__(self):
-        for name in ("win_rate", "new_choices", "people_on_gold", "policy_choices"):
+        for name in ("win_rate", "new_choices", "each_labeler", "people_on_gold", "policy_choices"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"gates.{name}={value} is a share: give a number in [0, 1], or None to leave the gate open")
@@ -91,6 +92,7 @@ class Measured:
     gold_choices: Rows  # the same, of gold pairs
     people_on_gold: Rows  # right
     policy_choices: Rows  # held-out choices, right by the candidate's own preference
+    by_labeler: Mapping[str, Rows]  # `new_choices` of each labeler that came between two rounds, by a name of both
     fallen: int | None = None  # regression prompts judged below what is expected; None: there are none
 
 
@@ -119,8 +121,9 @@ def gates(measured: Measured, limits: Limits) -> list[Gate]:
     found.append(Gate("kl", measured.kl, None, limits.kl, "nats an answer to round 0's policy"))
     found.append(Gate("length", measured.length, limits.shortest, limits.longest, "tokens an answer, over round 0's"))
     found.append(Gate("distinct_2", measured.distinct_2, limits.distinct_2, None, "over round 0's"))
-    for name, what in (("new_choices", "foretold by the served reward model"), ("people_on_gold", "of gold answered rightly")):
-        found.append(_of_choices(name, getattr(measured, name), limits, what, upper=False))
+    found.append(_of_choices("new_choices", measured.new_choices, limits, "foretold by the served reward model", upper=False))
+    found.append(_lowest(measured.by_labeler, limits))
+    found.append(_of_choices("people_on_gold", measured.people_on_gold, limits, "of gold answered rightly", upper=False))
     for name, what in (
         ("held_out_choices", "gain of the reward model"),
         ("earlier_choices", "the same, known to the served round"),
@@ -141,6 +144,16 @@ def _of_choices(name: str, rows: Rows, limits: Limits, what: str, upper: bool) -
     found = bootstrap(rows)
     told = f"{what}, {_told(found)} of {count}"
     return Gate(name, found.high, least, None, f"upper end; {told}") if upper else Gate(name, found.rate, least, None, told)
+
+
+def _lowest(by_labeler: Mapping[str, Rows], limits: Limits) -> Gate:
+    """The labeler and round of the lowest share, on proof: many honest choices do not hide the others."""
+    name, least = "each_labeler", limits.each_labeler
+    enough = {who: bootstrap(rows) for who, rows in by_labeler.items() if len(rows.values) >= limits.few}
+    if not enough:
+        return Gate(name, None, least, None, f"nobody has {limits.few} new choices: says nothing")
+    who = min(enough, key=lambda who: enough[who].high)
+    return Gate(name, enough[who].high, least, None, f"upper end; the same of {who}, {_told(enough[who])}")
 
 
 def _told(found: Interval) -> str:

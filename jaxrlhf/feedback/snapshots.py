@@ -27,13 +27,19 @@ def new_choices(db: sqlite3.Connection, after: int, leave_out: Sequence[str] = (
 
 
 def freeze(
-    db: sqlite3.Connection, folder: Path, upto: int, known: int, share: float, leave_out: Sequence[str] = ()
+    db: sqlite3.Connection,
+    folder: Path,
+    upto: int,
+    known: int,
+    share: float,
+    leave_out: Sequence[str] = (),
+    since: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Write the choices that stood after event `upto` into `folder`, and return what `snapshot.json` there says of them.
 
     `learned.jsonl` and `held_out.jsonl` have rows as `store.preferences` gives them, ties too, but for labelers left out;
     `gold.jsonl` the pairs whose answer is known. Texts that no file can hold are left out and counted (`unreadable`).
-    `known`: the last event that the served round had; later choices are new.
+    `known`: the last event that the served round had; later choices are new. `since`: the last events of the rounds after it.
     A snapshot that is there is checked and kept.
 
     Raises:
@@ -55,7 +61,14 @@ def freeze(
         if some:
             sources.write_jsonl(folder / f"{name}.jsonl", some)
             rounds.sync(folder / f"{name}.jsonl")
-    told = {"upto": upto, "known": known, "share": share, "left_out": sorted(leave_out), "choices": len(rows)}
+    told: dict[str, Any] = {
+        "upto": upto,
+        "known": known,
+        "since": list(since),
+        "share": share,
+        "left_out": sorted(leave_out),
+        "choices": len(rows),
+    }
     told["unreadable"] = len(every) - len(rows)
     told |= {name: len(some) for name, some in sides.items()} | {"new": sum(row["sequence"] > known for row in rows)}
     told |= {"people_on_gold": _right_on_gold(db, upto, known, leave_out), "files": file_hashes(folder)}
