@@ -55,7 +55,9 @@ def run(config: Config) -> dict[str, Any]:
         if config.withdraw:
             result["withdrawn"] = store.withdraw(db, config.withdraw)
         if config.write is not None:
-            rows = store.preferences(db, config.upto, ties=True)
+            every = store.preferences(db, config.upto, ties=True)
+            rows = exchange.writable(every)
+            result |= {"unreadable": len(every) - len(rows)} if len(rows) < len(every) else {}
             result |= {"written": len(rows), "to": str(exchange.write(config.write, rows)), "upto": store.last_sequence(db)}
         for answer in config.withdraw_answers:
             unpaired.withdraw(db, answer)

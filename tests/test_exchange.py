@@ -134,6 +134,13 @@ def test_the_script_reads_writes_and_marks_gold(rows, tmp_path):
     done = choices.run(choices.Config(store=place, write=tmp_path / "again.jsonl", upto=3))
     assert (done["written"], done["upto"]) == (3, len(rows))
     assert [row["sequence"] for row in exchange.read(tmp_path / "again.jsonl")] == [1, 2, 3]
+    with _open(place) as db:
+        broken = store.Pair("p", " a\0", " b", "", "", "{}")
+        store.add_pairs(db, [broken])
+        store.record(db, [store.Choice(broken.id, "ann", "left", "a")])
+    done = choices.run(choices.Config(store=place, write=tmp_path / "all.jsonl"))
+    assert (done["written"], done["unreadable"]) == (len(rows), 1)  # NUL, which a reader would refuse
+    assert len(exchange.read(tmp_path / "all.jsonl")) == len(rows)
     with pytest.raises(ValueError, match="nothing to do"):
         choices.run(choices.Config(store=place))
     with pytest.raises(FileNotFoundError, match="no feedback store"):

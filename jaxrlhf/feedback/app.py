@@ -140,9 +140,9 @@ async def summary(desk: Desk, request: Request) -> dict[str, Any]:
 
 
 async def export(desk: Desk, request: Request) -> str:
-    """All choices as JSON lines, for an admin."""
+    """All choices as JSON lines, for an admin, but those on texts that no file can hold."""
     await desk.who(request, admin=True)
-    return exchange.jsonl(await desk.aside(lambda db: store.preferences(db, ties=True)))
+    return exchange.jsonl(exchange.writable(await desk.aside(lambda db: store.preferences(db, ties=True))))
 
 
 def make_app(site: Site, writing: writer.Writer) -> gate.App:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.data import hub, sources, tfds_preferences
+from jaxrlhf.data import hub, sources, strict, tfds_preferences
 from jaxrlhf.feedback import schema, store
 
 _KEPT = ("strength", "note", "seconds", "time", "schema")
@@ -52,6 +52,11 @@ def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     else:
         raise ValueError(f"{path}: choices are written to a .jsonl or .parquet file, or to a folder (TFDS)")
     return path
+
+
+def writable(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that `read` takes back: a policy may write what no file of text can hold, such as NUL."""
+    return [row for row in rows if strict.row_problem(row, tfds_preferences.SCHEMA) is None]
 
 
 def jsonl(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrlhf.data import sources, strict, tfds_preferences
+from jaxrlhf.data import sources
 from jaxrlhf.feedback import exchange, rounds, store
 from jaxrlhf.training.manifest import file_hashes
 
@@ -48,8 +48,7 @@ def freeze(
     if (folder / FILE).is_file():
         return check(folder)
     every = [row for row in store.preferences(db, upto, ties=True) if row["labeler"] not in leave_out]
-    # A policy may write what no file of text can hold, such as NUL.
-    rows, gold = ([row for row in some if _writable(row)] for some in (every, _gold_rows(db)))
+    rows, gold = map(exchange.writable, (every, _gold_rows(db)))
     sides: dict[str, list] = {"learned": [], "held_out": [], "gold": gold}
     for row in rows:
         sides["held_out" if is_held_out(row["prompt"], share) else "learned"].append(row)
@@ -94,10 +93,6 @@ def read(folder: Path, name: str) -> list[dict[str, Any]]:
     """Rows of `learned`, `held_out` or `gold`; none where there is no such file."""
     path = folder / f"{name}.jsonl"
     return exchange.read(path) if path.is_file() else []
-
-
-def _writable(row: dict[str, Any]) -> bool:
-    return strict.row_problem(row, tfds_preferences.SCHEMA) is None
 
 
 def _gold_rows(db: sqlite3.Connection) -> list[dict[str, Any]]:
