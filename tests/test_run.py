@@ -98,9 +98,20 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path):
         open_run("/proc/no/such")
 
 
+def test_a_run_that_ended_before_it_began_does_not_keep_its_settings(tmp_path):
+    for steps in (4, 5):  # the first had a path wrong, say
+        with pytest.raises(FileNotFoundError), open_run(tmp_path, Config(steps=steps)):
+            raise FileNotFoundError("no model there")
+    assert cli.load(Config, tmp_path / "config.yaml").steps == 5
+    with open_run(tmp_path, Config(steps=6)) as run:
+        run.log(0, {"loss": 1.0})
+    with pytest.raises(ValueError, match=r"other settings \(steps: 6 there, 7 here\)"):
+        open_run(tmp_path, Config(steps=7))
+
+
 def test_other_settings_are_refused_by_name(tmp_path):
-    with open_run(tmp_path):
-        pass
+    with open_run(tmp_path) as run:
+        run.log(0, {"loss": 1.0})
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"other settings \(steps: 4 there, 5 here, inner\.rate: 0\.1 there, 0\.2 here\)"):
         open_run(tmp_path, Config(steps=5, inner=Inner(0.2)))

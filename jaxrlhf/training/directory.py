@@ -80,14 +80,14 @@ def take_lock(out: Path) -> int:
 
 
 def settle_config(out: Path, config: Any, free: tuple[str, ...]) -> None:
-    """Write config.yaml, or compare with the one that is there.
+    """Write config.yaml, or compare with the one that is there; of a run that ended before it did anything, that is replaced.
 
     Raises:
         ValueError: a setting differs that is not in `free`.
     """
     path = out / "config.yaml"
     new = cli.plain(dataclasses.asdict(config))
-    if (out / MARK).is_file() and path.is_file():
+    if (out / MARK).is_file() and path.is_file() and _has_begun(out):
         import yaml
 
         old = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -95,9 +95,15 @@ def settle_config(out: Path, config: Any, free: tuple[str, ...]) -> None:
         if differing:
             more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise ValueError(f"{out} holds a run with other settings ({', '.join(differing[:3])}{more}): choose another --out")
-    else:
+    elif not (out / MARK).is_file():
         write_atomic(out / MARK, json.dumps({"seconds": 0.0, "cpu_seconds": 0.0, "version": jaxrlhf.__version__}) + "\n")
     write_atomic(path, cli.dump(config))
+
+
+def _has_begun(out: Path) -> bool:
+    """Whether there is more than what taking a directory leaves in it."""
+    own = {MARK, "config.yaml", ".lock"}
+    return any(path.name not in own and (path.is_dir() or path.stat().st_size) for path in out.iterdir())
 
 
 def _differences(old: Any, new: Any, name: str) -> Iterator[str]:
