@@ -661,7 +661,14 @@ def flags_of(models: pathlib.Path, out: pathlib.Path) -> tuple:
     out.mkdir()
     add_real_pairs(out / "feedback.sqlite", 150)
     start = ("--start", models / "policy", "--reward", models / "reward_model", "--store", out / "feedback.sqlite")
-    limits = {"win-rate": 0.0, "few": 2, "new-choices": None, "policy-choices": None, "held-out-choices": None}
+    limits = {
+        "win-rate": 0.0,
+        "few": 2,
+        "new-choices": None,
+        "each-labeler": None,
+        "policy-choices": None,
+        "held-out-choices": None,
+    }
     limits |= {"earlier-choices": None, "regression": 1}
     gates = (word for name, value in limits.items() for word in (f"--gates.{name}", value))
     return ("--preset", "smoke", "--out", out / "chain", *start, *gates)
