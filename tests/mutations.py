@@ -1845,6 +1845,9 @@ MUTATIONS = (
         '"batch": ("data", "fsdp", "expert"),',
         '"batch": ("data", "fsdp"),',
         "test_sharding.py::test_shard_batch_splits_the_rows_and_keeps_their_order",
+    ),
+    # ------------------------------------------------------------------------------------------------ rounds of improvement
+    Mutation(
         "a-candidate-passes-that-may-be-better",
         "feedback/improve.py",
         'Gate("win_rate", wins.low,',

@@ -106,7 +106,7 @@ def test_accuracy_is_the_share_of_right_greedy_answers(task, mesh, monkeypatch, 
     rows = arithmetic.problems("held_out")[:48]
     seen = []
 
-    def written(model, params, prompts, spec, key):
+    def written(model, params, prompts, spec, key, options):
         seen.append(spec)
         given = [[row["answer"] if i < solved else str(arithmetic.HIGH)] for i, row in enumerate(rows)]
         return answered(jax.device_get(prompts), given, task.start.tokenizer)
