@@ -152,6 +152,7 @@ def ppo(out: pathlib.Path, policy: pathlib.Path, iterations: int) -> list[str]:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3000)  # on two busy cores ten minutes are not enough
 def test_ppo_killed_anywhere_twenty_times(policy, tmp_path):
     iterations, kills = 30, 20
     began = time.monotonic()
